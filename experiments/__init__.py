@@ -1,0 +1,3 @@
+"""Placeholder."""
+if __name__ != "orderppl.experiments":
+    raise ImportError("import orderppl.experiments, not experiments")

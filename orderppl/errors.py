@@ -1,0 +1,15 @@
+"""The one exception that reaches a user as a single clear line."""
+
+
+class UserError(ValueError):
+    """Bad input: names the field and says what to do about it.
+
+    Args:
+        field: the option, column, file or setting at fault.
+        problem: what is wrong with it, with the offending value.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        self.field, self.problem, self.remedy = field, problem, remedy
+        super().__init__(f"{field}: {problem}; {remedy}")
