@@ -1,0 +1,72 @@
+# One virtual environment, .venv, holds everything. The stamps stand for "installed": a second call installs nothing.
+# PIP_FLAGS reaches every pip install, for example
+#   make quickstart PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_FLAGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -c constraints.txt
+OUT ?= runs/quickstart
+PYTEST_FLAGS ?=
+
+.PHONY: help quickstart install test test-slow lint types format wheel-check clean
+
+help:
+	@echo "make quickstart   install and run the main job into $(OUT) (a few minutes)"
+	@echo "make test         install and run the tests; make test-slow runs the long ones"
+	@echo "make lint types   ruff and mypy;  make wheel-check   build the wheel and run the command from it"
+
+quickstart: $(VENV)/.installed
+	$(BIN)/orderppl quickstart --out $(OUT)
+
+install: $(VENV)/.installed-dev
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+# The wheel is built with the setuptools of .venv and installed without dependencies into a second environment that
+# sees those of .venv through a .pth file; the command then runs from an empty folder, away from the source tree.
+WHEEL_VENV := build/wheel-check
+wheel-check: $(VENV)/.installed-dev
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index dist/*.whl
+	mkdir -p $(WHEEL_VENV)/cwd
+	borrow="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	cd $(WHEEL_VENV) && echo "$$borrow" > "$$(bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"; \
+	cd cwd && ../bin/orderppl --help && ../bin/python -c \
+	  'import orderppl.models.denoisers, orderppl.guides, pathlib, sys; \
+	   assert pathlib.Path(orderppl.guides.__file__).is_relative_to(sys.prefix), orderppl.guides.__file__'
+
+# sapiens (the antibody language model, 7 MB) names dependencies that its weights do not need.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "orderppl needs Python 3.11 or newer"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	$(PIP) --no-deps sapiens==1.0.5
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
