@@ -1,0 +1,196 @@
+"""The `orderppl` command: one subcommand per experiment, all with the same options.
+
+An experiment is a module with
+
+- `Config`, a frozen dataclass derived from `RunConfig`; a field with `option="--name"` gets that option;
+- `run(config: Config, out: Path) -> Iterable[Record]`, which reads top to bottom, writes its files into `out` and
+  returns the records of `results.json`; with a parameter `resume: bool` it gets `--resume`;
+- optionally `CONFIG`, the packaged YAML file it starts from, or `PRESETS`, the files to choose from by `--preset`.
+
+Its docstring is the text of `--help`. Only the module that was asked for is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orderppl.errors import UserError
+from orderppl.experiments.config import dump_config, load_config
+
+EXPERIMENTS = {
+    "quickstart": "The main job: an exact chain and a real antibody model, a learned order against heuristics.",
+    "chain": "The exact Markov chain, where the log evidence and the best order are known.",
+    "antibodies": "Learn the order in which the pretrained antibody model should write a sequence.",
+    "train-denoiser": "Train a small masked-diffusion transformer on a task.",
+    "fit-order": "Fit a guide and a reveal prior to a denoiser; can be interrupted and resumed.",
+    "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",
+    "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
+}
+"""Name on the command line -> one line of help. The module has the same name, with underscores."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (`sys.argv` when no arguments are given)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    asked_for = next((word for word in arguments if not word.startswith("-")), None)
+    build_app(asked_for)(args=arguments, prog_name="orderppl")
+
+
+def build_app(asked_for: str | None = None) -> typer.Typer:
+    """The typer application; only the experiment `asked_for` is imported, the others are listed."""
+    app = typer.Typer(
+        help="Learn the generation order of masked language models.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+    )
+    app.callback()(lambda: None)
+    for name, summary in EXPERIMENTS.items():
+        if name == asked_for:
+            module = import_module(f"orderppl.experiments.{name.replace('-', '_')}")
+            app.command(name, help=inspect.getdoc(module), short_help=summary)(_command(name, module))
+        else:
+            app.command(name, help=summary)(lambda: None)
+    return app
+
+
+def _command(name: str, module: types.ModuleType) -> Callable[..., None]:
+    """The function behind a subcommand; its signature is made from the experiment's config, for typer to read."""
+    own = {item.name: item for item in fields(module.Config)}
+    options = {key: item.metadata["option"] for key, item in own.items() if item.metadata.get("option")}
+    options |= {key: f"--{key}" for key in ("seed", "device", "dtype") if key in own}
+    presets: dict[str, str] = getattr(module, "PRESETS", {})
+    resumes = "resume" in inspect.signature(module.run).parameters
+
+    def command(out: Path, config: str | None, assign: list[str] | None, debug: bool, **given: Any) -> None:
+        resume = bool(given.pop("resume", False))
+        preset = given.pop("preset", None)
+        try:
+            if preset is not None and config is not None:
+                raise UserError("--preset", "given together with --config", "give one of them")
+            if preset is not None and preset not in presets:
+                raise UserError("--preset", f"no such preset: {preset!r}", f"known: {', '.join(presets)}")
+            source = presets[preset] if preset is not None else config or getattr(module, "CONFIG", None)
+            values = {key: value for key, value in given.items() if value is not None and value != []}
+            settings = load_config(module.Config, source, assign or (), values)
+            run_experiment(name, module, settings, out, resume=resume)
+        except UserError as error:
+            if debug:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    default_out = Path("runs") / name
+    signature: dict[str, tuple[Any, Any]] = {
+        "out": (Annotated[Path, typer.Option("--out", help="folder of the run's files")], default_out),
+        "config": (Annotated[str | None, typer.Option("--config", help="packaged config or YAML file")], None),
+        "assign": (Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change a setting")], None),
+    }
+    if presets:
+        text = f"one of: {', '.join(presets)}"
+        signature["preset"] = (Annotated[str | None, typer.Option("--preset", help=text)], None)
+    hints = typing.get_type_hints(module.Config)
+    for key, option in options.items():
+        hint = Annotated[_option_type(hints[key]), typer.Option(option, help=own[key].metadata.get("help"))]  # type: ignore[valid-type]
+        signature[key] = (hint, None)
+    if resumes:
+        signature["resume"] = (Annotated[bool, typer.Option("--resume", help="go on with the run in --out")], False)
+    signature["debug"] = (Annotated[bool, typer.Option("--debug", help="show the traceback of bad input")], False)
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            for key, (hint, default) in signature.items()
+        ]
+    )
+    command.__annotations__ = {key: hint for key, (hint, _) in signature.items()}
+    return command
+
+
+def _option_type(hint: Any) -> Any:
+    """What typer should read for a field: its type, or None when the option is not given."""
+    options = [item for item in typing.get_args(hint) if item is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return list[options[0]] | None  # type: ignore[valid-type]
+    if typing.get_origin(hint) is typing.Literal:
+        return str | None
+    return (options[0] if options else hint) | None
+
+
+def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, resume: bool = False) -> Path:
+    """Run an experiment in its folder: config.yaml first, results.json last.
+
+    A folder that bad input leaves with nothing but the config is removed again.
+
+    Args:
+        name: the experiment, as on the command line.
+        module: see the module docstring.
+        config: a `module.Config`.
+        out: the run folder, made here.
+        resume: go on with the interrupted run in `out`, whose config must be the same.
+
+    Returns:
+        The path of results.json.
+    """
+    import pyro
+    import torch
+    from rich.console import Console
+
+    from orderppl.experiments.results import write_results, write_text
+
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError("device", f"cannot use {config.device!r}", "choose cpu or a device of this machine") from error
+    saved = out / "config.yaml"
+    document = dump_config(config)
+    if out.exists() and not out.is_dir():
+        raise UserError("--out", f"{out} is a file", "give a folder")
+    if resume:
+        if not saved.is_file():
+            raise UserError("--resume", f"{out} holds no run", "leave --resume out to start one")
+        _same_config(load_config(type(config), saved), config)
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)
+    write_text(saved, document)
+    pyro.set_rng_seed(config.seed)
+    pyro.clear_param_store()
+    begin = time.perf_counter()
+    try:
+        records = module.run(config, out, resume=True) if resume else module.run(config, out)
+        results = write_results(out, name, config, records, time.perf_counter() - begin)
+    except UserError:
+        if is_new and [path.name for path in out.iterdir()] == [saved.name]:
+            shutil.rmtree(out)
+        raise
+    written = sorted(str(path) for path in out.rglob("*") if path.is_file())
+    Console(soft_wrap=True).print("\nFiles written:", *written, sep="\n  ", highlight=False)
+    return results
+
+
+def _same_config(saved: Any, given: Any, path: str = "") -> None:
+    """Refuse to resume under other settings, and name the first one that differs."""
+    for item in fields(saved):
+        before, now = getattr(saved, item.name), getattr(given, item.name)
+        here = f"{path}{item.name}"
+        if before == now:
+            continue
+        if hasattr(before, "__dataclass_fields__") and type(before) is type(now):
+            _same_config(before, now, f"{here}.")
+        raise UserError(here, f"is {now!r}, the interrupted run has {before!r}", "resume with the same settings")
+
+
+if __name__ == "__main__":
+    main()

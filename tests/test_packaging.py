@@ -1,0 +1,53 @@
+"""What the built wheel holds; it must not depend on the symlinks of the tree."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("models", "guides", "experiments")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built from a copy of the tree without its symlinks, as some archives unpack it."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, copy / part, ignore=ignored)
+    shutil.copytree(ROOT / "orderppl", copy / "orderppl", ignore=shutil.ignore_patterns("__pycache__", *PARTS))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
+    built = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-2000:]
+    (path,) = (copy / "dist").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_every_source_file_once_and_no_other(wheel: zipfile.ZipFile) -> None:
+    packed = [name for name in wheel.namelist() if ".dist-info/" not in name]
+    wanted = {"orderppl/py.typed"}
+    for part in ("orderppl", *PARTS):
+        for pattern in ("*.py", "*.yaml"):
+            for path in (ROOT / part).rglob(pattern):
+                name = path.relative_to(ROOT).as_posix()
+                inside = name.split("/")[1] in PARTS  # rglob follows the symlinks on some versions of Python
+                wanted |= set() if inside and part == "orderppl" else {name if part == "orderppl" else f"orderppl/{name}"}
+    assert sorted(packed) == sorted(wanted)
+
+
+def test_the_wheel_names_its_command_and_licence(wheel: zipfile.ZipFile) -> None:
+    (entry,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "orderppl = orderppl.experiments.cli:main" in wheel.read(entry).decode()
+    assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+    (about,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    text = wheel.read(about).decode()
+    assert "Requires-Dist: torch>=2.6\n" in text
+    assert "Requires-Python: >=3.11\n" in text
