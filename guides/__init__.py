@@ -1,3 +1,12 @@
-"""Placeholder."""
+"""Amortised guides: distributions over the order given the tokens, or given only what a decoder sees."""
+
 if __name__ != "orderppl.guides":
     raise ImportError("import orderppl.guides, not guides")
+
+from orderppl.guides.guide import RevealGuide
+from orderppl.guides.mean_field import MeanFieldGuide
+from orderppl.guides.policy import PolicyGuide
+from orderppl.guides.random import RandomGuide
+from orderppl.guides.renormalised_score import RenormalisedScoreGuide
+
+__all__ = ["MeanFieldGuide", "PolicyGuide", "RandomGuide", "RenormalisedScoreGuide", "RevealGuide"]

@@ -1,3 +1,33 @@
-"""Placeholder."""
+"""The unmasking process as Pyro programs, the reveal priors they can have, and denoisers."""
+
 if __name__ != "orderppl.models":
     raise ImportError("import orderppl.models, not models")
+
+from orderppl.models.priors import (
+    CosineSteps,
+    EasyFirst,
+    LearnedPolicy,
+    LearnedSteps,
+    LeftToRight,
+    ResidualPolicy,
+    RevealPrior,
+    ScheduledSteps,
+    StepPrice,
+    UniformSteps,
+)
+from orderppl.models.unmasking import SequentialUnmaskingModel, UnmaskingModel
+
+__all__ = [
+    "CosineSteps",
+    "EasyFirst",
+    "LearnedPolicy",
+    "LearnedSteps",
+    "LeftToRight",
+    "ResidualPolicy",
+    "RevealPrior",
+    "ScheduledSteps",
+    "SequentialUnmaskingModel",
+    "StepPrice",
+    "UniformSteps",
+    "UnmaskingModel",
+]

@@ -1,0 +1,246 @@
+"""Distributions over the order of revealing: schedules, heuristics and learned policies.
+
+Every prior is also a decoding policy: `distribution(state)` is its law of the next reveal set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from orderppl.distributions import BernoulliSet, OrderedPartition, RevealSet, SequentialReveal, StepwiseReveal
+from orderppl.path import RevealPath
+from orderppl.states import UnmaskingState
+
+LOGIT_LIMIT = 12.0  # keeps reveal probabilities away from 0 and 1, so that every KL stays finite
+
+
+class RevealPrior(nn.Module):
+    """Base: a law of the next reveal set given what is visible, and the law of whole orders that it implies.
+
+    Subclasses define `distribution`. Those whose steps do not depend on the tokens also override `forward` with a
+    closed form. `non_empty` says whether every set has at least one position.
+    """
+
+    non_empty = False
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
+        """Law of z_t given s_t, batch shape [*], event [L]. The last step's completion is the caller's."""
+        raise NotImplementedError
+
+    def forward(self, path: RevealPath) -> OrderedPartition:
+        """Law of the whole order of a batch, batch shape [B], event [L]."""
+        return SequentialReveal(path, self.distribution)
+
+    def select(self, state: UnmaskingState) -> Tensor:
+        """Most probable reveal set, bool [*, L]: the prior as a greedy decoding policy."""
+        return self.distribution(state).mode & state.masked
+
+
+class ScheduledSteps(RevealPrior):
+    """r_i independent over the steps with given probabilities, whatever the tokens.
+
+        P(r_i = t) = alpha(t / T) - alpha((t + 1) / T)
+
+    where alpha(u) is the fraction still masked at time u, falling from 1 to 0.
+
+    Args:
+        alpha: float [..] -> float [..], on [0, 1].
+    """
+
+    def __init__(self, alpha: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def step_logits(self, num_steps: int, device: torch.device) -> Tensor:
+        """log P(r_i = t), float [T]."""
+        remaining = self.alpha(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64, device=device))
+        return (remaining[:-1] - remaining[1:]).log().to(torch.get_default_dtype())
+
+    def _steps(self, masked: Tensor, num_steps: int) -> StepwiseReveal:
+        return StepwiseReveal(self.step_logits(num_steps, masked.device).expand(masked.shape + (num_steps,)), masked)
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
+        """Reveal by hazard P(r_i = t | r_i >= t)."""
+        return self._steps(state.masked, state.num_steps).set_at(state.masked, state.step)
+
+    def forward(self, path: RevealPath) -> OrderedPartition:
+        """Closed form over orders."""
+        return self._steps(path.attention_mask, path.num_steps)
+
+
+class UniformSteps(ScheduledSteps):
+    """r_i uniform on the T steps: hazard 1 / (T - t), the usual masked diffusion schedule discretised."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda u: 1 - u)
+
+
+class CosineSteps(ScheduledSteps):
+    """Few positions early, many late: alpha(u) = cos(pi u / 2) (MaskGIT, arXiv 2202.04200)."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda u: torch.cos(u * math.pi / 2))
+
+
+class LeftToRight(RevealPrior):
+    """The leftmost masked positions first, an equal share of what is left at each step.
+
+        logit p_i = (K - 1/2 - rank_i) / temperature,    K = ceil(|M_t| / steps left),  rank_i = 0 for the leftmost
+
+    Args:
+        temperature: positive; the smaller, the closer to the fixed order (and the larger its KL to any other).
+    """
+
+    non_empty = True
+
+    def __init__(self, temperature: float = 0.25) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature: {temperature} is not positive; use a value such as 0.25")
+        self.temperature = temperature
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
+        """Reveal by rank from the left."""
+        rank = state.masked.long().cumsum(-1) - 1  # [*, L]
+        size = -(-state.masked.sum(-1) // state.steps_left)  # [*]
+        logits = (size.unsqueeze(-1) - 0.5 - rank) / self.temperature
+        return BernoulliSet(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT), state.masked, non_empty=True)
+
+
+class EasyFirst(RevealPrior):
+    """Confident positions first: a confidence threshold made soft.
+
+        logit p_i = (logit c_i - logit threshold) / temperature,    c_i = max_v p(x_i = v | s_t)
+
+    Args:
+        threshold: confidence at which a position is as likely revealed as not, in (0, 1).
+        temperature: positive; towards 0 this is the threshold decoder of Fast-dLLM (arXiv 2505.22618).
+    """
+
+    non_empty = True
+
+    def __init__(self, threshold: float = 0.9, temperature: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold: {threshold} is not in (0, 1); use a value such as 0.9")
+        if not temperature > 0:
+            raise ValueError(f"temperature: {temperature} is not positive; use a value such as 1.0")
+        self.threshold = threshold
+        self.temperature = temperature
+
+    def logits(self, state: UnmaskingState) -> Tensor:
+        """Log-odds of revealing each position, float [*, L]."""
+        confidence = state.log_probs.amax(-1).exp()  # [*, L]
+        odds = torch.logit(confidence, eps=1e-6) - math.log(self.threshold / (1 - self.threshold))
+        return (odds / self.temperature).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
+        """Reveal by confidence."""
+        return BernoulliSet(self.logits(state), state.masked, non_empty=True)
+
+
+class LearnedPolicy(RevealPrior):
+    """A network decides from what is visible.
+
+        p_i = sigmoid(network(s_t, t)_i),  divided by Z = 1 - prod_{j in M_t} (1 - p_j) when `non_empty`
+
+    Args:
+        network: state -> logits, float [*, L].
+        non_empty: condition every set on revealing something.
+    """
+
+    def __init__(self, network: nn.Module, non_empty: bool = True) -> None:
+        super().__init__()
+        self.network = network
+        self.non_empty = non_empty
+
+    def logits(self, state: UnmaskingState) -> Tensor:
+        """Log-odds of revealing each position, float [*, L]."""
+        return self.network(state).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
+        """Reveal by the network's probabilities."""
+        return BernoulliSet(self.logits(state), state.masked, non_empty=self.non_empty)
+
+
+class ResidualPolicy(LearnedPolicy):
+    """A heuristic and a learned correction to it.
+
+        logit p_i = logit base_i + network(s_t, t)_i
+
+    With a network whose output starts at zero it starts as the heuristic and can only be trained away from it.
+
+    Args:
+        base: a prior with `logits(state)`, such as `EasyFirst`.
+        network: state -> logits, float [*, L].
+        non_empty: condition every set on revealing something.
+    """
+
+    def __init__(self, base: RevealPrior, network: nn.Module, non_empty: bool = True) -> None:
+        super().__init__(network, non_empty)
+        if not hasattr(base, "logits"):
+            raise ValueError(f"base: {type(base).__name__} has no logits to correct; use EasyFirst or LearnedPolicy")
+        self.base = base
+
+    def logits(self, state: UnmaskingState) -> Tensor:
+        """Log-odds of revealing each position, float [*, L]."""
+        return (self.base.logits(state) + self.network(state)).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+class LearnedSteps(RevealPrior):
+    """A learned plan of the whole order from prompt and positions alone: r_i ~ Categorical(softmax(network_i)).
+
+    Shares its network with a `MeanFieldGuide` that does not see the tokens to tie the two (KL 0); then the guide is
+    deployable as it is.
+
+    Args:
+        network: (None, attention_mask, context, context_mask) -> step logits, float [B, L, T].
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def _plan(self, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None) -> StepwiseReveal:
+        return StepwiseReveal(self.network(None, attention_mask, context, context_mask), attention_mask)
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
+        """Reveal by the plan's hazard."""
+        canvas = state.canvas
+        return self._plan(canvas.attention_mask, canvas.context, canvas.context_mask).set_at(state.masked, state.step)
+
+    def forward(self, path: RevealPath) -> OrderedPartition:
+        """Closed form over orders."""
+        return self._plan(path.attention_mask, path.canvas.context, path.canvas.context_mask)
+
+
+class StepPrice(RevealPrior):
+    """Any prior times exp(-price) per executed step: a geometric prior on the number of steps, up to a constant.
+
+    Without a price nothing in the bound asks for fewer than T steps.
+
+    Args:
+        prior: the prior to put a price on.
+        price: nats per executed step, at least 0.
+    """
+
+    def __init__(self, prior: RevealPrior, price: float) -> None:
+        super().__init__()
+        if price < 0:
+            raise ValueError(f"price: {price} is negative; use 0 or more nats per step")
+        self.prior = prior
+        self.price = price
+        self.non_empty = prior.non_empty
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
+        """Same sets as the prior, each step weighed by its price while anything is masked."""
+        executed = state.masked.any(-1)
+        return self.prior.distribution(state).weighted(-self.price * executed.to(torch.get_default_dtype()))
+
+    def select(self, state: UnmaskingState) -> Tensor:
+        """Selects as the prior does."""
+        return self.prior.select(state)

@@ -1,0 +1,119 @@
+"""The unmasking process as a Pyro program."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from orderppl.denoising import Canvas, Denoiser
+from orderppl.distributions import RevealedTokens
+from orderppl.models.priors import RevealPrior
+from orderppl.path import RevealPath
+from orderppl.states import UnmaskingState
+
+
+class UnmaskingModel(PyroModule):
+    """The generative program of masked diffusion with the order as its latent variable, scored in one piece.
+
+        r ~ prior                                  ordered partition of the positions, site `reveal_step`
+        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t, c)_i        site `tokens`
+
+    All T states of an order are stacked and go through the denoiser in one call. The states are built from the
+    observed tokens: to generate, use `SequentialUnmaskingModel`.
+
+    Args:
+        denoiser: see `Denoiser`; freeze it with `requires_grad_(False)` to learn the order alone.
+        prior: distribution over orders.
+        num_steps: step budget T.
+        one_step: look at one uniformly drawn step per sequence instead of all T; unbiased, T times fewer denoiser rows.
+    """
+
+    def __init__(self, denoiser: Denoiser, prior: RevealPrior, num_steps: int, one_step: bool = False) -> None:
+        super().__init__("model")  # a root name of its own, or pyro.infer.SVI confuses its parameters with the guide's
+        self.denoiser = denoiser
+        self.prior = prior
+        self.num_steps = num_steps
+        self.one_step = one_step
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Score a batch.
+
+        Args:
+            tokens: int64 [B, L], response tokens.
+            attention_mask: bool [B, L], False at padding; all True when left out.
+            context: int64 [B, C], prompt tokens.
+            context_mask: bool [B, C].
+
+        Returns:
+            The order, int64 [*, B, L].
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
+        path = RevealPath(canvas, tokens, self.num_steps, self.one_step)
+        with pyro.plate("batch", len(tokens), dim=-1):
+            reveal_step = pyro.sample("reveal_step", self.prior(path))
+            pyro.sample("tokens", RevealedTokens(path(reveal_step), reveal_step), obs=tokens)
+        return reveal_step
+
+
+class SequentialUnmaskingModel(PyroModule):
+    """The same process step by step, with a site per step; generative under `poutine.uncondition`.
+
+        z_t ~ prior(s_t, c, t)          site `reveal_{t}`, bool [B, L]; everything left at the last step
+        x_i ~ Denoiser(s_t, c)_i        site `tokens_{t}`, for i in z_t
+        s_{t+1} = s_t with z_t filled in
+
+    Args:
+        denoiser: see `Denoiser`.
+        prior: distribution over reveal sets.
+        num_steps: step budget T.
+    """
+
+    def __init__(self, denoiser: Denoiser, prior: RevealPrior, num_steps: int) -> None:
+        super().__init__("model")
+        self.denoiser = denoiser
+        self.prior = prior
+        self.num_steps = num_steps
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Score or generate a batch; see `UnmaskingModel.forward`.
+
+        Under `poutine.uncondition` the values of `tokens` are ignored and only its shape is used.
+
+        Returns:
+            The completed sequences, int64 [B, L].
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
+        state = torch.where(canvas.attention_mask, canvas.mask_index, tokens)
+        masked = canvas.attention_mask
+        with pyro.plate("batch", len(tokens), dim=-1):
+            for t in range(self.num_steps):
+                step = masked.new_full(masked.shape[:-1], t, dtype=torch.int64)
+                seen = UnmaskingState(state, masked, step, self.num_steps, canvas)
+                reveal = masked
+                if t < self.num_steps - 1:
+                    reveal = pyro.sample(f"reveal_{t}", self.prior.distribution(seen))
+                likelihood = dist.Categorical(logits=seen.logits).mask(reveal).to_event(1)
+                # The sampled value, not `tokens`, builds the next state: it is the generated one under uncondition.
+                value = pyro.sample(f"tokens_{t}", likelihood, obs=tokens)
+                state = torch.where(reveal, value, state)
+                masked = masked & ~reveal
+        return state

@@ -1,0 +1,18 @@
+"""Distributions over reveal sets and over ordered partitions, with closed-form Kullback-Leibler divergences."""
+
+from orderppl.distributions.ordered_partition import OrderedPartition, SequentialReveal
+from orderppl.distributions.renormalised_reveal import RenormalisedReveal
+from orderppl.distributions.reveal_set import BernoulliSet, RenormalisedSet, RevealSet
+from orderppl.distributions.revealed_tokens import RevealedTokens
+from orderppl.distributions.stepwise_reveal import StepwiseReveal
+
+__all__ = [
+    "BernoulliSet",
+    "OrderedPartition",
+    "RenormalisedReveal",
+    "RenormalisedSet",
+    "RevealSet",
+    "RevealedTokens",
+    "SequentialReveal",
+    "StepwiseReveal",
+]

@@ -1,0 +1,168 @@
+"""Ordered partitions of the response positions: one reveal set after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
+from torch import Tensor
+
+from orderppl.distributions.reveal_set import RevealSet
+from orderppl.path import RevealPath
+from orderppl.states import VISIBLE, enumerate_partitions, masked_before, reveal_set, stacked_steps
+
+
+class OrderedPartition(dist.TorchDistribution):
+    """A chain of reveal sets z_1, .., z_T that together reveal every masked position.
+
+        log p(r) = sum_{t < T} log p(z_t | M_t),      z_t = {i : r_i = t},  M_t = {i : r_i >= t},  z_T = M_T
+
+    The value is `reveal_step`, int64 [*, L]: 0-based, -1 where nothing is ever masked. A subclass says how one set is
+    distributed (`set_at`); everything else follows from the chain.
+
+    Args:
+        masked: bool [*, L], positions masked before the first step.
+        num_steps: T.
+        steps: int64 [S, *], the steps that `log_prob` looks at; all T when left out. With fewer, `log_prob` is the
+            unbiased estimate (T / S) sum_s log p(z_s | M_s) for steps drawn uniformly.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_enumerate_support = True
+
+    def __init__(
+        self, masked: Tensor, num_steps: int, steps: Tensor | None = None, validate_args: bool | None = None
+    ) -> None:
+        if num_steps < 1:
+            raise ValueError(f"num_steps: {num_steps} is below 1; use at least one step")
+        self.masked = masked
+        self.num_steps = num_steps
+        self.steps = steps
+        self._last: tuple[Tensor, Tensor | None, RevealSet] | None = None
+        super().__init__(masked.shape[:-1], masked.shape[-1:], validate_args=validate_args)
+
+    def set_at(self, masked: Tensor, step: Tensor) -> RevealSet:
+        """Distribution of z_t given M_t, before the last step's completion.
+
+        Args:
+            masked: bool [*, L], M_t.
+            step: int64 [*], t.
+        """
+        raise NotImplementedError
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Steps 0..T-1, and -1 for positions that are never masked."""
+        return constraints.independent(constraints.integer_interval(VISIBLE, self.num_steps - 1), 1)
+
+    def reveal_sets(self, reveal_step: Tensor, steps: Tensor | None = None) -> RevealSet:
+        """The set distributions met along an order.
+
+        Args:
+            reveal_step: int64 [*, L].
+            steps: int64 [S, *] or [S, 1, .., 1]; all T steps when left out.
+
+        Returns:
+            A `RevealSet` with batch shape [S, *] and the masked sets M_t of that order.
+        """
+        reveal_step = detach_provenance(reveal_step)
+        if self._last is None or self._last[0] is not reveal_step or self._last[1] is not steps:
+            self._last = reveal_step, steps, self._sets_along(reveal_step, steps)
+        return self._last[2]
+
+    def _sets_along(self, reveal_step: Tensor, steps: Tensor | None) -> RevealSet:
+        step = stacked_steps(self.num_steps, reveal_step).squeeze(-1) if steps is None else steps
+        step = step.expand((step.shape[0],) + reveal_step.shape[:-1])  # [S, *]
+        sets = self.set_at(masked_before(reveal_step, step.unsqueeze(-1)), step)
+        return sets.certain(step == self.num_steps - 1)
+
+    def step_log_prob(self, reveal_step: Tensor, steps: Tensor | None = None) -> Tensor:
+        """log p(z_t | M_t) for each step of an order, float [S, *]."""
+        reveal_step = detach_provenance(reveal_step)
+        step = stacked_steps(self.num_steps, reveal_step) if steps is None else steps.unsqueeze(-1)
+        return self.reveal_sets(reveal_step, steps).log_prob(reveal_set(reveal_step, step))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of an order, int64 [*, L] -> float [*]."""
+        if self._validate_args:
+            self._validate_sample(value)
+        by_step = self.step_log_prob(value, self.steps)
+        total = by_step.sum(0) * (self.num_steps / by_step.shape[0])
+        wrong = (detach_provenance(value) >= 0) != self.masked  # reveals padding, or leaves a masked position out
+        return track_provenance(total.masked_fill(wrong.any(-1), -torch.inf), get_provenance(value))
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draw orders step by step, int64 [*sample_shape, *, L]."""
+        with torch.no_grad():
+            masked = self.masked.expand(torch.Size(sample_shape) + self.masked.shape)
+            reveal_step = torch.full_like(masked, VISIBLE, dtype=torch.int64)
+            for t in range(self.num_steps):
+                step = masked.new_full(masked.shape[:-1], t, dtype=torch.int64)
+                reveal = masked if t == self.num_steps - 1 else self.set_at(masked, step).sample()
+                reveal_step = reveal_step.masked_fill(reveal, t)
+                masked = masked & ~reveal
+            return reveal_step
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All T**L assignments, int64 [T**L, *, L]; with padding, repeats of an order have log-probability -inf."""
+        values = enumerate_partitions(self.event_shape[0], self.num_steps).to(self.masked.device)
+        values = values.reshape((-1,) + (1,) * len(self.batch_shape) + tuple(self.event_shape))
+        if expand or not bool(self.masked.all()):
+            values = torch.where(self.masked | (values > 0), values, VISIBLE)
+        return values
+
+
+class SequentialReveal(OrderedPartition):
+    """An ordered partition whose sets depend on the tokens revealed so far: a policy followed along a path.
+
+    Args:
+        path: the sequences on which the order is played out.
+        distribution: state -> distribution of its reveal set.
+    """
+
+    def __init__(
+        self,
+        path: RevealPath,
+        distribution: Callable[..., RevealSet],
+        batch_shape: torch.Size | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        masked = path.attention_mask
+        if batch_shape is not None:
+            masked = masked.expand(torch.Size(batch_shape) + masked.shape[-1:])
+        self.path = path
+        self.distribution = distribution
+        super().__init__(masked, path.num_steps, path.steps, validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> SequentialReveal:
+        """Return the same distribution at a broader batch shape."""
+        return SequentialReveal(self.path, self.distribution, batch_shape, validate_args=self._validate_args)
+
+    def set_at(self, masked: Tensor, step: Tensor) -> RevealSet:
+        """Ask the policy at the states of `masked`."""
+        return self.distribution(self.path.state_at(masked, step))
+
+    def _sets_along(self, reveal_step: Tensor, steps: Tensor | None) -> RevealSet:
+        if steps is not self.path.steps:
+            return super()._sets_along(reveal_step, steps)
+        state = self.path(reveal_step)  # the likelihood asks for the same states: one denoiser call for both
+        return self.distribution(state).certain(state.step == self.num_steps - 1)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draw orders by following the policy, int64 [*sample_shape, *, L]."""
+        with torch.no_grad():
+            masked = self.masked.expand(torch.Size(sample_shape) + self.masked.shape)
+            reveal_step = torch.full_like(masked, VISIBLE, dtype=torch.int64)
+            states = []
+            for t in range(self.num_steps):
+                state = self.path.state_at(masked, masked.new_full(masked.shape[:-1], t, dtype=torch.int64))
+                reveal = masked if t == self.num_steps - 1 else self.distribution(state).sample()
+                reveal_step = reveal_step.masked_fill(reveal, t)
+                masked = masked & ~reveal
+                states.append(state)
+            self.path.remember(reveal_step, states)
+            return reveal_step

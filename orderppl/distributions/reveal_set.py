@@ -1,0 +1,245 @@
+"""One reveal set: which of the masked positions are revealed at a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions.kl import register_kl
+from torch.nn.functional import logsigmoid
+
+
+def log1mexp(log_p: Tensor) -> Tensor:
+    """log(1 - exp(log_p)) for log_p <= 0 without cancellation; -inf at 0 with a zero gradient there."""
+    certain = log_p >= 0
+    safe = log_p.masked_fill(certain, -1.0)
+    near = safe > -0.6931471805599453  # switch at p = 1/2 (Maechler 2012)
+    small = torch.log(-torch.expm1(torch.where(near, safe, -1.0)))
+    large = torch.log1p(-torch.exp(torch.where(near, -1.0, safe)))
+    return torch.where(near, small, large).masked_fill(certain, -torch.inf)
+
+
+def _weighted(weight: Tensor, log_value: Tensor) -> Tensor:
+    """weight * log_value with 0 * inf = 0, in value and gradient."""
+    return weight * log_value.masked_fill(weight == 0, 0.0)
+
+
+class RevealSet(dist.TorchDistribution):
+    """A random subset z of the masked positions, each position on its own, optionally given that z is not empty.
+
+        log p(z) = sum_{i in M} [ z_i log q_i + (1 - z_i) log(1 - q_i) ]  -  log Z  +  log_weight
+        Z        = 1 - prod_{i in M} (1 - q_i)   if `non_empty` and M is not empty, else 1
+
+    Values are bool [*, L]; positions outside M are never in z. A row with nothing masked has the empty set for sure.
+
+    Args:
+        log_reveal: float [*, L], log q_i.
+        log_keep: float [*, L], log(1 - q_i).
+        masked: bool [*, L], M.
+        non_empty: condition on at least one revealed position (exact normaliser).
+        log_weight: float [*], log of an unnormalised factor such as the price of a step; 0 when left out.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_enumerate_support = True
+
+    def __init__(
+        self,
+        log_reveal: Tensor,
+        log_keep: Tensor,
+        masked: Tensor,
+        non_empty: bool = False,
+        log_weight: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        log_reveal, log_keep, masked = torch.broadcast_tensors(log_reveal, log_keep, masked)
+        self.log_reveal = log_reveal.masked_fill(~masked, -torch.inf)
+        self.log_keep = log_keep.masked_fill(~masked, 0.0)
+        self.masked = masked
+        self.non_empty = non_empty
+        self.log_weight = masked.new_zeros(masked.shape[:-1], dtype=log_keep.dtype) if log_weight is None else log_weight
+        super().__init__(masked.shape[:-1], masked.shape[-1:], validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Subsets of all positions; those that leave M have probability 0."""
+        return constraints.independent(constraints.boolean, 1)
+
+    def _copy(self, log_reveal: Tensor, log_keep: Tensor, masked: Tensor, log_weight: Tensor) -> RevealSet:
+        return RevealSet(log_reveal, log_keep, masked, self.non_empty, log_weight, validate_args=self._validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealSet:
+        """Return the same set distribution at a broader batch shape."""
+        shape = torch.Size(batch_shape) + self.event_shape
+        return self._copy(
+            self.log_reveal.expand(shape),
+            self.log_keep.expand(shape),
+            self.masked.expand(shape),
+            self.log_weight.expand(batch_shape),
+        )
+
+    def at(self, steps: Tensor) -> RevealSet:
+        """Pick steps out of a stack of sets along the first batch dimension.
+
+        Args:
+            steps: int64 [S, *], indices into that dimension, broadcast to the other batch dimensions.
+        """
+        index = steps.expand((steps.shape[0],) + tuple(self.batch_shape[1:]))
+        positions = index.unsqueeze(-1).expand(index.shape + self.event_shape)
+        return self._copy(
+            self.log_reveal.gather(0, positions),
+            self.log_keep.gather(0, positions),
+            self.masked.gather(0, positions),
+            self.log_weight.gather(0, index),
+        )
+
+    def certain(self, where: Tensor) -> RevealSet:
+        """Reveal everything that is masked in the rows `where` (bool [*]), as the last step does."""
+        rows = where.unsqueeze(-1)
+        return self._copy(
+            torch.where(rows, torch.zeros_like(self.log_reveal), self.log_reveal),
+            self.log_keep.masked_fill(rows & self.masked, -torch.inf),
+            self.masked,
+            self.log_weight,
+        )
+
+    def weighted(self, log_weight: Tensor) -> RevealSet:
+        """Multiply the density by exp(log_weight), float [*]."""
+        return self._copy(self.log_reveal, self.log_keep, self.masked, self.log_weight + log_weight)
+
+    @property
+    def log_empty(self) -> Tensor:
+        """Log-probability of the empty set before conditioning, float [*]."""
+        return self.log_keep.sum(-1)
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """log Z, float [*]; 0 without conditioning."""
+        if not self.non_empty:
+            return torch.zeros_like(self.log_empty)
+        nothing_masked = ~self.masked.any(-1)
+        return log1mexp(self.log_empty.masked_fill(nothing_masked, -torch.inf))
+
+    @property
+    def probs(self) -> Tensor:
+        """Inclusion probability of each position, float [*, L]; given non-emptiness when conditioned."""
+        return (self.log_reveal - self.log_normaliser.unsqueeze(-1)).exp()
+
+    @property
+    def mean(self) -> Tensor:
+        """Same as `probs`."""
+        return self.probs
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable set, bool [*, L]; when conditioned and empty, the most probable single position."""
+        likely = self.masked & (self.log_reveal > self.log_keep)
+        if not self.non_empty:
+            return likely
+        best = torch.nn.functional.one_hot((self.log_reveal - self.log_keep).argmax(-1), self.event_shape[0]).bool()
+        return torch.where(likely.any(-1, keepdim=True), likely, best & self.masked)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draw sets, bool [*sample_shape, *, L]; exact under conditioning, without rejection."""
+        with torch.no_grad():
+            shape = torch.Size(sample_shape) + self.masked.shape
+            reveal = torch.rand(shape, device=self.masked.device) < self.log_reveal.exp()
+            if not self.non_empty:
+                return reveal
+            # The first revealed position f has p(f) = q_f prod_{i<f} (1 - q_i) / Z; later positions stay independent.
+            log_before = self.log_keep.cumsum(-1) - self.log_keep
+            first_probs = (self.log_reveal + log_before).exp()
+            first_probs = torch.where(self.masked.any(-1, keepdim=True), first_probs, torch.ones_like(first_probs))
+            first = torch.distributions.Categorical(probs=first_probs).sample(sample_shape).unsqueeze(-1)
+            position = torch.arange(shape[-1], device=first.device)
+            return ((position == first) | (reveal & (position > first))) & self.masked
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of a set, bool [*, L] -> float [*]; -inf for sets that leave M."""
+        if self._validate_args:
+            self._validate_sample(value)
+        value, log_reveal, log_keep = torch.broadcast_tensors(value.bool(), self.log_reveal, self.log_keep)
+        log_prob = torch.where(value, log_reveal, log_keep).sum(-1)
+        if self.non_empty:
+            impossible = ~value.any(-1) & self.masked.any(-1)
+            log_prob = (log_prob - self.log_normaliser).masked_fill(impossible, -torch.inf)
+        return log_prob + self.log_weight
+
+    def entropy(self) -> Tensor:
+        """Entropy of the normalised set distribution in nats, float [*]."""
+        return self.log_normaliser - self._cross(self)
+
+    def _cross(self, other: RevealSet) -> Tensor:
+        """E_self[ sum_i z_i log q_i + (1 - z_i) log(1 - q_i) ] with the log-probabilities of `other`."""
+        probs = self.probs
+        keep = torch.where(self.masked, self._exclusion_probs(probs), torch.zeros_like(probs))
+        return (_weighted(probs, other.log_reveal) + _weighted(keep, other.log_keep)).sum(-1)
+
+    def _exclusion_probs(self, probs: Tensor) -> Tensor:
+        """1 - probs, from log(1 - q) where that is exact."""
+        return 1 - probs if self.non_empty else self.log_keep.exp()
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All 2**L subsets, bool [2**L, *, L]; those that are impossible in a row have log-probability -inf."""
+        length = self.event_shape[0]
+        code = torch.arange(2**length, device=self.masked.device)
+        bits = (code.unsqueeze(-1) >> torch.arange(length, device=code.device)) & 1
+        values = bits.bool().reshape((-1,) + (1,) * len(self.batch_shape) + (length,))
+        return values.expand((-1,) + self.batch_shape + self.event_shape) if expand else values
+
+
+class BernoulliSet(RevealSet):
+    """Each masked position is revealed with probability sigmoid(logit_i), optionally given that the set is not empty.
+
+    Args:
+        logits: float [*, L]; finite logits keep every divergence finite.
+        masked: bool [*, L].
+        non_empty: condition on at least one revealed position.
+    """
+
+    def __init__(
+        self, logits: Tensor, masked: Tensor, non_empty: bool = False, validate_args: bool | None = None
+    ) -> None:
+        super().__init__(logsigmoid(logits), logsigmoid(-logits), masked, non_empty, validate_args=validate_args)
+
+
+class RenormalisedSet(RevealSet):
+    """The paper's posterior over one reveal set: scores renormalised by the largest one that is still masked.
+
+        q_i = exp((s_i - max_{j in M} s_j) / temperature)
+
+    The arg-max is revealed for sure, so the set is never empty (arXiv 2602.23968; the formula is our reconstruction).
+
+    Args:
+        scores: float [*, L].
+        temperature: positive; small values reveal few positions.
+        masked: bool [*, L].
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+
+    def __init__(
+        self, scores: Tensor, temperature: float, masked: Tensor, validate_args: bool | None = None
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature: {temperature} is not positive; use a value such as 0.1")
+        scores, masked = torch.broadcast_tensors(scores, masked)
+        hidden = scores.masked_fill(~masked, -torch.inf)
+        largest = hidden.amax(-1, keepdim=True)
+        largest = largest.masked_fill(~masked.any(-1, keepdim=True), 0.0)  # no masked position, no maximum
+        log_reveal = ((scores - largest) / temperature).masked_fill(~masked, -1.0)
+        super().__init__(log_reveal, log1mexp(log_reveal), masked, validate_args=validate_args)
+
+
+@register_kl(RevealSet, RevealSet)
+def _kl_reveal_set(q: RevealSet, p: RevealSet) -> Tensor:
+    """KL(q || p) in nats, float [*], of q against the possibly unnormalised p; infinite where p misses sets of q."""
+    kl = q._cross(q) - q._cross(p) - q.log_normaliser + p.log_normaliser - p.log_weight
+    if p.non_empty and not q.non_empty:
+        may_be_empty = q.masked.any(-1) & ~torch.isneginf(q.log_empty)
+        kl = kl.masked_fill(may_be_empty, torch.inf)
+    return kl

@@ -1,0 +1,84 @@
+"""The likelihood of the tokens, each at the step that reveals it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
+from torch import Tensor
+
+from orderppl.states import UnmaskingState
+
+
+class RevealedTokens(dist.TorchDistribution):
+    """Tokens given the order in which they were revealed.
+
+        log p(x | r) = sum_t sum_{i : r_i = t} log p(x_i | s_t)
+
+    With a state stack of S < T uniformly drawn steps this is the unbiased estimate T / S times the sum over those.
+
+    Args:
+        state: the stacked states of the order, leading shape [S, *].
+        reveal_step: int64 [*, L], the order; its provenance is carried by `log_prob`.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        state: UnmaskingState,
+        reveal_step: Tensor,
+        batch_shape: torch.Size | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.state = state
+        self.reveal_step = reveal_step
+        self._last: tuple[Tensor, Tensor] | None = None
+        shape = state.masked.shape[1:]
+        super().__init__(
+            shape[:-1] if batch_shape is None else torch.Size(batch_shape), shape[-1:], validate_args=validate_args
+        )
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Token ids; padding may hold any id."""
+        return constraints.independent(constraints.nonnegative_integer, 1)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealedTokens:
+        """Return the same distribution at a broader batch shape."""
+        return RevealedTokens(self.state, self.reveal_step, batch_shape, validate_args=self._validate_args)
+
+    def token_log_prob(self, tokens: Tensor) -> Tensor:
+        """l_i(s_t): log-likelihood of every hidden token at every state, float [S, *, L]; 0 where it is not hidden."""
+        tokens = detach_provenance(tokens)
+        if self._last is not None and self._last[0] is tokens:
+            return self._last[1]
+        logits = self.state.logits  # [S, *, L, V]
+        index = torch.where(self.state.masked, tokens, 0).unsqueeze(-1)
+        chosen = logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
+        self._last = tokens, chosen.masked_fill(~self.state.masked, 0.0)
+        return self._last[1]
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draw each token at the true state that reveals it (posterior predictive), int64 [*sample_shape, *, L]."""
+        with torch.no_grad():
+            step = detach_provenance(self.reveal_step).clamp_min(0)
+            logits = self.state.logits
+            if len(logits) != self.state.num_steps:
+                raise ValueError("one_step: tokens cannot be drawn from a single step; use one_step=False")
+            index = step.expand(logits.shape[1:-1])[None, ..., None].expand((1,) + logits.shape[1:])
+            chosen = logits.gather(0, index).squeeze(0).expand(torch.Size(self.batch_shape) + logits.shape[-2:])
+            return torch.distributions.Categorical(logits=chosen).sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-likelihood of the tokens, int64 [*, L] -> float [*]."""
+        if self._validate_args:
+            self._validate_sample(value)
+        state = self.state
+        revealed = detach_provenance(self.reveal_step) == state.step.unsqueeze(-1)  # [S, *, L]
+        by_step = self.token_log_prob(value).masked_fill(~revealed, 0.0).sum(-1)  # [S, *]
+        total = by_step.sum(0) * (state.num_steps / by_step.shape[0])
+        return track_provenance(total.expand(self.batch_shape), get_provenance(self.reveal_step))

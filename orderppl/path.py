@@ -1,0 +1,96 @@
+"""The states that a batch of sequences goes through under a reveal order."""
+
+from __future__ import annotations
+
+import torch
+from pyro.ops.provenance import detach_provenance
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from orderppl.denoising import Canvas
+from orderppl.states import UnmaskingState, masked_before, partial_state, stacked_steps
+
+
+# Orders that a policy has just been followed along, with the states it met. The guide that drew an order and the model
+# that scores it are two programs with a path each; through this they share the denoiser calls.
+_FOLLOWED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class RevealPath:
+    """True tokens on a canvas, ready to be revealed in any order.
+
+    Calling it with an order builds the states of all its steps at once, with one (lazy) denoiser call on them, and
+    remembers them: prior and likelihood of one program ask for the same states.
+
+    Args:
+        canvas: prompt, padding and denoiser.
+        tokens: int64 [B, L], clean tokens x.
+        num_steps: step budget T.
+        one_step: look at one step per sequence only, drawn uniformly (stratified over the batch) and shared by the
+            particles of a sequence.
+    """
+
+    def __init__(self, canvas: Canvas, tokens: Tensor, num_steps: int, one_step: bool = False) -> None:
+        self.canvas = canvas
+        self.tokens = tokens
+        self.num_steps = num_steps
+        self.steps = _one_step_each(len(tokens), num_steps, tokens.device) if one_step else None
+        self._last: tuple[Tensor, UnmaskingState] | None = None
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """bool [B, L], False at padding; the positions masked before the first step."""
+        return self.canvas.attention_mask
+
+    def state_at(self, masked: Tensor, step: Tensor) -> UnmaskingState:
+        """The state that hides `masked` (bool [*, B, L]) before `step` (int64 [*, B])."""
+        state = partial_state(self.tokens, masked, self.canvas.mask_index)
+        return UnmaskingState(state, masked, step, self.num_steps, self.canvas)
+
+    def __call__(self, reveal_step: Tensor) -> UnmaskingState:
+        """States before each step of an order (int64 [*, B, L]), stacked: [S, *, B, L]."""
+        reveal_step = detach_provenance(reveal_step)
+        if self._last is None or self._last[0] is not reveal_step:
+            followed = _FOLLOWED.get(reveal_step)
+            if self.steps is None and followed is not None and self._shares(*followed):
+                self._last = reveal_step, followed[1]
+                return followed[1]
+            shape = torch.broadcast_shapes(reveal_step.shape, self.tokens.shape)  # enumerated orders lack the batch
+            order = reveal_step.expand(shape)
+            step = stacked_steps(self.num_steps, order).squeeze(-1) if self.steps is None else self.steps
+            step = step.reshape(step.shape[:1] + (1,) * (len(shape) - step.dim()) + step.shape[1:])
+            step = step.expand(step.shape[:1] + shape[:-1])  # [S, *, B]
+            state = self.state_at(masked_before(order, step.unsqueeze(-1)), step)
+            self._last = reveal_step, state
+        return self._last[1]
+
+    def remember(self, reveal_step: Tensor, states: list[UnmaskingState]) -> None:
+        """Keep the states met while an order was drawn, so that scoring it needs no further denoiser call.
+
+        Only for a frozen denoiser: states met while sampling carry no gradient to it.
+
+        Args:
+            reveal_step: int64 [*, B, L], the order.
+            states: its T states, leading shape [*, B].
+        """
+        denoiser = self.canvas.denoiser
+        parameters = denoiser.parameters() if isinstance(denoiser, torch.nn.Module) else ()
+        if any(parameter.requires_grad for parameter in parameters):
+            return
+        stacked = self.state_at(torch.stack([s.masked for s in states]), torch.stack([s.step for s in states]))
+        if "logits" in states[0].__dict__:  # a policy that ignores the logits has made no denoiser call worth keeping
+            stacked.logits = torch.stack([s.logits for s in states])
+        self._last = reveal_step, stacked
+        _FOLLOWED[reveal_step] = self.tokens, stacked  # must not hold the key, or it would never be freed
+
+    def _shares(self, tokens: Tensor, state: UnmaskingState) -> bool:
+        mine, theirs = self.canvas, state.canvas
+        same_canvas = mine.denoiser is theirs.denoiser and mine.context is theirs.context
+        return same_canvas and self.tokens is tokens and self.num_steps == state.num_steps
+
+
+def _one_step_each(num_sequences: int, num_steps: int, device: torch.device) -> Tensor:
+    """One uniform step per sequence, int64 [1, B]; the sequences of a batch spread evenly over the steps."""
+    offset = torch.rand(num_sequences, device=device)
+    slot = torch.randperm(num_sequences, device=device)
+    return ((slot + offset) / num_sequences * num_steps).long().clamp_max(num_steps - 1).unsqueeze(0)

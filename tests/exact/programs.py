@@ -1,0 +1,123 @@
+"""Tiny unmasking programs with a table denoiser, small enough to enumerate every order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from orderppl.guides import MeanFieldGuide, PolicyGuide, RandomGuide, RenormalisedScoreGuide, RevealGuide
+from orderppl.models import (
+    CosineSteps,
+    EasyFirst,
+    LearnedPolicy,
+    LearnedSteps,
+    LeftToRight,
+    ResidualPolicy,
+    RevealPrior,
+    StepPrice,
+    UniformSteps,
+    UnmaskingModel,
+)
+from orderppl.states import UnmaskingState
+
+LENGTH, VOCAB = 3, 4
+
+
+class TableDenoiser(nn.Module):
+    """Arbitrary conditionals: one row of logits per partially revealed sequence."""
+
+    mask_index = VOCAB
+    vocab_size = VOCAB
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn((VOCAB + 1,) * LENGTH + (LENGTH, VOCAB)))
+
+    def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        seen = torch.where(attention_mask, state, 0)
+        return self.table[seen[..., 0], seen[..., 1], seen[..., 2]]
+
+
+class TokenTable(nn.Module):
+    """Sequence network: outputs looked up by token and position, or by position alone when tokens are hidden."""
+
+    def __init__(self, out: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(VOCAB + 1, LENGTH, out))
+
+    def forward(self, tokens: Tensor | None, attention_mask: Tensor, *_: Tensor | None) -> Tensor:
+        seen = torch.full_like(attention_mask, VOCAB, dtype=torch.int64) if tokens is None else tokens
+        return self.table[seen, torch.arange(LENGTH)]
+
+
+class StateTable(nn.Module):
+    """Policy network: a logit per position, its state and the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(VOCAB + 1, LENGTH))
+        self.confidence = nn.Parameter(torch.randn(()))
+        self.step = nn.Parameter(torch.randn(()))
+
+    def forward(self, state: UnmaskingState) -> Tensor:
+        # The mean over the sequence makes every logit depend on all revealed tokens.
+        local = self.table[state.tokens, torch.arange(LENGTH)]
+        certainty = state.log_probs.amax(-1)
+        return local + local.mean(-1, keepdim=True) + self.confidence * certainty + self.step * state.step.unsqueeze(-1)
+
+
+PRIORS = {
+    "uniform": lambda steps: UniformSteps(),
+    "cosine": lambda steps: CosineSteps(),
+    "left_to_right": lambda steps: LeftToRight(temperature=1.0),
+    "easy_first": lambda steps: EasyFirst(0.5, temperature=2.0),
+    "learned_policy": lambda steps: LearnedPolicy(StateTable()),
+    "may_wait_policy": lambda steps: LearnedPolicy(StateTable(), non_empty=False),
+    "residual_policy": lambda steps: ResidualPolicy(EasyFirst(0.5), StateTable(), non_empty=False),
+    "learned_steps": lambda steps: LearnedSteps(TokenTable(steps)),
+    "priced_uniform": lambda steps: StepPrice(UniformSteps(), 0.7),
+    "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
+}
+GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy"]
+
+
+def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps: int) -> RevealGuide:
+    """Build a guide; `policy` is tied to the prior, `other_policy` is a state-dependent guide of its own."""
+    if name == "random":
+        return RandomGuide(num_steps)
+    if name == "mean_field":
+        return MeanFieldGuide(TokenTable(num_steps), num_steps)
+    if name == "plan":
+        network = prior.network if isinstance(prior, LearnedSteps) else TokenTable(num_steps)
+        return MeanFieldGuide(network, num_steps, sees_tokens=False)
+    if name == "renormalised":
+        return RenormalisedScoreGuide(TokenTable(1), num_steps, temperature=1.5)
+    if name == "policy":
+        return PolicyGuide(prior.prior if isinstance(prior, StepPrice) else prior, denoiser, num_steps)
+    return PolicyGuide(LearnedPolicy(StateTable(), non_empty=prior.non_empty), denoiser, num_steps)
+
+
+def is_finite_pair(guide: str, prior: str) -> bool:
+    """Whether KL(guide || prior) is finite: a guide that may wait does not fit a prior that may not."""
+    waits = {"random", "mean_field", "plan"}
+    never_waits = {"left_to_right", "easy_first", "learned_policy", "priced_policy"}
+    return not (guide in waits and prior in never_waits)
+
+
+def make_pair(
+    prior_name: str, guide_name: str, num_steps: int, one_step: bool = False, frozen: bool = False
+) -> tuple[UnmaskingModel, RevealGuide]:
+    """Build a (model, guide) pair with random weights."""
+    denoiser = TableDenoiser().requires_grad_(not frozen)
+    prior = PRIORS[prior_name](num_steps)
+    model = UnmaskingModel(denoiser, prior, num_steps, one_step)
+    return model, make_guide(guide_name, prior, denoiser, num_steps)
+
+
+def make_batch(padded: bool = True) -> dict[str, Tensor]:
+    """Four sequences, one of them with a padded end."""
+    tokens = torch.randint(0, VOCAB, (4, LENGTH))
+    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+    if padded:
+        attention_mask[-1, -1] = False
+    return {"tokens": tokens, "attention_mask": attention_mask}
