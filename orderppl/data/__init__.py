@@ -1,0 +1,1 @@
+"""Data sets, tokenisers and collation, with `datasets.Dataset` as the container."""

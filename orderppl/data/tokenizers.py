@@ -1,0 +1,312 @@
+"""Tokenisers: a small number/word vocabulary built from training texts, and any Hugging Face tokeniser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from orderppl.errors import UserError
+
+PAD, MASK, EOS, UNK, JOIN = "<pad>", "<mask>", "<eos>", "<unk>", "<join>"
+SPECIAL = (PAD, MASK, EOS, UNK, JOIN)  # ids 0..4
+# a letter may be followed by digits (`r1` is one reference, not a number)
+PIECE = re.compile(r"<<|>>|#+|[0-9]+|[^\W\d_]+[0-9]*|\s|.", re.DOTALL)
+
+NumberMode = Literal["digits", "numbers"]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the data functions need of a tokeniser.
+
+    Attributes:
+        pad_index: id of the padding token.
+        mask_index: id of the MASK token.
+        eos_index: id of the end-of-sequence token.
+        vocab_size: number of ids V.
+        tokens: the V token strings, by id.
+    """
+
+    pad_index: int
+    mask_index: int
+    eos_index: int
+    vocab_size: int
+    tokens: Sequence[str]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first end of sequence; padding and MASK are left out."""
+        ...
+
+    def number_values(self) -> Tensor:
+        """float [V]: the number a token stands for, nan for other tokens."""
+        ...
+
+
+def _kind(piece: str) -> str:
+    """Class of a piece for spacing: all numerals alike, all words alike, anything else by itself."""
+    if piece[0].isdecimal() and piece.isascii():
+        return "0"
+    return "a" if piece[0].isalpha() else piece
+
+
+class WordTokenizer:
+    """Words, operators and numbers, with a vocabulary built from training texts.
+
+    The spaces between two kinds of pieces (numeral, word, each operator) are learnt as the most frequent gap in the
+    training texts and cost no token; any other gap is spelt out by white-space tokens or JOIN. Texts whose words are
+    in the vocabulary therefore survive `decode(encode(text))` unchanged.
+
+    Args:
+        vocabulary: pieces that follow the special tokens (pad 0, mask 1, eos 2, unk 3, join 4), in id order.
+        number_mode: "digits" (each digit a token) or "numbers" (one token per numeral 0..max_number; others in digits).
+        max_number: largest numeral with a token of its own.
+        gaps: usual gap between two kinds of pieces, "" where a pair is missing.
+    """
+
+    pad_index, mask_index, eos_index, unk_index, join_index = range(5)
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        number_mode: NumberMode,
+        max_number: int,
+        gaps: dict[tuple[str, str], str],
+    ) -> None:
+        if number_mode not in ("digits", "numbers"):
+            raise UserError("number_mode", f"{number_mode!r} is unknown", "use 'digits' or 'numbers'")
+        if max_number < 9:
+            raise UserError("max_number", f"{max_number} is below 9", "numerals fall back to digits, so 0..9 are needed")
+        self.tokens: list[str] = [*SPECIAL, *vocabulary]
+        self.vocab_size = len(self.tokens)
+        self.number_mode: NumberMode = number_mode
+        self.max_number = max_number
+        self.gaps = gaps
+        self._ids = {token: index for index, token in enumerate(self.tokens)}
+        if len(self._ids) != self.vocab_size:
+            raise UserError("vocabulary", "a token occurs twice", "give each piece once")
+
+    @classmethod
+    def build(
+        cls,
+        texts: Iterable[str],
+        number_mode: NumberMode = "numbers",
+        max_number: int = 99,
+        min_count: int = 1,
+    ) -> WordTokenizer:
+        """Collect the vocabulary and the usual gaps of `texts` (training texts only).
+
+        Args:
+            texts: prompts and responses, each a text of its own.
+            number_mode: see the class.
+            max_number: see the class; only numbers up to it get a token, whether seen or not.
+            min_count: pieces seen less often become unk (white space and digits are always kept).
+        """
+        numbers = [str(n) for n in range(10 if number_mode == "digits" else max_number + 1)]
+        counts: Counter[str] = Counter()
+        seen_gaps: dict[tuple[str, str], Counter[str]] = {}
+        for text in texts:
+            previous, gap = "", ""
+            for piece in PIECE.findall(text):
+                if piece.isspace():
+                    gap += piece
+                    counts[piece] += min_count
+                    continue
+                kind = _kind(piece)
+                if kind != "0":
+                    counts[piece] += 1
+                if previous:
+                    seen_gaps.setdefault((previous, kind), Counter())[gap] += 1
+                previous, gap = kind, ""
+        # the most frequent gap; of equally frequent ones the shortest, so that the order of the texts does not matter
+        gaps = {pair: min(found, key=lambda gap: (-found[gap], gap)) for pair, found in seen_gaps.items()}
+        gaps["0", "0"] = ""  # numerals in digits must join whatever the texts do
+        gaps = {pair: gap for pair, gap in sorted(gaps.items()) if gap in ("", " ")}
+        vocabulary = numbers + sorted(piece for piece, n in counts.items() if n >= min_count)
+        if " " not in vocabulary:
+            vocabulary.append(" ")
+        return cls(vocabulary, number_mode, max_number, gaps)
+
+    def _numeral(self, digits: str) -> list[str]:
+        """Split a numeral into the tokens that spell it."""
+        short = len(digits) <= len(str(self.max_number)) and (digits == "0" or digits[0] != "0")
+        if self.number_mode == "numbers" and short and int(digits) <= self.max_number:
+            return [digits]
+        return list(digits)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; pieces outside the vocabulary become unk."""
+        ids: list[int] = []
+        previous, gap = "", ""
+        for piece in PIECE.findall(text):
+            if piece.isspace():
+                gap += piece
+                continue
+            kind = _kind(piece)
+            if gap != (self.gaps.get((previous, kind), "") if previous else ""):
+                ids += [self._id(space) for space in gap] or [self.join_index]
+            ids += [self._id(part) for part in (self._numeral(piece) if kind == "0" else [piece])]
+            previous, gap = kind, ""
+        return ids + [self._id(space) for space in gap]
+
+    def _id(self, piece: str) -> int:
+        return self._ids.get(piece, self.unk_index)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first eos; pad and mask are left out.
+
+        Numeral tokens that the encoder would not have put side by side (`2`, `0` where `20` is a token) stay apart, so
+        that a malformed number is never read as a right answer.
+        """
+        kept: list[str] = []
+        for index in ids:
+            if index == self.eos_index:
+                break
+            if index not in (self.pad_index, self.mask_index):
+                kept.append(self.tokens[index])
+        pieces: list[str] = []
+        for numeral, run in groupby(kept, key=lambda piece: _kind(piece) == "0"):
+            parts = list(run)
+            if numeral and self._numeral("".join(parts)) != parts:
+                parts = [part for number in parts for part in (" ", number)][1:]
+            elif numeral:
+                parts = ["".join(parts)]
+            pieces += parts
+        text, previous, spelt = "", "", False
+        for piece in pieces:
+            if piece == JOIN or piece.isspace():
+                text += "" if piece == JOIN else piece
+                spelt = True
+                continue
+            kind = _kind(piece)
+            text += piece if spelt or not previous else self.gaps.get((previous, kind), "") + piece
+            previous, spelt = kind, False
+        return text
+
+    def number_values(self) -> Tensor:
+        """float [V]: the value of number tokens (digits in digit mode), nan elsewhere."""
+        return torch.tensor([float(t) if _kind(t) == "0" else float("nan") for t in self.tokens])  # [V]
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokeniser as JSON (to a temporary name, then renamed)."""
+        content = {
+            "type": "WordTokenizer",
+            "number_mode": self.number_mode,
+            "max_number": self.max_number,
+            "vocabulary": self.tokens[len(SPECIAL) :],
+            "gaps": [[left, right, gap] for (left, right), gap in self.gaps.items()],
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> WordTokenizer:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing or is not a saved tokeniser.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            gaps = {(left, right): gap for left, right, gap in content["gaps"]}
+            return cls(content["vocabulary"], content["number_mode"], content["max_number"], gaps)
+        except FileNotFoundError as error:
+            raise UserError("tokenizer", f"{path} does not exist", "give the JSON file written by save()") from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError("tokenizer", f"{path} is not a saved tokeniser ({error})", "write it again by save()") from error
+
+
+class PretrainedTokenizer:
+    """A Hugging Face tokeniser behind the interface of `Tokenizer`.
+
+    Args:
+        tokenizer: a `PreTrainedTokenizerBase`; it needs a mask token, a pad token and an eos (or sep) token.
+
+    Raises:
+        UserError: one of these tokens is missing.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+        if tokenizer.mask_token_id is None:
+            raise UserError(
+                "tokenizer",
+                f"{name} has no mask token",
+                "use the tokeniser of a masked model, or add one by tokenizer.add_special_tokens({'mask_token': '<mask>'}) "
+                "and save_pretrained",
+            )
+        if eos is None:
+            raise UserError(
+                "tokenizer",
+                f"{name} has neither an eos nor a sep token",
+                "add one by tokenizer.add_special_tokens({'eos_token': '<eos>'}) and save_pretrained",
+            )
+        self.tokenizer = tokenizer
+        self.pad_index, self.mask_index, self.eos_index = int(pad), int(tokenizer.mask_token_id), int(eos)
+        self.vocab_size = len(tokenizer)
+        self.tokens: list[str] = [str(t) for t in tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first end of sequence; special tokens are left out."""
+        kept: list[int] = []
+        for index in ids:
+            if index == self.eos_index:
+                break
+            if index not in (self.pad_index, self.mask_index):
+                kept.append(int(index))
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def number_values(self) -> Tensor:
+        """float [V]: the value of tokens that are whole numerals (leading-space marks ignored), nan elsewhere."""
+        plain = [re.sub("^(##|\u0120|\u2581| )", "", token) for token in self.tokens]
+        return torch.tensor([float(t) if t.isascii() and t.isdecimal() else float("nan") for t in plain])  # [V]
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """Load a saved `WordTokenizer` (a `.json` file) or any Hugging Face tokeniser (hub name or local folder).
+
+    Remote code is never run.
+
+    Raises:
+        UserError: it cannot be loaded, or a special token is missing.
+    """
+    if str(name_or_path).endswith(".json"):
+        return WordTokenizer.load(name_or_path)
+    from transformers import AutoTokenizer  # heavy, and not needed for the small vocabulary
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            "tokenizer",
+            f"{name_or_path} cannot be loaded ({reason})",
+            "give a saved WordTokenizer (.json), a local folder, or a hub name that can be reached",
+        ) from error
+    return PretrainedTokenizer(tokenizer)
