@@ -1,0 +1,190 @@
+"""The exact denoiser of a stationary Markov chain, and the best order to reveal it in."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from orderppl.errors import UserError
+
+Matrix = NDArray[np.float64]
+
+
+def _entropy(p: Matrix) -> float:
+    positive = p[p > 0]
+    return float(-(positive * np.log(positive)).sum())
+
+
+class MarkovChainDenoiser(nn.Module):
+    """Exact conditionals p(x_i | the other revealed tokens) of a symmetric chain.
+
+    The chain starts uniformly over K states and keeps its state with probability `stay`, else moves to one of the
+    others with equal probability. A hidden token depends on its nearest revealed neighbours only, through powers of
+    the transition matrix. There is nothing to train; MASK is the class behind the K states and gets no logit.
+
+    Args:
+        num_states: K.
+        stay: probability of keeping the state, strictly between 0 and 1.
+        length: longest canvas.
+
+    Raises:
+        UserError: fewer than two states, `stay` outside (0, 1), or no position.
+    """
+
+    log_power: Tensor
+
+    def __init__(self, num_states: int, stay: float, length: int) -> None:
+        super().__init__()
+        if num_states < 2:
+            raise UserError("num_states", f"{num_states} is too few", "use at least 2")
+        if not 0 < stay < 1:
+            raise UserError("stay", f"{stay} is not strictly between 0 and 1", "use e.g. 0.85")
+        if length < 1:
+            raise UserError("length", f"{length} is not positive", "use at least 1")
+        self.num_states, self.stay, self.length = num_states, stay, length
+        self.vocab_size = self.mask_index = num_states
+        self.config = {"num_states": num_states, "stay": stay, "length": length}
+        self.transition = np.full((num_states, num_states), (1 - stay) / (num_states - 1))
+        np.fill_diagonal(self.transition, stay)
+        powers = [np.eye(num_states)]
+        for _ in range(length):
+            powers.append(powers[-1] @ self.transition)
+        self._powers = np.stack(powers)  # [L + 1, K, K]
+        # Row 0 stands for "no neighbour on that side": it says nothing.
+        log_power = np.concatenate([np.zeros((1, num_states, num_states)), np.log(self._powers[1:])])
+        self.register_buffer("log_power", torch.from_numpy(log_power), persistent=False)
+
+    def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score every position; see `orderppl.denoising.Denoiser`. Exact to float64, returned in float32.
+
+        Raises:
+            UserError: the canvas is longer than the chain.
+        """
+        attended = attention_mask.bool()
+        if state.shape[-1] > self.length:
+            raise UserError("length", f"a canvas of {state.shape[-1]} exceeds {self.length}", "use a longer chain")
+        left = self._side(state, attended)  # [N, S, K]
+        right = self._side(state.flip(-1), attended.flip(-1)).flip(-2)
+        return (left + right).float()
+
+    def _side(self, state: Tensor, attended: Tensor) -> Tensor:
+        """Log-likelihood of every state given the nearest revealed token strictly to the left: float64 [N, S, K].
+
+        The chain is reversible with a uniform stationary law, so the flipped canvas gives the right side.
+        """
+        revealed = attended & (state != self.mask_index)
+        column = torch.arange(state.shape[-1], device=state.device)
+        nearest = torch.where(revealed, column, -1).cummax(-1).values
+        nearest = torch.cat([torch.full_like(nearest[:, :1], -1), nearest[:, :-1]], -1)  # strictly to the left
+        position = attended.long().cumsum(-1)  # padding takes no place in the chain
+        found = nearest.clamp(min=0)
+        distance = torch.where(nearest >= 0, position - position.gather(-1, found), 0).clamp(0, self.length)
+        token = state.gather(-1, found).clamp(0, self.num_states - 1)
+        return self.log_power[distance, token]
+
+    def log_evidence(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Log probability of whole chains under the chain itself.
+
+        Args:
+            tokens: int64 [*, L].
+            attention_mask: bool [*, L]; padding on the right.
+
+        Returns:
+            float64 [*], nats.
+        """
+        mask = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        tokens = tokens.clamp(0, self.num_states - 1)
+        step = self.log_power[1][tokens[..., :-1], tokens[..., 1:]]  # [*, L - 1]
+        first = -np.log(self.num_states) * mask[..., 0]
+        return first + (step * mask[..., 1:]).sum(-1)
+
+    def _costs(self, size: int) -> Matrix:
+        """Entropy of each of `size` hidden positions between two revealed ones: float64 [size]."""
+        costs = np.empty(size)
+        for b in range(1, size + 1):
+            left, right = self._powers[b], self._powers[size + 1 - b]
+            joint = np.einsum("ak,kc->akc", left, right) / self.num_states
+            costs[b - 1] = _entropy(joint) - _entropy(joint.sum(1))
+        return costs
+
+    def best_order(self, num_steps: int, length: int | None = None) -> tuple[Tensor, float]:
+        """The fixed reveal steps with the smallest expected loss, by dynamic programming over hidden gaps.
+
+        What a reveal set costs inside a gap depends only on the gap's size and on which ends are revealed, and a set
+        splits the gap into independent ones with one step fewer. Within a gap the best set is a shortest path from
+        end to end, whose nodes are revealed positions and whose edges are the remaining gaps. Time O(T L^3).
+
+        Args:
+            num_steps: step budget T.
+            length: number of positions; the chain's length when left out.
+
+        Returns:
+            reveal_step int64 [L], and its gap: entropy of the chain minus expected path log-likelihood, nats.
+
+        Raises:
+            UserError: no step, or more positions than the chain has.
+        """
+        length = self.length if length is None else length
+        if num_steps < 1:
+            raise UserError("num_steps", f"{num_steps} is not positive", "use at least 1")
+        if not 1 <= length <= self.length:
+            raise UserError("length", f"{length} is not within 1..{self.length}", "build a longer chain")
+        uniform = float(np.log(self.num_states))
+        one_sided = np.array([_entropy(p) / self.num_states for p in self._powers[1 : length + 1]])
+        between = [self._costs(size) for size in range(length + 1)]
+
+        # Kind of a gap = number of revealed ends; a one-ended gap has its revealed end on the left.
+        def node_costs(kind: int, size: int) -> Matrix:
+            return (np.full(size, uniform), one_sided[:size], between[size])[kind]
+
+        value = np.zeros((num_steps + 1, 3, length + 1))  # [steps left, kind, size]
+        chosen: dict[tuple[int, int, int], list[int]] = {}
+        for left in range(1, num_steps + 1):
+            for kind in range(3):
+                for size in range(1, length + 1):
+                    costs = node_costs(kind, size)
+                    if left == 1:
+                        value[left, kind, size], chosen[left, kind, size] = costs.sum(), list(range(1, size + 1))
+                        continue
+                    before = value[left - 1]
+                    best = np.zeros(size + 2)  # cheapest way to get to a node, its own cost included
+                    origin = np.zeros(size + 2, dtype=int)
+                    for node in range(1, size + 2):
+                        gaps = node - 1 - np.arange(node)  # hidden positions between an earlier node and this one
+                        closed = node <= size
+                        edges = before[2][gaps].copy()
+                        # node 0 and node size + 1 are the ends of the gap, and may be open
+                        if not closed and kind < 2:
+                            edges = before[1][gaps].copy()
+                        if kind == 0:
+                            edges[0] = before[1 if closed else 0][gaps[0]]
+                        total = best[:node] + edges
+                        origin[node] = int(total.argmin())
+                        best[node] = total[origin[node]] + (costs[node - 1] if closed else 0.0)
+                    path, node = [], int(origin[size + 1])
+                    while node:
+                        path.append(node)
+                        node = int(origin[node])
+                    value[left, kind, size], chosen[left, kind, size] = best[size + 1], path[::-1]
+
+        reveal_step = torch.zeros(length, dtype=torch.long)
+
+        def assign(left: int, start: int, size: int, ends: tuple[bool, bool]) -> None:
+            if not size:
+                return
+            picked = chosen[left, sum(ends), size]
+            if ends == (False, True):  # mirrored: the table has the revealed end on the left
+                picked = [size + 1 - node for node in reversed(picked)]
+            edges = [0, *picked, size + 1]
+            for node in picked:
+                reveal_step[start + node - 1] = num_steps - left
+            if left > 1:
+                for a, b in zip(edges, edges[1:], strict=False):
+                    inner = (ends[0] if a == 0 else True, ends[1] if b == size + 1 else True)
+                    assign(left - 1, start + a, b - a - 1, inner)
+
+        assign(num_steps, 0, length, (False, False))
+        entropy = uniform + (length - 1) * one_sided[0]
+        return reveal_step, float(value[num_steps, 0, length] - entropy)

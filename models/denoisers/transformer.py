@@ -1,0 +1,128 @@
+"""A small bidirectional transformer that fills in masked tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orderppl.errors import UserError
+from orderppl.models.networks import Backbone, Positions
+
+
+def number_features(values: Tensor, width: int) -> Tensor:
+    """Fourier features of numbers and of their logarithms.
+
+    Half of the features are sines and cosines of the value, with wavelengths from 2 to 200, and half of
+    `sign * log(1 + |value|)`, with wavelengths from 1/2 to 16, so that both neighbours and magnitudes look alike.
+
+    Args:
+        values: float [V].
+        width: number of features; divisible by 4.
+
+    Returns:
+        float [V, width], mean square about 1/2.
+    """
+    count = width // 4
+    log_values = values.sign() * values.abs().log1p()
+    columns = []
+    for x, shortest, longest in ((values, 2.0, 200.0), (log_values, 0.5, 16.0)):
+        wavelength = torch.logspace(math.log10(shortest), math.log10(longest), count)
+        angle = 2 * math.pi * x[:, None] / wavelength  # [V, width/4]
+        columns += [angle.sin(), angle.cos()]
+    features = torch.cat(columns, -1)
+    return F.pad(features, (0, width - features.shape[1]))
+
+
+class TransformerDenoiser(nn.Module):
+    """Pre-norm bidirectional transformer from partially revealed sequences to token logits.
+
+    Args:
+        vocab_size: number of token classes V of the output head.
+        mask_index: id of MASK; may lie inside the vocabulary or just behind it.
+        width: size of the hidden vectors.
+        layers: number of blocks.
+        heads: attention heads.
+        mlp: width of the feed-forward networks; 4 x `width` when left out.
+        max_length: longest canvas (prompt plus response).
+        number_values: value of every number token and None or NaN elsewhere, length V. Their embeddings start as
+            Fourier features of the value, so that arithmetic is learnt from few examples.
+        tied: share the embedding with the output head.
+        positions: `rotary` or `learned`; counted over attended tokens.
+
+    Raises:
+        UserError: number values for another vocabulary, or heads that do not fit the width.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        mask_index: int,
+        width: int = 128,
+        layers: int = 3,
+        heads: int = 4,
+        mlp: int | None = None,
+        max_length: int = 256,
+        number_values: Sequence[float | None] | Tensor | None = None,
+        tied: bool = True,
+        positions: Positions = "rotary",
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.mask_index, self.max_length = vocab_size, mask_index, max_length
+        self.config: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "mask_index": mask_index,
+            "width": width,
+            "layers": layers,
+            "heads": heads,
+            "mlp": mlp,
+            "max_length": max_length,
+            "tied": tied,
+            "positions": positions,
+        }
+        self.embed = nn.Embedding(max(vocab_size, mask_index + 1), width)
+        self.backbone = Backbone(width, layers, heads, mlp, positions, max_length)
+        self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        nn.init.normal_(self.embed.weight, std=0.02)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+        if number_values is not None:
+            self._initialise_numbers(number_values)
+
+    def _initialise_numbers(self, number_values: Sequence[float | None] | Tensor) -> None:
+        values = torch.as_tensor(
+            [math.nan if value is None else float(value) for value in number_values], dtype=torch.float32
+        )
+        if len(values) != self.vocab_size:
+            raise UserError(
+                "number_values", f"{len(values)} values for {self.vocab_size} tokens", "give one (or None) per token"
+            )
+        is_number = values.isfinite()
+        features = number_features(values[is_number], self.embed.embedding_dim)
+        features = 0.02 * features / features.pow(2).mean(-1, keepdim=True).sqrt()  # as large as the other rows
+        rows = is_number.nonzero()[:, 0]
+        with torch.no_grad():
+            self.embed.weight[rows] = features
+            if self.head is not None:
+                self.head.weight[rows] = features
+
+    def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score every position; see `orderppl.denoising.Denoiser`.
+
+        Raises:
+            UserError: the canvas is longer than `max_length`.
+        """
+        if state.shape[-1] > self.max_length:
+            raise UserError(
+                "max_length",
+                f"a canvas of {state.shape[-1]} tokens exceeds {self.max_length}",
+                "shorten prompt or response, or train a denoiser with a larger max_length",
+            )
+        hidden = self.backbone(self.embed(state), attention_mask.bool())  # [N, S, W]
+        weight = self.embed.weight[: self.vocab_size] if self.head is None else self.head.weight
+        return F.linear(hidden, weight, self.bias)

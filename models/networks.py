@@ -1,0 +1,369 @@
+"""Small bidirectional networks: a transformer, a table over positions, and what guides and policies put around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
+from torch import Tensor, nn
+
+from orderppl.errors import UserError
+from orderppl.states import UnmaskingState
+
+Positions = Literal["rotary", "learned"]
+
+
+def attended_positions(attention_mask: Tensor) -> Tensor:
+    """Index of every position among the attended ones: int64 [*, S] from bool [*, S]; 0 at leading padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _rotary(position: Tensor, size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine tables of rotary embeddings (Su et al. 2021, eq. 34): float [N, 1, S, size]."""
+    rate = base ** (-torch.arange(0, size, 2, device=position.device, dtype=torch.float32) / size)
+    angle = position[..., None].float() * rate  # [N, S, size/2]
+    angle = torch.cat([angle, angle], -1)[:, None]  # [N, 1, S, size]
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (Xiong et al. 2020): attention, then a GELU network, each added to its input."""
+
+    def __init__(self, width: int, heads: int, mlp: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+
+    def forward(self, hidden: Tensor, bias: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        n, s, width = hidden.shape
+        qkv = self.qkv(self.norm_attention(hidden)).view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # [N, H, S, W/H]
+        if rotary is not None:
+            q, k = _rotate(q, *rotary).to(v.dtype), _rotate(k, *rotary).to(v.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # [N, H, S, W/H]
+        hidden = hidden + self.out(mixed.transpose(1, 2).reshape(n, s, width))
+        return hidden + self.mlp(self.norm_mlp(hidden))
+
+
+class Backbone(nn.Module):
+    """Bidirectional pre-norm transformer over embedded sequences.
+
+    Args:
+        width: size of the hidden vectors.
+        layers: number of blocks.
+        heads: attention heads; divides `width`.
+        mlp: width of the feed-forward networks; 4 x `width` when left out.
+        positions: `rotary`, or `learned` embeddings. Both count attended tokens, so padding anywhere changes nothing.
+        max_length: number of learned positions.
+
+    Raises:
+        UserError: heads do not divide the width, or learned positions without a length.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp: int | None = None,
+        positions: Positions = "rotary",
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        if width % heads or (width // heads) % 2:
+            raise UserError("heads", f"{heads} heads do not split width {width} evenly", "use e.g. width 128, heads 4")
+        if positions not in ("rotary", "learned"):
+            raise UserError("positions", f"unknown kind {positions!r}", "use rotary or learned")
+        self.width, self.heads = width, heads
+        self.embed_position: nn.Embedding | None = None
+        if positions == "learned":
+            if max_length is None:
+                raise UserError("max_length", "learned positions need a length", "give it or use rotary positions")
+            self.embed_position = nn.Embedding(max_length, width)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp or 4 * width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+                if name.endswith(("out.weight", "mlp.2.weight")):  # GPT-2: residual paths keep their variance
+                    parameter.data.div_(math.sqrt(2 * max(layers, 1)))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Mix embedded tokens.
+
+        Args:
+            hidden: float [N, S, W].
+            attention_mask: bool [N, S].
+
+        Returns:
+            float [N, S, W], normalised; finite but meaningless at padding.
+        """
+        position = attended_positions(attention_mask)  # [N, S]
+        rotary = None
+        if self.embed_position is not None:
+            if hidden.shape[1] > self.embed_position.num_embeddings:
+                raise UserError(
+                    "max_length",
+                    f"a canvas of {hidden.shape[1]} exceeds the {self.embed_position.num_embeddings} learned positions",
+                    "shorten the sequences or build the network with a larger max_length",
+                )
+            hidden = hidden + self.embed_position(position)
+        else:
+            rotary = _rotary(position, self.width // self.heads)
+        # A row without any attended key would give a softmax over nothing; let it look everywhere instead.
+        keys = attention_mask | ~attention_mask.any(-1, keepdim=True)  # [N, S]
+        bias = torch.zeros_like(keys, dtype=hidden.dtype).masked_fill(~keys, -torch.inf)[:, None, None]
+        bias = bias.expand(-1, 1, hidden.shape[1], -1)  # [N, 1, S, S]
+        for block in self.blocks:
+            hidden = block(hidden, bias, rotary)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+
+def _join(
+    tokens: Tensor, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Put the prompt, if any, before the response: ids int64 [N, C + L] and attention bool [N, C + L]."""
+    if context is None:
+        return tokens, attention_mask
+    if context_mask is None:
+        context_mask = torch.ones_like(context, dtype=torch.bool)
+    return torch.cat([context, tokens], -1), torch.cat([context_mask.bool(), attention_mask], -1)
+
+
+class SequenceEncoder(nn.Module):
+    """Transformer over prompt and response that gives every response position a vector.
+
+    Args:
+        vocab_size: number of token ids, specials and MASK included.
+        out: numbers per position, e.g. T for a mean-field guide and 1 for scores.
+        width: size of the hidden vectors.
+        layers: number of blocks.
+        heads: attention heads.
+        positions: kind of position information.
+        max_length: longest prompt plus response; needed for learned positions.
+        zero_init: start with all outputs 0.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        out: int,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        positions: Positions = "rotary",
+        max_length: int | None = None,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.placeholder = vocab_size  # stands at response positions that may not be seen
+        self.embed = nn.Embedding(vocab_size + 1, width)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        # Response tokens are told from prompt tokens, which use the same ids.
+        self.response = nn.Parameter(torch.randn(width) * 0.02)
+        self.backbone = Backbone(width, layers, heads, positions=positions, max_length=max_length)
+        self.head = nn.Linear(width, out)
+        nn.init.zeros_(self.head.bias)
+        if zero_init:
+            nn.init.zeros_(self.head.weight)
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        attention_mask: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Encode the response positions.
+
+        Args:
+            tokens: int64 [B, L], or None when the response may not be seen.
+            attention_mask: bool [B, L].
+            context: int64 [B, C], prompt.
+            context_mask: bool [B, C].
+
+        Returns:
+            float [B, L, out].
+        """
+        attention_mask = attention_mask.bool()
+        if tokens is None:
+            tokens = torch.full_like(attention_mask, self.placeholder, dtype=torch.long)
+        length = tokens.shape[-1]
+        ids, attention = _join(tokens, attention_mask, context, context_mask)
+        hidden = self.embed(ids)  # [B, C + L, W]
+        hidden = torch.cat([hidden[:, : ids.shape[1] - length], hidden[:, ids.shape[1] - length :] + self.response], 1)
+        encoded: Tensor = self.head(self.backbone(hidden, attention)[:, -length:])
+        return encoded
+
+
+class PositionTable(nn.Module):
+    """Free numbers per position: the simplest plan of a whole order, blind to tokens and prompt.
+
+    Args:
+        length: longest response.
+        out: numbers per position.
+        split: the first `split` positions of a row are indexed from its left end and the others from its right end,
+            so that rows of different lengths are aligned at both ends (variable domains of antibodies). None
+            indexes everything from the left.
+        noise: standard deviation of the initial numbers.
+
+    Raises:
+        UserError: a split outside the table.
+    """
+
+    def __init__(self, length: int, out: int, split: int | None = None, noise: float = 0.0) -> None:
+        super().__init__()
+        if split is not None and not 0 <= split <= length:
+            raise UserError("split", f"{split} is outside a table of {length} positions", "use 0 to the length")
+        self.length, self.split = length, split
+        self.logits = nn.Parameter(noise * torch.randn(length, out))
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        attention_mask: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Look the positions up; only `attention_mask` (bool [B, L]) is read.
+
+        Returns:
+            float [B, L, out].
+
+        Raises:
+            UserError: a row is longer than the table.
+        """
+        attention_mask = attention_mask.bool()
+        # Whether the longest row fits is only worth a look at the values when the padded width does not.
+        if attention_mask.shape[-1] > self.length and int(attention_mask.sum(-1).max()) > self.length:
+            raise UserError(
+                "length",
+                f"a row of {int(attention_mask.sum(-1).max())} tokens exceeds the table of {self.length} positions",
+                "build the table for the longest sequence of every split",
+            )
+        index = attended_positions(attention_mask)  # [B, L]
+        if self.split is not None:
+            size = attention_mask.sum(-1, keepdim=True)
+            index = torch.where(index < self.split, index, self.length - size + index)
+        return self.logits[index.clamp(0, self.length - 1)]
+
+
+FEATURES = ("confidence", "margin", "entropy")
+
+
+class PolicyNetwork(nn.Module):
+    """Reads a partially revealed sequence and the denoiser's view of it; gives a reveal logit per position.
+
+    Per position it sees the denoiser features asked for, whether the position is masked, the share of steps left, the
+    log number of masked positions and the relative position; with `reads_tokens` also the revealed tokens and the
+    prompt. It never sees hidden tokens. Gradients reach the denoiser through the features unless it is frozen.
+
+    Args:
+        vocab_size: number of token ids, MASK included.
+        width: size of the hidden vectors.
+        layers: number of blocks.
+        heads: attention heads.
+        features: any of `confidence` (log odds of the top token), `margin` (top minus second probability) and
+            `entropy` (share of the largest possible). Without any of them the denoiser is not called.
+        reads_tokens: False leaves revealed tokens and prompt out.
+        zero_init: start with all logits 0, as a correction on top of a heuristic does.
+        bias: initial logit otherwise; the default reveals about one position in eight.
+
+    Raises:
+        UserError: an unknown feature.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 4,
+        features: Sequence[str] = FEATURES,
+        reads_tokens: bool = True,
+        zero_init: bool = False,
+        bias: float = -2.0,
+    ) -> None:
+        super().__init__()
+        unknown = [name for name in features if name not in FEATURES]
+        if unknown:
+            raise UserError("features", f"unknown feature {unknown[0]!r}", f"use any of {', '.join(FEATURES)}")
+        self.features, self.reads_tokens = tuple(features), reads_tokens
+        self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None
+        if self.embed is not None:
+            nn.init.normal_(self.embed.weight, std=0.02)
+        self.project = nn.Linear(len(self.features) + 4, width)
+        self.backbone = Backbone(width, layers, heads)
+        self.head = nn.Linear(width, 1)
+        if zero_init:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        else:
+            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.constant_(self.head.bias, bias)
+
+    def _describe(self, masked: Tensor, steps_left: Tensor, num_steps: int, log_probs: Tensor | None) -> Tensor:
+        """Features of every position: float [*, L, F]."""
+        columns = []
+        if log_probs is not None:
+            # -inf (impossible tokens) must not meet an infinite gradient
+            log_probs = log_probs.clamp(min=-30.0)
+            top = log_probs.topk(2, -1).values  # [*, L, 2]
+            if "confidence" in self.features:
+                rest = torch.log(-torch.expm1(top[..., 0].clamp(max=-1e-4)))
+                columns.append((top[..., 0] - rest).clamp(-10, 10) / 4)
+            if "margin" in self.features:
+                columns.append(top[..., 0].exp() - top[..., 1].exp())
+            if "entropy" in self.features:
+                columns.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(log_probs.shape[-1]))
+        masked_here = masked.to(columns[0].dtype if columns else self.project.weight.dtype)  # [*, L]
+        left = (steps_left.to(masked_here.dtype) / num_steps)[..., None].expand_as(masked_here)
+        count = masked_here.sum(-1, keepdim=True).log1p().expand_as(masked_here) / 4
+        return torch.stack([*columns, masked_here, left, count], -1)
+
+    def forward(self, state: UnmaskingState) -> Tensor:
+        """Reveal logits.
+
+        Args:
+            state: stacked states with leading shape `*`.
+
+        Returns:
+            float [*, L]; meaningless where nothing is masked.
+        """
+        inputs = [state.tokens, state.masked, state.steps_left, state.log_probs if self.features else None]
+        provenance = get_provenance(inputs)
+        tokens, masked, steps_left, log_probs = detach_provenance(inputs)  # run on plain tensors, as a denoiser does
+        lead, length = masked.shape[:-1], masked.shape[-1]
+        attention = state.attention_mask.expand(masked.shape)  # [*, L]
+        described = self._describe(masked, steps_left.expand(lead), state.num_steps, log_probs)  # [*, L, F]
+        position = attended_positions(attention) / (attention.sum(-1, keepdim=True) - 1).clamp(min=1)
+        described = torch.cat([described, position.to(described.dtype)[..., None]], -1)
+        hidden = self.project(described.reshape(-1, length, described.shape[-1]).to(self.project.weight.dtype))
+        ids, attention = tokens.reshape(-1, length), attention.reshape(-1, length)
+        if self.embed is not None:
+            context, context_mask = state.canvas.context, state.canvas.context_mask
+            if context is not None:
+                context = context.expand(*lead, -1).reshape(len(ids), -1)
+                context_mask = None if context_mask is None else context_mask.expand(*lead, -1).reshape(len(ids), -1)
+            ids, attention = _join(ids, attention, context, context_mask)
+            embedded = self.embed(ids)  # [N, C + L, W]
+            split = embedded.shape[1] - length
+            hidden = torch.cat([embedded[:, :split], embedded[:, split:] + hidden], 1)
+        logits = self.head(self.backbone(hidden, attention)[:, -length:]).reshape(*lead, length)
+        return track_provenance(logits, provenance)

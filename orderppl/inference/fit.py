@@ -1,0 +1,100 @@
+"""Fit a generation order: maximise the ELBO of an unmasking model under a guide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+from pyro.infer import ELBO
+from torch import Tensor, nn
+
+from orderppl.inference.annealing import Anneal
+from orderppl.inference.batches import BatchStream
+from orderppl.inference.optimise import FitResult, optimise
+
+
+class OrderLoss(nn.Module):
+    """Negative ELBO per sequence of a batch.
+
+    Args:
+        model: program with a `reveal_step` latent, called as `model(**batch)`.
+        guide: program with the same call signature and latent sites.
+        elbo: a Pyro ELBO with `differentiable_loss`, such as `RevealTraceGraph_ELBO`.
+    """
+
+    def __init__(self, model: nn.Module, guide: nn.Module, elbo: ELBO) -> None:
+        super().__init__()
+        self.objective = elbo(model, guide)
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers of the last call, 0-dim tensors (`elbo` in nats per sequence, `steps`, ...)."""
+        metrics: dict[str, Tensor] = getattr(self.objective.elbo, "metrics", {})
+        return metrics
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Differentiable loss in nats per sequence; `tokens` int64 [B, L] gives the number of sequences."""
+        # Networks live in the programs, not in Pyro's global store: two programs cannot collide by name, and any
+        # torch optimiser works. The setting is local because SVI needs the opposite one.
+        with pyro.settings.context(module_local_params=True):
+            loss: Tensor = self.objective(**batch) / batch["tokens"].shape[0]
+        return loss
+
+
+def _dial(value: Anneal | float) -> Anneal:
+    return value if isinstance(value, Anneal) else Anneal(value, value, 0)
+
+
+def fit(
+    model: nn.Module,
+    guide: nn.Module,
+    stream: BatchStream,
+    *,
+    elbo: ELBO,
+    kl_weight: Anneal | float | None = None,
+    temperature: Anneal | float | None = None,
+    step_price: Anneal | float | None = None,
+    dials: Mapping[str, Anneal] | None = None,
+    description: str = "order",
+    **options: Any,
+) -> FitResult:
+    """Train the order, and whatever else of the two programs requires a gradient.
+
+    Freeze the denoiser beforehand with `denoiser.requires_grad_(False)` to learn the order only. Programs that are
+    written with `PyroParam` must be built under `pyro.settings.context(module_local_params=True)` as well.
+
+    Args:
+        model: the unmasking model.
+        guide: posterior over `reveal_step`.
+        stream: batches with `tokens`, `attention_mask` and, where there is a prompt, `context`, `context_mask`.
+        elbo: the bound.
+        kl_weight: dial `elbo.kl_weight`, weight of the KL term.
+        temperature: dial `guide.temperature`.
+        step_price: dial `model.prior.price`, nats per executed step.
+        dials: further dials by dotted name, starting with `model`, `guide` or `elbo`.
+        description: label of the progress bar.
+        options: every other argument of `optimise`.
+
+    Returns:
+        The trace; `elbo` in nats per sequence.
+
+    Raises:
+        UserError: see `optimise`.
+    """
+    every = dict(dials or {})
+    for name, value in {
+        "elbo.kl_weight": kl_weight,
+        "guide.temperature": temperature,
+        "model.prior.price": step_price,
+    }.items():
+        if value is not None:
+            every[name] = _dial(value)
+    return optimise(
+        OrderLoss(model, guide, elbo),
+        stream,
+        dials=every,
+        targets={"model": model, "guide": guide, "elbo": elbo},
+        description=description,
+        **options,
+    )
