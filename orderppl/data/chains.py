@@ -35,7 +35,9 @@ def sample_chains(n: int, *, num_states: int = 4, stay: float = 0.85, length: in
     rng = np.random.default_rng(seed)
     uniform = rng.random((n, length, 2))  # [N, L, 2]
     # offset 0 with probability stay, else one of 1..K-1; states are the running sum modulo K
-    offset = np.where(uniform[..., 0] < stay, 0, 1 + np.floor(uniform[..., 1] * (num_states - 1)).astype(np.int64))  # [N, L]
+    offset = np.where(
+        uniform[..., 0] < stay, 0, 1 + np.floor(uniform[..., 1] * (num_states - 1)).astype(np.int64)
+    )  # [N, L]
     offset[:, 0] = np.floor(uniform[:, 0, 1] * num_states).astype(np.int64)
     tokens = np.cumsum(offset, 1) % num_states  # [N, L]
     return Dataset.from_dict({"tokens": tokens.tolist()}, features=Features({"tokens": List(Value("int64"))}))

@@ -45,9 +45,13 @@ def tokenize(
     if on_long not in ("error", "report"):
         raise UserError("on_long", f"{on_long!r} is unknown", "use 'error' or 'report'")
     if on_long == "report" and report is None:
-        raise UserError("report", "on_long='report' was asked for without a report", "pass the LoadReport of the loader")
+        raise UserError(
+            "report", "on_long='report' was asked for without a report", "pass the LoadReport of the loader"
+        )
     if "response" not in dataset.column_names:
-        raise UserError("response", f"no such column in {name} ({', '.join(dataset.column_names)})", "rename the column")
+        raise UserError(
+            "response", f"no such column in {name} ({', '.join(dataset.column_names)})", "rename the column"
+        )
     with_prompt = "prompt" in dataset.column_names
     carried = [column for column in CARRIED if column in dataset.column_names]
     rows: list[dict[str, Any]] = []

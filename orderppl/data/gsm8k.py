@@ -23,7 +23,9 @@ from orderppl.errors import UserError
 
 Form = Literal["full", "equations", "programs"]
 
-FEATURES = Features({"prompt": Value("string"), "response": Value("string"), "answer": Value("string"), "line": Value("int64")})
+FEATURES = Features(
+    {"prompt": Value("string"), "response": Value("string"), "answer": Value("string"), "line": Value("int64")}
+)
 ANNOTATION = re.compile(r"<<(.*?)>>")
 ANSWER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
 NUMERAL = re.compile(r"\d+\.?\d*|\.\d+")
@@ -100,7 +102,7 @@ def _equations(text: str) -> list[tuple[str, str]]:
 
 def _answer(text: str) -> str:
     """The reference answer: what follows the last ####, commas removed."""
-    head, mark, tail = text.rpartition("####")
+    _, mark, tail = text.rpartition("####")
     answer = tail.strip().replace(",", "")
     if not mark or not ANSWER.fullmatch(answer):
         raise _BadRowError("no number after ####", (mark + tail) or text[-60:])
@@ -115,7 +117,9 @@ def _program(equations: list[tuple[str, str]], answer: str, limits: tuple[int, i
     max_number, max_equations, max_operands = limits
     if len(equations) > max_equations:
         raise _BadRowError(f"more than {max_equations} equations", str(len(equations)))
-    prompts, executed, results = [], [], []
+    prompts: list[str] = []
+    executed: list[str] = []
+    results: list[str] = []
     for left, right in equations:
         text = f"{left}={right}"
         numerals = [*NUMERAL.findall(left), right]
@@ -178,7 +182,13 @@ def _read_file(path: Path, report: LoadReport) -> Iterator[tuple[int, dict[str, 
                 report.reject(path.name, line, "not JSON", f"{error.msg} in {text.strip()}")
                 continue
             if not isinstance(row, dict):
-                reason = "empty line" if not text.strip() else "no question||answer" if path.suffix == ".txt" else "not an object"
+                reason = (
+                    "empty line"
+                    if not text.strip()
+                    else "no question||answer"
+                    if path.suffix == ".txt"
+                    else "not an object"
+                )
                 report.reject(path.name, line, reason, text.strip())
                 continue
             yield line, row
@@ -212,11 +222,15 @@ def _local(source: Path, report: LoadReport) -> dict[str, tuple[str, Iterator[tu
     files = {
         split: path
         for split in ("train", "validation", "test")
-        for path in [next((source / f"{split}{s}" for s in (".jsonl", ".txt") if (source / f"{split}{s}").is_file()), None)]
+        for path in [
+            next((source / f"{split}{s}" for s in (".jsonl", ".txt") if (source / f"{split}{s}").is_file()), None)
+        ]
         if path is not None
     }
     if "train" not in files:
-        raise UserError("data", f"{source} has no train.jsonl", "give a folder with train.jsonl and test.jsonl, or one such file")
+        raise UserError(
+            "data", f"{source} has no train.jsonl", "give a folder with train.jsonl and test.jsonl, or one such file"
+        )
     return {split: (path.name, _read_file(path, report)) for split, path in files.items()}
 
 
@@ -254,8 +268,14 @@ def load_gsm8k(
     if form not in ("full", "equations", "programs"):
         raise UserError("form", f"{form!r} is unknown", "use full, equations or programs")
     if not 0 <= validation < 1:
-        raise UserError("validation", f"{validation} is not in [0, 1)", "give a share of the training rows, such as 0.05")
-    for name, limit, least in (("max_number", max_number, 1), ("max_equations", max_equations, 1), ("max_operands", max_operands, 2)):
+        raise UserError(
+            "validation", f"{validation} is not in [0, 1)", "give a share of the training rows, such as 0.05"
+        )
+    for name, limit, least in (
+        ("max_number", max_number, 1),
+        ("max_equations", max_equations, 1),
+        ("max_operands", max_operands, 2),
+    ):
         if limit is not None and limit < least:
             raise UserError(name, f"{limit} is too small", f"give at least {least}")
     report = LoadReport(str(source), form)
@@ -277,7 +297,9 @@ def load_gsm8k(
         for split in ("train", "validation") if held_out == "test" else ("train",):
             for row in splits.get(split, []):
                 if row["prompt"] in prompts:
-                    report.reject(files[split], int(row["line"]), f"prompt is also in the {held_out} split", row["prompt"])
+                    report.reject(
+                        files[split], int(row["line"]), f"prompt is also in the {held_out} split", row["prompt"]
+                    )
             if split in splits:
                 splits[split] = [row for row in splits[split] if row["prompt"] not in prompts]
     if "validation" not in splits and "train" in splits and validation > 0:
@@ -287,8 +309,12 @@ def load_gsm8k(
     for split, kept in splits.items():
         report.kept[split] = len(kept)
         if not kept:
-            worst = "; ".join(f"{n} x {reason}" for (_, reason), n in report.rejected.most_common(2)) or "no rows were read"
-            raise UserError("data", f"the {split} split of {source} is empty ({worst})", "check the file, the form and its limits")
+            worst = (
+                "; ".join(f"{n} x {reason}" for (_, reason), n in report.rejected.most_common(2)) or "no rows were read"
+            )
+            raise UserError(
+                "data", f"the {split} split of {source} is empty ({worst})", "check the file, the form and its limits"
+            )
     return DatasetDict({split: Dataset.from_list(kept, features=FEATURES) for split, kept in splits.items()}), report
 
 
@@ -321,7 +347,9 @@ class _Structure:
         self.key = " ; ".join(" ".join(pieces) for pieces in self.equations)
         self.trees = [_parse(" ".join(pieces)) for pieces in self.equations]
 
-    def draw(self, pool: np.ndarray, size: int, max_number: int, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
+    def draw(
+        self, pool: np.ndarray, size: int, max_number: int, rng: np.random.Generator
+    ) -> Iterator[tuple[str, str, str]]:
         """Yield prompt, response and answer of those of `size` draws whose results are whole and in 0..max_number."""
         shape = (size, len(self.constants))
         # half as frequent as in real problems, half uniform: real test numbers, and all of the tables
@@ -337,9 +365,12 @@ class _Structure:
                 names[f"r{index + 1}"] = value
         for row in np.flatnonzero(good):
             text = {name: str(int(value[row])) for name, value in names.items()}
-            prompt = " ; ".join(" ".join(text[p] if p in text and p[0] == "c" else p for p in e) for e in self.equations)
+            prompt = " ; ".join(
+                " ".join(text[p] if p in text and p[0] == "c" else p for p in e) for e in self.equations
+            )
             executed = [
-                " ".join(text.get(p, p) for p in e) + " = " + text[f"r{index + 1}"] for index, e in enumerate(self.equations)
+                " ".join(text.get(p, p) for p in e) + " = " + text[f"r{index + 1}"]
+                for index, e in enumerate(self.equations)
             ]
             answer = text[f"r{len(self.equations)}"]
             yield prompt, " ; ".join(executed) + " # " + answer, answer
@@ -383,7 +414,9 @@ def augment_programs(
     made: list[dict[str, str | int]] = []
     while len(made) < n:
         if not keys or not len(constants):
-            raise UserError("rows", "no program can be filled with new constants", "give more training rows or a larger max_number")
+            raise UserError(
+                "rows", "no program can be filled with new constants", "give more training rows or a larger max_number"
+            )
         picked, quotas = np.unique(rng.choice(np.array(keys), n - len(made)), return_counts=True)
         for key, quota in zip(picked.tolist(), quotas.tolist(), strict=True):
             left = quota

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     mask_index: int
     eos_index: int
     vocab_size: int
-    tokens: Sequence[str]
+    tokens: list[str]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
@@ -88,7 +88,9 @@ class WordTokenizer:
         if number_mode not in ("digits", "numbers"):
             raise UserError("number_mode", f"{number_mode!r} is unknown", "use 'digits' or 'numbers'")
         if max_number < 9:
-            raise UserError("max_number", f"{max_number} is below 9", "numerals fall back to digits, so 0..9 are needed")
+            raise UserError(
+                "max_number", f"{max_number} is below 9", "numerals fall back to digits, so 0..9 are needed"
+            )
         self.tokens: list[str] = [*SPECIAL, *vocabulary]
         self.vocab_size = len(self.tokens)
         self.number_mode: NumberMode = number_mode
@@ -233,7 +235,9 @@ class WordTokenizer:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError("tokenizer", f"{path} is not a saved tokeniser ({error})", "write it again by save()") from error
+            raise UserError(
+                "tokenizer", f"{path} is not a saved tokeniser ({error})", "write it again by save()"
+            ) from error
 
 
 class PretrainedTokenizer:
@@ -254,8 +258,8 @@ class PretrainedTokenizer:
             raise UserError(
                 "tokenizer",
                 f"{name} has no mask token",
-                "use the tokeniser of a masked model, or add one by tokenizer.add_special_tokens({'mask_token': '<mask>'}) "
-                "and save_pretrained",
+                "use the tokeniser of a masked model, or add one by "
+                "tokenizer.add_special_tokens({'mask_token': '<mask>'}) and save_pretrained",
             )
         if eos is None:
             raise UserError(
