@@ -1,13 +1,15 @@
-"""The protocol of everything that can decide a reveal set."""
+"""The protocols of everything that can decide a reveal set."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from orderppl.distributions import RevealSet
 from orderppl.states import UnmaskingState
+
+if TYPE_CHECKING:
+    from orderppl.distributions import RevealSet
 
 
 @runtime_checkable
@@ -16,6 +18,15 @@ class Policy(Protocol):
 
     def select(self, state: UnmaskingState) -> Tensor:
         """Return the reveal set z_t: bool [B, L], a subset of `state.masked`."""
+        ...
+
+
+@runtime_checkable
+class ScoredPolicy(Policy, Protocol):
+    """A policy with a score per position (high = reveal first); the decoder falls back on its arg-max."""
+
+    def score(self, state: UnmaskingState) -> Tensor:
+        """Return the score of every position: float [B, L]; values at positions that are not masked are ignored."""
         ...
 
 

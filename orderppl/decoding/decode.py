@@ -1,0 +1,302 @@
+"""One unmasking loop, for decoding (tokens from the denoiser) and for teacher-forced paths (tokens given)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from orderppl.decoding.heuristics import ROW, TRUTH, Block, policy_score, reveal_rank
+from orderppl.decoding.noise import SELECTION, TOKENS, generator_seed, sample_categorical, uniform_noise
+from orderppl.decoding.policy import Policy
+from orderppl.denoising import Canvas, Denoiser
+from orderppl.errors import UserError
+from orderppl.states import VISIBLE, UnmaskingState, partial_state
+
+
+@dataclass
+class DecodeOutput:
+    """Result of `decode`; rows in the order of the input.
+
+    Attributes:
+        sequences: int64 [B, L], decoded responses, `pad_token_id` at padding.
+        attention_mask: bool [B, L], False at padding.
+        nfe: int64 [B], denoiser forwards made while the row still had masks (realised, not requested).
+        steps: the requested budget.
+        reveal_step: int64 [B, L], forward at which each position was revealed; -1 at padding.
+        token_log_prob: float64 [B, L], log-probability of the emitted token at its reveal and temperature 1; 0 at
+            padding.
+        fallback: int64 [B], steps at which the policy selected nothing and its arg-max was revealed.
+        history: int64 [S + 1, B, L], the states from all masked to finished, MASK where hidden; None unless asked for.
+    """
+
+    sequences: Tensor
+    attention_mask: Tensor
+    nfe: Tensor
+    steps: int
+    reveal_step: Tensor
+    token_log_prob: Tensor
+    fallback: Tensor
+    history: Tensor | None = None
+
+    @property
+    def tokens_per_forward(self) -> Tensor:
+        """Response tokens per denoiser forward, padding not counted: float [B]; 0 for an empty row."""
+        return self.attention_mask.sum(-1) / self.nfe.clamp(min=1)
+
+
+@dataclass
+class PathOutput:
+    """Result of `follow`; fields as in `DecodeOutput`, with the log-likelihood of the true tokens, nats."""
+
+    attention_mask: Tensor
+    nfe: Tensor
+    steps: int
+    reveal_step: Tensor
+    token_log_prob: Tensor
+    fallback: Tensor
+
+    @property
+    def nats(self) -> Tensor:
+        """Negative log-likelihood of each row along its path: float64 [B]."""
+        return -self.token_log_prob.sum(-1)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(*objects: object) -> Iterator[None]:
+    """Switch modules (also those held by a policy) to evaluation, so that dropout cannot change a result."""
+    modules: list[nn.Module] = []
+    pending = list(objects)
+    while pending:
+        item = pending.pop()
+        if isinstance(item, nn.Module):
+            modules += [module for module in item.modules() if module.training]
+        elif hasattr(item, "select") and hasattr(item, "__dict__"):
+            pending += vars(item).values()
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def _unmask(
+    policy: Policy,
+    canvas: Canvas,
+    num_steps: int,
+    seed: int,
+    row_ids: Tensor,
+    write: Callable[[Tensor, UnmaskingState], Tensor],
+    memory: dict[str, Tensor],
+    pad_token_id: int = 0,
+) -> DecodeOutput:
+    """Unmask all rows; `write` gives the tokens int64 [b, L] of the rows `index` int64 [b] still in the batch.
+
+    Every executed forward reveals at least one token of each row in it. Rows leave when they are finished, which takes
+    one synchronisation with the host per step.
+    """
+    attention, denoiser = canvas.attention_mask, canvas.denoiser
+    device = attention.device
+    cost = int(getattr(denoiser, "forwards_per_call", 1))  # guidance makes two forwards per call
+    batch, length = attention.shape
+    sequences = torch.where(attention, canvas.mask_index, pad_token_id)
+    reveal_step = torch.full_like(sequences, VISIBLE)
+    log_prob = torch.zeros(batch, length, dtype=torch.float64, device=device)
+    nfe = torch.zeros(batch, dtype=torch.int64, device=device)
+    fallback = torch.zeros_like(nfe)
+
+    index = torch.arange(batch, device=device)
+    tokens, masked = sequences, attention
+    memory = {**memory, ROW: index}
+    for step in range(num_steps):
+        unfinished = masked.any(-1)
+        if not bool(unfinished.all()):
+            keep = unfinished.nonzero()[:, 0]
+            index, tokens, masked, canvas = index[keep], tokens[keep], masked[keep], canvas.rows(keep)
+            memory = {key: value[keep] for key, value in memory.items()}
+        if index.numel() == 0:
+            break
+        noise = uniform_noise(seed, row_ids[index], step, length, SELECTION)
+        now = torch.full_like(index, step)
+        state = UnmaskingState(tokens, masked, now, num_steps, canvas, noise, memory)
+        log_probs = state.log_probs  # the one forward of this step, shared with the policy
+        if step == num_steps - 1:
+            reveal = masked
+        else:
+            reveal = policy.select(state) & masked
+            empty = ~reveal.any(-1)
+            if bool(empty.any()):
+                best = reveal_rank(policy_score(policy, state), masked) == 0
+                reveal = torch.where(empty[:, None], best, reveal)
+                fallback[index] += empty.long()
+        written = write(index, state)  # [b, L]
+        gained = log_probs.gather(-1, written[..., None])[..., 0].double()
+        tokens = torch.where(reveal, written, tokens)
+        masked = masked & ~reveal
+        sequences[index] = tokens
+        reveal_step[index] = torch.where(reveal, step, reveal_step[index])
+        log_prob[index] = torch.where(reveal, gained, log_prob[index])
+        nfe[index] += cost
+    return DecodeOutput(sequences, attention, nfe, num_steps, reveal_step, log_prob, fallback)
+
+
+def _check_budget(num_steps: int, field: str) -> None:
+    if num_steps < 1:
+        raise UserError(field, f"a budget of {num_steps} steps", "allow at least 1")
+
+
+def _blocks(policy: Policy, block_size: int | None, longest: int, num_steps: int) -> Policy:
+    """Wrap a policy into blocks; every block needs a step of its own."""
+    if block_size is None:
+        return policy
+    wrapped = Block(policy, block_size)
+    blocks = -(-longest // block_size)
+    if blocks > num_steps:
+        problem = f"{blocks} blocks of {block_size} in {num_steps} steps"
+        raise UserError("block_size", problem, "use larger blocks or more steps")
+    return wrapped
+
+
+def _row_ids(row_ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    if row_ids is None:
+        return torch.arange(batch, device=device)
+    if row_ids.shape != (batch,):
+        raise UserError("row_ids", f"shape {tuple(row_ids.shape)} for {batch} rows", "give one id per row")
+    return row_ids.to(device, torch.int64)
+
+
+@torch.no_grad()
+def decode(
+    denoiser: Denoiser,
+    policy: Policy,
+    context: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    *,
+    length: int | Tensor,
+    max_steps: int,
+    block_size: int | None = None,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    row_ids: Tensor | None = None,
+    record_history: bool = False,
+    device: torch.device | str | None = None,
+    pad_token_id: int = 0,
+) -> DecodeOutput:
+    """Generate responses by revealing the sets that `policy` selects.
+
+    A row's result depends on its prompt, its length, its id and the seed only: not on the other rows, their order or
+    the padding. A step costs one denoiser call on the rows that are not finished, whatever the policy reads. The last
+    budgeted step reveals everything that is left.
+
+    Args:
+        denoiser: see `Denoiser`. An attribute `forwards_per_call` (2 under guidance) multiplies the NFE.
+        policy: decides the reveal sets.
+        context: int64 [B, C], prompts.
+        context_mask: bool [B, C], False at padding, left or right; all True when left out.
+        length: response length, one number or int64 [B].
+        max_steps: step budget per row.
+        block_size: semi-autoregressive blocks of this many positions (see `Block`).
+        temperature: of token sampling; 0 takes the most likely token. Sampling inverts the cumulative distribution in
+            float64.
+        generator: only its seed is used (see `generator_seed`); the seed of `torch.manual_seed` when left out.
+        row_ids: int64 [B], identity of each row for the noise, e.g. its index in the data set; 0..B-1 when left out.
+        record_history: keep all intermediate states.
+        device: where to decode; that of `context`, or of `length`, when left out.
+        pad_token_id: written behind the end of shorter responses.
+
+    Raises:
+        UserError: for a budget below 1, a negative temperature or length, sizes that do not match, or more blocks than
+            steps.
+    """
+    _check_budget(max_steps, "max_steps")
+    if not temperature >= 0:
+        raise UserError("temperature", f"{temperature} is negative", "give 0 for the most likely token, or more")
+    if device is None:
+        given = context if context is not None else length if isinstance(length, Tensor) else None
+        device = "cpu" if given is None else given.device
+    where = torch.device(device)
+    sizes = [len(item) for item in (context, row_ids, length) if isinstance(item, Tensor) and item.dim() > 0]
+    batch = sizes[0] if sizes else 1
+    if any(size != batch for size in sizes):
+        raise UserError("length", f"{sizes} rows in context, row_ids and length", "give one row per sequence")
+    lengths = torch.as_tensor(length, dtype=torch.int64, device=where).expand(batch)
+    longest, shortest = (int(lengths.max()), int(lengths.min())) if batch else (0, 0)
+    if shortest < 0:
+        raise UserError("length", f"a response of {shortest} tokens", "give 0 or more")
+    attention = torch.arange(longest, device=where) < lengths[:, None]  # [B, L]
+    if context is not None:
+        context = context.to(where)
+        context_mask = None if context_mask is None else context_mask.to(where)
+    canvas = Canvas(denoiser, attention, context, context_mask)
+    policy = _blocks(policy, block_size, longest, max_steps)
+    seed, ids = generator_seed(generator), _row_ids(row_ids, batch, where)
+
+    def write(index: Tensor, state: UnmaskingState) -> Tensor:
+        if temperature == 0:
+            return state.logits.argmax(-1)
+        noise = uniform_noise(seed, ids[index], int(state.step[0]), longest, TOKENS)
+        return sample_categorical(state.logits.double() / temperature, noise)
+
+    with _evaluation_mode(denoiser, policy):
+        output = _unmask(policy, canvas, max_steps, seed, ids, write, {}, pad_token_id)
+    if record_history:
+        # Revealed tokens never change, so the states follow from the result.
+        executed = int(output.reveal_step.max()) + 1 if output.reveal_step.numel() else 0
+        hidden = output.reveal_step >= torch.arange(executed + 1, device=where)[:, None, None]
+        output.history = partial_state(output.sequences, hidden, denoiser.mask_index)
+    return output
+
+
+@torch.no_grad()
+def follow(
+    policy: Policy,
+    canvas: Canvas,
+    tokens: Tensor,
+    num_steps: int,
+    *,
+    block_size: int | None = None,
+    generator: torch.Generator | None = None,
+    row_ids: Tensor | None = None,
+) -> PathOutput:
+    """Reveal the true tokens along the policy's own order (teacher forcing).
+
+    Only policies that declare `needs_truth` find the truth in `state.memory["truth"]`.
+
+    Args:
+        policy: decides the reveal sets from the partially revealed truth.
+        canvas: prompt, padding and denoiser.
+        tokens: int64 [B, L], the truth.
+        num_steps: step budget T; the last step reveals everything that is left.
+        block_size: see `decode`.
+        generator: see `decode`.
+        row_ids: see `decode`.
+
+    Returns:
+        `PathOutput`: `token_log_prob` is the log-likelihood of the true token at the state that revealed it.
+
+    Raises:
+        UserError: for a budget below 1, tokens of another shape than the canvas, a MASK among the tokens, or more
+            blocks than steps.
+    """
+    _check_budget(num_steps, "num_steps")
+    attention = canvas.attention_mask
+    if tokens.shape != attention.shape:
+        problem = f"shape {tuple(tokens.shape)} on a canvas of {tuple(attention.shape)}"
+        raise UserError("tokens", problem, "give one token per response position")
+    if bool(((tokens == canvas.mask_index) & attention).any()):
+        raise UserError("tokens", "the MASK token among the true tokens", "give clean sequences")
+    ids = _row_ids(row_ids, len(tokens), tokens.device)
+    longest = int(attention.sum(-1).max()) if attention.numel() else 0
+    policy = _blocks(policy, block_size, longest, num_steps)
+    memory = {TRUTH: tokens} if getattr(policy, "needs_truth", False) else {}
+    # Padding may hold any id, also one the denoiser has no class for.
+    readable = tokens.masked_fill(~attention, 0)
+    with _evaluation_mode(canvas.denoiser, policy):
+        seed = generator_seed(generator)
+        output = _unmask(policy, canvas, num_steps, seed, ids, lambda index, state: readable[index], memory)
+    return PathOutput(attention, output.nfe, num_steps, output.reveal_step, output.token_log_prob, output.fallback)

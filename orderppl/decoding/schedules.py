@@ -1,0 +1,128 @@
+"""How many positions to reveal at each step, row by row.
+
+A schedule is the cumulative number of positions revealed before a step. Every schedule reveals at least one position a
+step while any is masked, and exactly the row's length in all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orderppl.errors import UserError
+
+
+class SetSizes(ABC):
+    """Set sizes as a function of a row's length and the step."""
+
+    name: str
+
+    @abstractmethod
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+        """Positions to have been revealed before `step`, not yet limited to the row's length: int64 [*]."""
+
+    def cumulative(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
+        """Number of positions revealed before `step`.
+
+        Args:
+            positions: int64 [*], length of the row.
+            step: int64 [*], from 0 (nothing revealed) to `num_steps` (all revealed).
+            num_steps: the step budget T, one number or int64 [*].
+
+        Returns:
+            int64 [*], broadcast.
+        """
+        budget = torch.as_tensor(num_steps, device=step.device)
+        planned = torch.maximum(self.planned(positions, step, budget), step)  # at least one a step
+        return torch.where(step >= budget, positions, torch.minimum(planned, positions))
+
+    def sizes(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
+        """Number of positions to reveal at `step`: int64 [*]; arguments as for `cumulative`."""
+        return self.cumulative(positions, step + 1, num_steps) - self.cumulative(positions, step, num_steps)
+
+
+def _check_num_steps(num_steps: int | None) -> None:
+    if num_steps is not None and num_steps < 1:
+        raise UserError("num_steps", f"a schedule of {num_steps} steps", "give at least 1, or leave it out")
+
+
+@dataclass(frozen=True)
+class UniformSizes(SetSizes):
+    """Equal sets: floor(n (t + 1) / T) - floor(n t / T), which spreads the remainder over the steps.
+
+    Args:
+        num_steps: T; the decoder's budget when left out. Rows shorter than T reveal one position a step.
+    """
+
+    num_steps: int | None = None
+    name = "uniform"
+
+    def __post_init__(self) -> None:
+        _check_num_steps(self.num_steps)
+
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+        """Return floor(n t / T), with T at most n."""
+        total = num_steps if self.num_steps is None else torch.full_like(num_steps, self.num_steps)
+        total = torch.minimum(total, positions).clamp(min=1)
+        return positions * step // total
+
+
+@dataclass(frozen=True)
+class CosineSizes(SetSizes):
+    """Small sets first: a share cos(pi/2 * t/T) is still masked before step t (MaskGIT, arXiv 2202.04200).
+
+    Args:
+        num_steps: T; the decoder's budget when left out.
+    """
+
+    num_steps: int | None = None
+    name = "cosine"
+
+    def __post_init__(self) -> None:
+        _check_num_steps(self.num_steps)
+
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+        """Return n (1 - cos(pi/2 * t/T)), rounded half up."""
+        total = num_steps if self.num_steps is None else torch.full_like(num_steps, self.num_steps)
+        share = (step.double() / total).clamp(max=1.0)
+        # Rounding half up keeps every step after the first of size one or more non-empty, because the curve is convex.
+        return (positions * (1.0 - (share * (torch.pi / 2)).cos()) + 0.5).floor().long()
+
+
+@dataclass(frozen=True)
+class FractionalSizes(SetSizes):
+    """A mix of floor and ceiling whose mean is `mean`: floor(m (t + 1)) - floor(m t).
+
+    Args:
+        mean: positions per step, at least 1. A row needs about length / mean steps, whatever the budget; what is left
+            at the last budgeted step is revealed there.
+    """
+
+    mean: float
+    name = "fractional"
+
+    def __post_init__(self) -> None:
+        if not self.mean >= 1:
+            raise UserError("mean", f"{self.mean} positions a step", "give 1 or more")
+
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+        """Return floor(m t)."""
+        return (self.mean * step.double() + 1e-9).floor().long()  # so that 1.1 * 10 does not lose one to rounding
+
+
+def make_sizes(sizes: SetSizes | str | float) -> SetSizes:
+    """Read a schedule: an object, "uniform", "cosine", or a number (mean positions per step).
+
+    Raises:
+        UserError: for any other value.
+    """
+    if isinstance(sizes, SetSizes):
+        return sizes
+    if isinstance(sizes, (int, float)):
+        return FractionalSizes(float(sizes))
+    if sizes not in ("uniform", "cosine"):
+        raise UserError("sizes", f"unknown schedule {sizes!r}", 'use "uniform", "cosine" or positions per step')
+    return UniformSizes() if sizes == "uniform" else CosineSizes()

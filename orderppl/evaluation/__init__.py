@@ -1,0 +1,21 @@
+"""Evaluation: answers, path likelihood, intervals and the records of a comparison."""
+
+from orderppl.evaluation.answers import answers_match, exact_match, parse_answer
+from orderppl.evaluation.evaluate import DecodedAnswers, decode_answers, evaluate_policies
+from orderppl.evaluation.intervals import Interval, bootstrap_mean, paired_difference
+from orderppl.evaluation.path_likelihood import PathLikelihood, batch_canvas, path_likelihood
+
+__all__ = [
+    "DecodedAnswers",
+    "Interval",
+    "PathLikelihood",
+    "answers_match",
+    "batch_canvas",
+    "bootstrap_mean",
+    "decode_answers",
+    "evaluate_policies",
+    "exact_match",
+    "paired_difference",
+    "parse_answer",
+    "path_likelihood",
+]
