@@ -73,7 +73,7 @@ class WordTokenizer:
         vocabulary: pieces that follow the special tokens (pad 0, mask 1, eos 2, unk 3, join 4), in id order.
         number_mode: "digits" (each digit a token) or "numbers" (one token per numeral 0..max_number; others in digits).
         max_number: largest numeral with a token of its own.
-        gaps: usual gap between two kinds of pieces, "" where a pair is missing.
+        gaps: usual gap between two kinds of pieces; `("", "")` holds the gap of pairs that were never seen.
     """
 
     pad_index, mask_index, eos_index, unk_index, join_index = range(5)
@@ -134,6 +134,8 @@ class WordTokenizer:
                 previous, gap = kind, ""
         # the most frequent gap; of equally frequent ones the shortest, so that the order of the texts does not matter
         gaps = {pair: min(found, key=lambda gap: (-found[gap], gap)) for pair, found in seen_gaps.items()}
+        overall = sum(seen_gaps.values(), Counter[str]())
+        gaps["", ""] = min(overall, key=lambda gap: (-overall[gap], gap), default="")
         gaps["0", "0"] = ""  # numerals in digits must join whatever the texts do
         gaps = {pair: gap for pair, gap in sorted(gaps.items()) if gap in ("", " ")}
         vocabulary = numbers + sorted(piece for piece, n in counts.items() if n >= min_count)
@@ -157,11 +159,14 @@ class WordTokenizer:
                 gap += piece
                 continue
             kind = _kind(piece)
-            if gap != (self.gaps.get((previous, kind), "") if previous else ""):
+            if gap != (self._gap(previous, kind) if previous else ""):
                 ids += [self._id(space) for space in gap] or [self.join_index]
             ids += [self._id(part) for part in (self._numeral(piece) if kind == "0" else [piece])]
             previous, gap = kind, ""
         return ids + [self._id(space) for space in gap]
+
+    def _gap(self, left: str, right: str) -> str:
+        return self.gaps.get((left, right), self.gaps.get(("", ""), ""))
 
     def _id(self, piece: str) -> int:
         return self._ids.get(piece, self.unk_index)
@@ -193,7 +198,7 @@ class WordTokenizer:
                 spelt = True
                 continue
             kind = _kind(piece)
-            text += piece if spelt or not previous else self.gaps.get((previous, kind), "") + piece
+            text += piece if spelt or not previous else self._gap(previous, kind) + piece
             previous, spelt = kind, False
         return text
 
