@@ -495,15 +495,17 @@ def _check_decision(decision: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class StochasticDecision:
-    """Turns a distribution over reveal sets into a set, position by position.
+    """Turns a distribution over reveal sets into a set.
 
-    `mode` reveals {p > 0.5}; `sample` reveals where noise < min(1, beta p), p the inclusion probability. The draws are
-    independent given p; an empty set falls to the decoder's arg-max rule.
+    `mode` reveals {p > 0.5}, p the inclusion probability; an empty set falls to the decoder's arg-max rule.
+    `sample` draws from the distribution (exactly, also when it is conditioned to be non-empty) with the noise of the
+    state: position i is revealed where noise < min(1, beta q_i), q_i its reveal probability before conditioning. Under
+    conditioning, while nothing is revealed further left, q_i is divided by 1 - prod_{j >= i} (1 - q_j).
 
     Args:
         policy: a policy with a distribution.
         decision: "mode" or "sample".
-        beta: factor on p when sampling, above 0.
+        beta: factor on q when sampling, above 0; above 1 reveals more than the policy was trained to.
     """
 
     policy: StochasticPolicy
@@ -522,11 +524,19 @@ class StochasticDecision:
 
     def select(self, state: UnmaskingState) -> Tensor:
         """Return the reveal set: bool [*, L]."""
-        probs = self.score(state)
+        distribution = self.policy.distribution(state)
         if self.decision == "mode":
-            return (probs > 0.5) & state.masked
-        noise = state.noise if state.noise is not None else torch.rand_like(probs)
-        return (noise < (self.beta * probs).clamp(max=1.0)) & state.masked
+            return (distribution.probs > 0.5) & state.masked
+        noise = state.noise
+        if noise is None:
+            noise = torch.rand(state.masked.shape, dtype=torch.float64, device=state.masked.device)
+        reveal_probs = (self.beta * distribution.log_reveal.double().exp()).clamp(max=1.0) * state.masked  # [*, L]
+        revealed = noise < reveal_probs
+        if not distribution.non_empty:
+            return revealed
+        none_from_here = (1 - reveal_probs).flip(-1).cumprod(-1).flip(-1)
+        first = noise < reveal_probs / (1 - none_from_here)  # 0 / 0 where nothing is masked: never revealed
+        return torch.where(first.long().cumsum(-1) - first.long() > 0, revealed, first)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class RandomTransformer(nn.Module):
 
 
 class Table:
-    """Returns the same written probabilities at every call: float64 [S, V]."""
+    """Returns the same written probabilities at every call, float64 [S, V], cut to the canvas."""
 
     def __init__(self, probs: list[list[float]] | Tensor) -> None:
         self.probs = torch.as_tensor(probs, dtype=torch.float64)
@@ -49,7 +49,7 @@ class Table:
         self.mask_index = self.vocab_size  # no MASK class in the head
 
     def __call__(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.probs.log().expand(*state.shape, -1)
+        return self.probs[: state.shape[-1]].log().expand(*state.shape, -1)
 
 
 @pytest.fixture(scope="session")
