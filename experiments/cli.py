@@ -147,7 +147,8 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
     import torch
     from rich.console import Console
 
-    from orderppl.experiments.results import write_results, write_text
+    from orderppl.experiments.results import write_results
+    from orderppl.inference.checkpoints import write_text
 
     try:
         torch.empty(0, device=config.device)
@@ -167,6 +168,8 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
     write_text(saved, document)
     pyro.set_rng_seed(config.seed)
     pyro.clear_param_store()
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if config.dtype == "float64" else torch.float32)
     begin = time.perf_counter()
     try:
         records = module.run(config, out, resume=True) if resume else module.run(config, out)
@@ -175,6 +178,8 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
         if is_new and [path.name for path in out.iterdir()] == [saved.name]:
             shutil.rmtree(out)
         raise
+    finally:
+        torch.set_default_dtype(default_dtype)
     written = sorted(str(path) for path in out.rglob("*") if path.is_file())
     Console(soft_wrap=True).print("\nFiles written:", *written, sep="\n  ", highlight=False)
     return results

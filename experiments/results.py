@@ -17,20 +17,10 @@ from rich.table import Table
 
 from orderppl.errors import UserError
 from orderppl.experiments.config import config_dict
+from orderppl.inference.checkpoints import write_text
 
 Record = Mapping[str, object]
 """A flat object: `metric`, `value`, and the labels that identify it (`task`, `arm`, `steps`, `seed`, `n`, ...)."""
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file under a temporary name and rename it, so that nobody ever reads half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def environment(device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> dict[str, object]:
@@ -78,7 +68,9 @@ def write_results(
         "seconds": round(seconds, 3),
         "records": [_checked(index, record) for index, record in enumerate(records)],
     }
-    return write_text(Path(out) / "results.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    path = Path(out) / "results.json"
+    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return path
 
 
 def read_results(out: str | Path) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def test_symlinks_serve_type_checkers(part: str) -> None:
 
 @pytest.mark.parametrize("part", OUTSIDE)
 def test_a_top_level_import_is_refused(part: str) -> None:
-    run = subprocess.run([sys.executable, "-c", f"import {part}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", f"import {part}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert f"import orderppl.{part}, not {part}" in run.stderr
 

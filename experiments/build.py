@@ -1,0 +1,753 @@
+"""From settings to objects: task data, denoiser, prior, guide, bound and optimiser, each chosen by its name.
+
+Another prior, guide or denoiser is one line of YAML (`prior: cosine_steps`) or of the command line
+(`--set guide=random`); what a kind can be told is its dataclass here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pyro
+import torch
+from datasets import Dataset, DatasetDict
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from orderppl import guides, models
+from orderppl.data.arithmetic import generate_arithmetic
+from orderppl.data.chains import sample_chains
+from orderppl.data.collate import tensors, tokenize
+from orderppl.data.gsm8k import augment_programs, load_gsm8k
+from orderppl.data.report import LoadReport
+from orderppl.data.sequences import load_sequences
+from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from orderppl.decoding import PlannedOrder, Policy, StochasticDecision
+from orderppl.denoising import Canvas, Denoiser
+from orderppl.errors import UserError
+from orderppl.experiments.config import RunConfig, setting
+from orderppl.inference import RevealTraceGraph_ELBO
+from orderppl.inference.annealing import Anneal
+from orderppl.inference.batches import BatchStream
+from orderppl.inference.checkpoints import load_weights, read_config
+from orderppl.models import networks
+from orderppl.models.denoisers import AntibodyDenoiser, MarkovChainDenoiser, TransformerDenoiser
+from orderppl.models.priors import RevealPrior
+
+DENOISER_FILE = "denoiser.safetensors"
+TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class ChainTask:
+    """Sequences of a stationary Markov chain, all of one length."""
+
+    name: Literal["chain"] = "chain"
+    num_states: int = setting(4, "states K", at_least=2)
+    stay: float = setting(0.85, "probability of repeating a state", above=0, below=1)
+    length: int = setting(16, "positions L", at_least=1)
+    train: int = setting(4000, "training sequences", at_least=1)
+    validation: int = setting(500, "validation sequences", at_least=1)
+    test: int = setting(2000, "test sequences", at_least=1)
+
+
+@dataclass(frozen=True)
+class ArithmeticTask:
+    """Generated arithmetic word problems, answered by a chain of equations."""
+
+    name: Literal["arithmetic"] = "arithmetic"
+    variant: Literal["chain", "mod20", "dual"] = setting("chain", "kind of problem")
+    train: int = setting(20_000, "training problems", at_least=1)
+    validation: int = setting(500, "validation problems", at_least=1)
+    test: int = setting(500, "test problems", at_least=1)
+    num_operations: int = setting(4, "operations of a problem", at_least=1)
+    limit: int = setting(20, "largest number", at_least=4)
+    max_context: int = setting(64, "longest prompt, tokens", at_least=1)
+    max_length: int = setting(64, "longest response, tokens", at_least=1)
+
+
+@dataclass(frozen=True)
+class Gsm8kTask:
+    """GSM8K: questions, or programs, and their equation chains."""
+
+    name: Literal["gsm8k"] = "gsm8k"
+    data: str = setting("openai/gsm8k", "folder or file of JSON lines, or a hub name")
+    form: Literal["full", "equations", "programs"] = setting("programs", "what prompt and response are")
+    validation: float = setting(0.05, "share of the training prompts held out", above=0, below=1)
+    max_number: int = setting(99, "programs: largest integer; also the largest number token", at_least=9)
+    max_equations: int = setting(4, "programs: most equations", at_least=1)
+    augment: int = setting(0, "programs: training rows made with re-drawn constants", at_least=0)
+    tokenizer: str | None = setting(None, "Hugging Face tokeniser; a small vocabulary is built when left out")
+    number_mode: Literal["digits", "numbers"] = setting("numbers", "one token per digit or per number")
+    max_context: int = setting(128, "longest prompt, tokens", at_least=1)
+    max_length: int = setting(96, "longest response, tokens", at_least=1)
+
+
+@dataclass(frozen=True)
+class AntibodyTask:
+    """Variable domains of antibodies from FASTA or CSV files."""
+
+    name: Literal["antibodies"] = "antibodies"
+    train: str | None = setting(None, "FASTA or CSV file of training sequences", file=True)
+    test: str | None = setting(None, "FASTA or CSV file of held-out sequences", file=True)
+    column: str | None = setting(None, "CSV column of the sequences")
+    held_out: float = setting(0.3, "share of the training file held out without a test file", above=0, below=1)
+    max_length: int = setting(142, "longest sequence, residues", at_least=1)
+
+
+TaskConfig = ChainTask | ArithmeticTask | Gsm8kTask | AntibodyTask
+
+
+@dataclass
+class Task:
+    """Data of a task, ready for batches.
+
+    Attributes:
+        name: of the task.
+        splits: `train`, `validation` (where there is one) and `test`, each a dictionary of padded tensors.
+        vocab_size: number of token ids, MASK included.
+        mask_index: id of MASK.
+        tokenizer: of text tasks.
+        references: text tasks: reference answers of every split.
+        report: what a loader rejected.
+    """
+
+    name: str
+    splits: dict[str, dict[str, Tensor]]
+    vocab_size: int
+    mask_index: int
+    tokenizer: Tokenizer | None = None
+    references: dict[str, list[str]] = field(default_factory=dict)
+    report: LoadReport | None = None
+
+    def stream(self, split: str, batch_size: int, **options: Any) -> BatchStream:
+        """Batches of a split; see `BatchStream`."""
+        return BatchStream(self.held(split), batch_size, **options)
+
+    def held(self, split: str) -> dict[str, Tensor]:
+        """Tensors of a split; the test split stands in for a validation split that the task does not have."""
+        if split not in self.splits and split != "validation":
+            raise UserError("split", f"{self.name} has no split {split!r}", f"use one of {', '.join(self.splits)}")
+        return self.splits.get(split, self.splits["test"])
+
+    @property
+    def longest(self) -> int:
+        """Longest response of any split, tokens."""
+        return max(batch["tokens"].shape[1] for batch in self.splits.values())
+
+    @property
+    def canvas_length(self) -> int:
+        """Longest prompt plus longest response of any split, tokens."""
+        return max(
+            batch["tokens"].shape[1] + (batch["context"].shape[1] if "context" in batch else 0)
+            for batch in self.splits.values()
+        )
+
+
+def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None) -> Task:
+    """Make or read the data of a task.
+
+    Args:
+        config: which task.
+        seed: of generated data and drawn splits.
+        tokenizer: of the denoiser that will read the data; built from the training split when left out.
+    """
+    if isinstance(config, ChainTask):
+        sizes = {"train": config.train, "validation": config.validation, "test": config.test}
+        chain = {"num_states": config.num_states, "stay": config.stay, "length": config.length}
+        splits = {
+            split: tensors(sample_chains(size, **chain, seed=3 * seed + index))  # type: ignore[arg-type]
+            for index, (split, size) in enumerate(sizes.items())
+        }
+        return Task(config.name, splits, config.num_states + 1, config.num_states)
+    if isinstance(config, AntibodyTask):
+        if config.train is None:
+            raise UserError("task.train", "no sequences", "give a FASTA or CSV file")
+        rows, report = load_sequences(
+            config.train,
+            config.test,
+            column=config.column,
+            held_out=config.held_out,
+            seed=seed,
+            max_length=config.max_length,
+        )
+        return antibody_task({split: list(rows[split]["sequence"]) for split in rows}, report)
+    if isinstance(config, ArithmeticTask):
+        texts = generate_arithmetic(
+            config.variant,
+            train=config.train,
+            validation=config.validation,
+            test=config.test,
+            num_operations=config.num_operations,
+            limit=config.limit,
+            seed=seed,
+        )
+        largest, mode = max(config.limit, 20), "numbers"
+        report = LoadReport(config.name)
+    else:
+        texts, report = load_gsm8k(
+            config.data,
+            config.form,
+            validation=config.validation,
+            seed=seed,
+            max_number=config.max_number,
+            max_equations=config.max_equations,
+        )
+        largest, mode = config.max_number, config.number_mode
+        if config.tokenizer is not None and tokenizer is None:
+            tokenizer = load_tokenizer(config.tokenizer)
+        if config.augment and config.form == "programs":
+            held_out = [texts[split] for split in texts if split != "train"]
+            made = augment_programs(texts["train"], config.augment, seed, held_out=held_out, max_number=largest)
+            texts["train"] = Dataset.from_list([*texts["train"], *made])
+    if tokenizer is None:
+        vocabulary = (text for column in ("prompt", "response") for text in texts["train"][column])
+        tokenizer = WordTokenizer.build(vocabulary, number_mode=mode, max_number=largest)  # type: ignore[arg-type]
+    return _text_task(config, texts, tokenizer, report)
+
+
+def _text_task(
+    config: ArithmeticTask | Gsm8kTask, texts: DatasetDict, tokenizer: Tokenizer, report: LoadReport
+) -> Task:
+    tokenized = {
+        split: tokenize(
+            rows, tokenizer, config.max_context, config.max_length, on_long="report", report=report, name=split
+        )
+        for split, rows in texts.items()
+    }
+    return Task(
+        config.name,
+        {split: tensors(rows, tokenizer.pad_index) for split, rows in tokenized.items()},
+        tokenizer.vocab_size,
+        tokenizer.mask_index,
+        tokenizer,
+        {split: [str(answer) for answer in rows["answer"]] for split, rows in tokenized.items()},
+        report,
+    )
+
+
+def antibody_task(sequences: Mapping[str, Iterable[str]], report: LoadReport | None = None) -> Task:
+    """Residue sequences as a task of the antibody denoiser.
+
+    Args:
+        sequences: `train` and `test`, one-letter residues.
+        report: of the loader.
+    """
+    rows = {
+        split: Dataset.from_list([{"tokens": AntibodyDenoiser.encode(sequence)} for sequence in texts])
+        for split, texts in sequences.items()
+    }
+    from orderppl.models.denoisers.antibody import MASK, PADDING
+
+    return Task(
+        "antibodies", {split: tensors(data, PADDING) for split, data in rows.items()}, MASK + 1, MASK, report=report
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ denoisers
+
+
+@dataclass(frozen=True)
+class ChainDenoiserConfig:
+    """The exact conditionals of the task's Markov chain."""
+
+    name: Literal["markov_chain"] = "markov_chain"
+
+
+@dataclass(frozen=True)
+class AntibodyDenoiserConfig:
+    """The pretrained antibody model."""
+
+    name: Literal["antibody"] = "antibody"
+    chain: Literal["H", "L"] = setting("H", "heavy or light chains")
+
+
+@dataclass(frozen=True)
+class SavedDenoiserConfig:
+    """A transformer that `train-denoiser` has trained."""
+
+    name: Literal["saved"] = "saved"
+    run: str = setting("runs/train-denoiser", "its run folder", file=True)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A new transformer."""
+
+    name: Literal["transformer"] = "transformer"
+    width: int = setting(128, "size of the hidden vectors", at_least=8)
+    layers: int = setting(3, "blocks", at_least=1)
+    heads: int = setting(4, "attention heads", at_least=1)
+    positions: Literal["rotary", "learned"] = setting("rotary", "position information")
+    tied: bool = setting(True, "share embedding and output head")
+    number_features: bool = setting(True, "start number embeddings as Fourier features of their value")
+
+
+DenoiserConfig = ChainDenoiserConfig | AntibodyDenoiserConfig | SavedDenoiserConfig | TransformerConfig
+
+
+def saved_tokenizer(config: DenoiserConfig) -> Tokenizer | None:
+    """Tokeniser that a trained denoiser came with, if it has one."""
+    if not isinstance(config, SavedDenoiserConfig):
+        return None
+    for path in (Path(config.run) / TOKENIZER_FILE, Path(config.run) / TOKENIZER_FOLDER):
+        if path.exists():
+            return load_tokenizer(path)
+    return None
+
+
+def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """Put a tokeniser beside the denoiser it belongs to, where `saved_tokenizer` finds it."""
+    if isinstance(tokenizer, WordTokenizer):
+        tokenizer.save(out / TOKENIZER_FILE)
+    elif isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer.tokenizer.save_pretrained(str(out / TOKENIZER_FOLDER))
+
+
+def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) -> nn.Module:
+    """Make or load the denoiser of a task.
+
+    Raises:
+        UserError: the denoiser does not belong to the task.
+    """
+    denoiser: nn.Module
+    if isinstance(config, ChainDenoiserConfig):
+        if not isinstance(task_config, ChainTask):
+            raise UserError("denoiser.name", f"markov_chain cannot read {task.name}", "choose another denoiser")
+        denoiser = MarkovChainDenoiser(task_config.num_states, task_config.stay, task_config.length)
+    elif isinstance(config, AntibodyDenoiserConfig):
+        if not isinstance(task_config, AntibodyTask):
+            raise UserError("denoiser.name", f"antibody cannot read {task.name}", "choose another denoiser")
+        denoiser = AntibodyDenoiser.from_wheel(config.chain)
+    elif isinstance(config, SavedDenoiserConfig):
+        weights = Path(config.run) / DENOISER_FILE
+        denoiser = TransformerDenoiser(**read_config(weights))
+        load_weights(denoiser, weights)
+        if (denoiser.vocab_size, denoiser.mask_index) != (task.vocab_size, task.mask_index):
+            problem = f"has {denoiser.vocab_size} tokens, {task.name} has {task.vocab_size}"
+            raise UserError("denoiser.run", problem, "use a denoiser trained on this task")
+        if task.canvas_length > denoiser.max_length:
+            problem = f"{config.run} reads {denoiser.max_length} tokens, the longest row has {task.canvas_length}"
+            raise UserError("task.max_length", problem, "lower it, or train a denoiser on longer rows")
+    else:
+        values = task.tokenizer.number_values() if config.number_features and task.tokenizer is not None else None
+        denoiser = TransformerDenoiser(
+            task.vocab_size,
+            task.mask_index,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            max_length=task.canvas_length,
+            number_values=values,
+            tied=config.tied,
+            positions=config.positions,
+        )
+    return denoiser
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Free numbers per position."""
+
+    name: Literal["table"] = "table"
+    split: int | None = setting(None, "positions indexed from the left end; the others from the right", at_least=0)
+    noise: float = setting(0.0, "standard deviation of the initial numbers", at_least=0)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A transformer over prompt and response."""
+
+    name: Literal["transformer"] = "transformer"
+    width: int = setting(64, "size of the hidden vectors", at_least=8)
+    layers: int = setting(2, "blocks", at_least=1)
+    heads: int = setting(4, "attention heads", at_least=1)
+    zero_init: bool = setting(False, "start with all outputs 0")
+
+
+SequenceConfig = TableConfig | EncoderConfig
+
+
+@dataclass(frozen=True)
+class PolicyNetworkConfig:
+    """Reads a partially revealed sequence and the denoiser's view of it."""
+
+    width: int = setting(64, "size of the hidden vectors", at_least=8)
+    layers: int = setting(2, "blocks", at_least=1)
+    heads: int = setting(4, "attention heads", at_least=1)
+    features: tuple[str, ...] = setting(networks.FEATURES, "denoiser features: confidence, margin, entropy")
+    reads_tokens: bool = setting(True, "see revealed tokens and prompt")
+    bias: float = setting(-2.0, "initial logit")
+
+
+def build_sequence_network(config: SequenceConfig, task: Task, out: int) -> nn.Module:
+    """Network from whole sequences to `out` numbers per response position."""
+    if isinstance(config, TableConfig):
+        return networks.PositionTable(task.longest, out, split=config.split, noise=config.noise)
+    return networks.SequenceEncoder(
+        task.vocab_size,
+        out,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        max_length=task.canvas_length,
+        zero_init=config.zero_init,
+    )
+
+
+def build_policy_network(config: PolicyNetworkConfig, task: Task, zero_init: bool) -> nn.Module:
+    """Network from states to reveal logits."""
+    return networks.PolicyNetwork(
+        task.vocab_size,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        features=config.features,
+        reads_tokens=config.reads_tokens,
+        zero_init=zero_init,
+        bias=config.bias,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- priors
+
+
+@dataclass(frozen=True)
+class UniformStepsConfig:
+    """Every step is as likely for every position."""
+
+    name: Literal["uniform_steps"] = "uniform_steps"
+
+
+@dataclass(frozen=True)
+class CosineStepsConfig:
+    """Few positions early, many late."""
+
+    name: Literal["cosine_steps"] = "cosine_steps"
+
+
+@dataclass(frozen=True)
+class LeftToRightConfig:
+    """The leftmost masked positions first."""
+
+    name: Literal["left_to_right"] = "left_to_right"
+    temperature: float = setting(0.25, "smaller is closer to the fixed order", above=0)
+
+
+@dataclass(frozen=True)
+class EasyFirstConfig:
+    """Confident positions first."""
+
+    name: Literal["easy_first"] = "easy_first"
+    threshold: float = setting(0.9, "confidence at which revealing has odds of one", above=0, below=1)
+    temperature: float = setting(1.0, "towards 0 this is the threshold decoder", above=0)
+
+
+@dataclass(frozen=True)
+class LearnedPolicyConfig:
+    """A network decides from what is visible."""
+
+    name: Literal["learned_policy"] = "learned_policy"
+    network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "its network")
+    non_empty: bool = setting(True, "reveal at least one position at every step")
+
+
+@dataclass(frozen=True)
+class ResidualPolicyConfig:
+    """A heuristic and a learned correction to it, zero at the start."""
+
+    name: Literal["residual_policy"] = "residual_policy"
+    base: EasyFirstConfig | LearnedPolicyConfig = setting(EasyFirstConfig, "the heuristic")
+    network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the correction")
+    non_empty: bool = setting(True, "reveal at least one position at every step")
+
+
+@dataclass(frozen=True)
+class LearnedStepsConfig:
+    """A learned plan of the whole order, from prompt and positions alone."""
+
+    name: Literal["learned_steps"] = "learned_steps"
+    network: SequenceConfig = setting(TableConfig, "network of the plan")
+
+
+FreePriorConfig = (
+    UniformStepsConfig
+    | CosineStepsConfig
+    | LeftToRightConfig
+    | EasyFirstConfig
+    | LearnedPolicyConfig
+    | ResidualPolicyConfig
+    | LearnedStepsConfig
+)
+
+
+@dataclass(frozen=True)
+class StepPriceConfig:
+    """Any prior with a price per executed step."""
+
+    name: Literal["step_price"] = "step_price"
+    prior: FreePriorConfig = setting(UniformStepsConfig, "what the price is put on")
+    price: float = setting(1.0, "nats per executed step", at_least=0)
+
+
+PriorConfig = FreePriorConfig | StepPriceConfig
+
+
+def build_prior(config: PriorConfig, task: Task, num_steps: int) -> RevealPrior:
+    """Make a reveal prior."""
+    match config:
+        case UniformStepsConfig():
+            return models.UniformSteps()
+        case CosineStepsConfig():
+            return models.CosineSteps()
+        case LeftToRightConfig():
+            return models.LeftToRight(config.temperature)
+        case EasyFirstConfig():
+            return models.EasyFirst(config.threshold, config.temperature)
+        case LearnedPolicyConfig():
+            return models.LearnedPolicy(build_policy_network(config.network, task, False), config.non_empty)
+        case ResidualPolicyConfig():
+            correction = build_policy_network(config.network, task, True)
+            return models.ResidualPolicy(build_prior(config.base, task, num_steps), correction, config.non_empty)
+        case LearnedStepsConfig():
+            return models.LearnedSteps(build_sequence_network(config.network, task, num_steps))
+        case StepPriceConfig():
+            return models.StepPrice(build_prior(config.prior, task, num_steps), config.price)
+
+
+# --------------------------------------------------------------------------------------------------------------- guides
+
+
+@dataclass(frozen=True)
+class RandomGuideConfig:
+    """The control: nothing is learned."""
+
+    name: Literal["random"] = "random"
+
+
+@dataclass(frozen=True)
+class MeanFieldConfig:
+    """Independent steps per position; blind to the tokens it is a plan that a decoder can follow."""
+
+    name: Literal["mean_field"] = "mean_field"
+    network: SequenceConfig = setting(TableConfig, "its network")
+    sees_tokens: bool = setting(False, "show the response tokens to the network")
+    tied: bool = setting(False, "share the network of a learned_steps prior")
+
+
+@dataclass(frozen=True)
+class RenormalisedScoreConfig:
+    """The paper's posterior."""
+
+    name: Literal["renormalised_score"] = "renormalised_score"
+    network: SequenceConfig = setting(EncoderConfig, "network of the scores")
+    temperature: float = setting(0.1, "of the reveal probabilities", above=0)
+
+
+@dataclass(frozen=True)
+class PolicyGuideConfig:
+    """The prior is its own guide."""
+
+    name: Literal["policy"] = "policy"
+
+
+GuideConfig = RandomGuideConfig | MeanFieldConfig | RenormalisedScoreConfig | PolicyGuideConfig
+
+
+def build_guide(
+    config: GuideConfig, prior: RevealPrior, denoiser: nn.Module, task: Task, num_steps: int
+) -> guides.RevealGuide:
+    """Make a guide; `policy` and a tied `mean_field` use the parameters of the prior.
+
+    Raises:
+        UserError: a tied guide without a prior it can be tied to.
+    """
+    match config:
+        case RandomGuideConfig():
+            return guides.RandomGuide(num_steps)
+        case MeanFieldConfig():
+            if not config.tied:
+                network = build_sequence_network(config.network, task, num_steps)
+                return guides.MeanFieldGuide(network, num_steps, sees_tokens=config.sees_tokens)
+            free = prior.prior if isinstance(prior, models.StepPrice) else prior
+            if not isinstance(free, models.LearnedSteps) or config.sees_tokens:
+                problem = "needs a prior it can share a network with"
+                raise UserError("guide.tied", problem, "set prior=learned_steps and guide.sees_tokens=false")
+            return guides.MeanFieldGuide(free.network, num_steps, sees_tokens=False)
+        case RenormalisedScoreConfig():
+            network = build_sequence_network(config.network, task, 1)
+            return guides.RenormalisedScoreGuide(network, num_steps, config.temperature)
+        case PolicyGuideConfig():
+            return guides.PolicyGuide(prior, _as_denoiser(denoiser), num_steps)
+
+
+def _as_denoiser(module: nn.Module) -> Denoiser:
+    if not isinstance(module, Denoiser):
+        raise TypeError(f"{type(module).__name__} is not a denoiser")
+    return module
+
+
+# ---------------------------------------------------------------------------------------------- bound, optimiser, whole
+
+
+@dataclass(frozen=True)
+class ElboConfig:
+    """The bound and its gradient estimator."""
+
+    num_particles: int = setting(8, "orders drawn per sequence", at_least=1)
+    kl_weight: float = setting(1.0, "weight of the KL term", at_least=0)
+    leave_one_out: bool = setting(True, "mean of the other particles as baseline")
+    rao_blackwell: bool = setting(True, "inner expectation in closed form")
+    one_step: bool = setting(False, "one random step per sequence instead of all")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Any of three torch optimisers, with a learning-rate schedule."""
+
+    algorithm: Literal["adam", "adamw", "sgd"] = setting("adam", "torch.optim class")
+    lr: float = setting(0.01, "largest learning rate", above=0)
+    weight_decay: float = setting(0.0, "decay of the weights", at_least=0)
+    schedule: Literal["constant", "linear", "cosine"] = setting("constant", "after the warm-up")
+    warmup: int = setting(0, "updates of the linear warm-up", at_least=0)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The training loop."""
+
+    updates: int = setting(500, "updates", at_least=1)
+    batch_size: int = setting(32, "sequences per update", at_least=1)
+    grad_clip: float | None = setting(None, "largest gradient norm", above=0)
+    kl_weight: Anneal | None = setting(None, "annealed elbo.kl_weight")
+    temperature: Anneal | None = setting(None, "annealed guide.temperature")
+    step_price: Anneal | None = setting(None, "annealed price of a step_price prior")
+    log_every: int = setting(10, "updates between two points of the log", at_least=1)
+    validate_every: int | None = setting(100, "updates between two validations", at_least=1)
+    patience: int | None = setting(None, "validations without progress before stopping", at_least=1)
+    ema_decay: float | None = setting(None, "decay of averaged parameters", above=0, below=1)
+    checkpoint_every: int | None = setting(100, "updates between two checkpoints", at_least=1)
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        if self.patience is not None and self.validate_every is None:
+            raise UserError("patience", "needs validations", "set validate_every")
+        if self.temperature is not None and min(self.temperature.start, self.temperature.end) <= 0:
+            raise UserError("temperature", "must stay above 0", "set start and end to positive numbers")
+
+
+@dataclass(frozen=True)
+class OrderConfig(RunConfig):
+    """Everything that describes the learning of an order."""
+
+    num_steps: int = setting(4, "step budget T", at_least=1, option="--steps")
+    task: TaskConfig = setting(ChainTask, "data")
+    denoiser: DenoiserConfig = setting(ChainDenoiserConfig, "what fills in the tokens")
+    freeze_denoiser: bool = setting(True, "learn the order only")
+    prior: PriorConfig = setting(UniformStepsConfig, "p(order)")
+    guide: GuideConfig = setting(MeanFieldConfig, "q(order | sequence)")
+    elbo: ElboConfig = setting(ElboConfig, "the bound")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "the optimiser")
+    fit: FitConfig = setting(FitConfig, "the training loop")
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        if self.fit.temperature is not None and not isinstance(self.guide, RenormalisedScoreConfig):
+            raise UserError("fit.temperature", f"{self.guide.name} has no temperature", "leave it out")
+        if self.fit.step_price is not None and not isinstance(self.prior, StepPriceConfig):
+            raise UserError("fit.step_price", f"{self.prior.name} has no price", "set prior.name=step_price")
+
+
+@dataclass
+class OrderProblem:
+    """The objects of one `OrderConfig`."""
+
+    task: Task
+    denoiser: nn.Module
+    model: models.UnmaskingModel
+    guide: guides.RevealGuide
+    elbo: RevealTraceGraph_ELBO
+
+
+def build_problem(config: OrderConfig, task: Task | None = None, denoiser: nn.Module | None = None) -> OrderProblem:
+    """Make everything a fit needs.
+
+    Args:
+        config: the settings.
+        task: data that is already there, in place of `config.task`.
+        denoiser: one that is already there, in place of `config.denoiser`.
+    """
+    task = build_task(config.task, config.seed, saved_tokenizer(config.denoiser)) if task is None else task
+    denoiser = build_denoiser(config.denoiser, task, config.task) if denoiser is None else denoiser
+    denoiser.requires_grad_(not config.freeze_denoiser)
+    prior = build_prior(config.prior, task, config.num_steps)
+    with pyro.settings.context(module_local_params=True):  # as `fit` runs them; a program remembers how it was made
+        model = models.UnmaskingModel(_as_denoiser(denoiser), prior, config.num_steps, one_step=config.elbo.one_step)
+        guide = build_guide(config.guide, prior, denoiser, task, config.num_steps)
+    return OrderProblem(task, denoiser, model, guide, build_elbo(config.elbo))
+
+
+def build_elbo(config: ElboConfig) -> RevealTraceGraph_ELBO:
+    """Make the bound."""
+    return RevealTraceGraph_ELBO(
+        num_particles=config.num_particles,
+        kl_weight=config.kl_weight,
+        leave_one_out=config.leave_one_out,
+        rao_blackwell=config.rao_blackwell,
+    )
+
+
+def build_optimizer(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """What makes the optimiser from the parameters."""
+    kind: Any = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.algorithm]
+    return partial(kind, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def build_schedule(config: OptimizerConfig, updates: int) -> Callable[[Optimizer], LRScheduler] | None:
+    """What makes the learning-rate schedule from the optimiser; None for a constant rate."""
+    if config.schedule == "constant" and not config.warmup:
+        return None
+
+    def factor(update: int) -> float:
+        if update < config.warmup:
+            return (update + 1) / config.warmup
+        part = min((update - config.warmup) / max(updates - config.warmup, 1), 1.0)
+        return {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}[config.schedule]
+
+    return lambda optimizer: LambdaLR(optimizer, factor)
+
+
+def autocast_dtype(config: RunConfig) -> torch.dtype | None:
+    """Dtype of autocast; float32 and float64 train in their own."""
+    return torch.bfloat16 if config.dtype == "bfloat16" else None
+
+
+def learned_policy(problem: OrderProblem, decision: Literal["mode", "sample", "rank"] = "mode") -> Policy:
+    """What a fit learned, as a decoding policy: the plan of a guide that does not see the tokens, else the prior.
+
+    Args:
+        problem: the fitted objects.
+        decision: how probabilities become reveal sets; `rank` is for plans, see `PlannedOrder`.
+    """
+    guide, prior = problem.guide, problem.model.prior
+    if isinstance(guide, guides.MeanFieldGuide) and not guide.sees_tokens:
+        network = guide.network
+
+        def plan(canvas: Canvas) -> Tensor:
+            logits: Tensor = network(None, canvas.attention_mask, canvas.context, canvas.context_mask)
+            return logits  # [B, L, T]
+
+        return PlannedOrder(plan, decision)
+    assert isinstance(prior, RevealPrior)
+    return StochasticDecision(prior, "sample") if decision == "sample" else prior

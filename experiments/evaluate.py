@@ -1,0 +1,128 @@
+"""Compare the policy of a fitted run with the heuristics on held-out data.
+
+    orderppl evaluate --run runs/chain-order --out runs/chain-comparison
+    orderppl evaluate --run runs/gsm8k-order --decision sample
+
+Every arm reveals the true tokens in its own order (`path_nats`, nats per token, lower is better) with the step budget
+of the run; text tasks are also decoded and scored by exact match, exact chains by their gap to the log evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from orderppl.decoding import PlannedOrder, Policy, make_policy
+from orderppl.denoising import Denoiser
+from orderppl.errors import UserError
+from orderppl.evaluation import bootstrap_mean, evaluate_policies, path_likelihood
+from orderppl.experiments.build import OrderProblem, build_problem, learned_policy
+from orderppl.experiments.config import RunConfig, load_config, setting
+from orderppl.experiments.fit_order import ORDER_FILE, learned_modules
+from orderppl.experiments.fit_order import Config as FitOrderConfig
+from orderppl.experiments.results import Record, results_table
+from orderppl.inference.checkpoints import load_weights
+from orderppl.models.denoisers import MarkovChainDenoiser
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of evaluate."""
+
+    run: str = setting("runs/fit-order", "folder of a fit-order run", file=True, option="--run")
+    split: Literal["train", "validation", "test"] = setting("test", "rows to use", option="--split")
+    decision: Literal["mode", "sample", "rank"] = setting(
+        "mode", "how the learned probabilities become reveal sets: mode, sample or (plans) rank", option="--decision"
+    )
+    sizes: tuple[str, ...] = setting(("uniform", "cosine"), "set sizes of the heuristics with fixed sizes")
+    threshold: float = setting(0.9, "confidence of the threshold policy", above=0, below=1)
+    batch_size: int = setting(100, "rows decoded together", at_least=1)
+
+
+def run(config: Config, out: Path) -> Iterable[Record]:
+    """Load the run, follow every arm, and print one line per arm."""
+    fitted, problem = load_order(config.run, config.device)
+    task, num_steps = problem.task, fitted.num_steps
+    batches = list(task.stream(config.split, config.batch_size, shuffle=False, device=config.device).once())
+    policies: dict[str, Policy] = {"learned": learned_policy(problem, config.decision)}
+    policies |= heuristics(config.sizes, config.threshold)
+    labels = {"task": task.name, "split": config.split}
+    records: list[Record] = []
+    if task.tokenizer is not None:
+        playable = {arm: policy for arm, policy in policies.items() if not getattr(policy, "needs_truth", False)}
+        records += evaluate_policies(
+            problem.model.denoiser,
+            playable,
+            batches,
+            num_steps,
+            metrics=("accuracy",),
+            decode_text=task.tokenizer.decode,
+            references=task.references[config.split],
+            seed=config.seed,
+            labels=labels,
+        )
+    if isinstance(problem.denoiser, MarkovChainDenoiser):
+        best, _ = problem.denoiser.best_order(num_steps)
+        policies["best fixed order"] = PlannedOrder(best)
+        records += chain_gaps(problem.denoiser, policies, batches, num_steps, seed=config.seed, labels=labels)
+    records += evaluate_policies(
+        problem.model.denoiser, policies, batches, num_steps, seed=config.seed, baseline="learned", labels=labels
+    )
+    shown = [record for record in records if not str(record["metric"]).endswith("_difference")]
+    Console().print(results_table(shown, title=f"{task.name}, {config.split} split, {num_steps} steps"))
+    return records
+
+
+def load_order(run: str | Path, device: str = "cpu") -> tuple[FitOrderConfig, OrderProblem]:
+    """Rebuild the objects of a fit-order run and load what it learned.
+
+    Raises:
+        UserError: the folder holds no finished run, or one of another architecture.
+    """
+    weights = Path(run) / ORDER_FILE
+    if not weights.is_file():
+        raise UserError("run", f"{run} holds no {ORDER_FILE}", "run fit-order there to the end first")
+    config = load_config(FitOrderConfig, Path(run) / "config.yaml")
+    problem = build_problem(config)
+    load_weights(learned_modules(problem), weights)
+    problem.model.to(device)
+    problem.guide.to(device)
+    return config, problem
+
+
+def heuristics(sizes: Sequence[str] = ("uniform", "cosine"), threshold: float = 0.9) -> dict[str, Policy]:
+    """The arms that nothing is learned for; the oracle ranks positions by the probability of the true token."""
+    named: dict[str, Policy] = {
+        f"{name} {size}": make_policy(name, sizes=size)
+        for name in ("random", "left_to_right", "top_prob", "entropy", "greedy_oracle")
+        for size in sizes
+    }
+    return named | {f"threshold {threshold:g}": make_policy("threshold", tau=threshold)}
+
+
+def chain_gaps(
+    denoiser: MarkovChainDenoiser,
+    policies: Mapping[str, Policy],
+    batches: Sequence[Mapping[str, Tensor]],
+    num_steps: int,
+    seed: int = 0,
+    labels: Mapping[str, str | int | float] | None = None,
+) -> list[Record]:
+    """`gap_nats` of every arm: log evidence minus path log-likelihood, nats per sequence; 0 is perfect."""
+    records: list[Record] = []
+    reader: Denoiser = denoiser
+    for arm, policy in policies.items():
+        path = path_likelihood(reader, policy, batches, num_steps, seed=seed)
+        evidence = [denoiser.log_evidence(batch["tokens"], batch["attention_mask"]).cpu() for batch in batches]
+        gap = path.nats.double() + torch.cat(evidence)
+        interval = bootstrap_mean(gap, seed=seed)
+        record = {"metric": "gap_nats", "value": interval.value, "low": interval.low, "high": interval.high}
+        records.append({**record, "arm": arm, "steps": num_steps, "n": len(gap), "seed": seed, **(labels or {})})
+    return records
+

@@ -1,0 +1,135 @@
+"""Fit a guide and a reveal prior to a denoiser.
+
+    orderppl fit-order --config chain --out runs/chain-order
+    orderppl fit-order --config chain --out runs/chain-order --resume        # after an interruption
+    orderppl fit-order --config chain --set prior=cosine_steps --set guide.network=transformer
+
+The run folder holds order.safetensors (what was learned), log.jsonl (every update), checkpoints, config.yaml and
+results.json; `orderppl evaluate --run` compares the learned policy with the heuristics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from orderppl.evaluation import evaluate_policies
+from orderppl.experiments.build import (
+    OrderConfig,
+    OrderProblem,
+    autocast_dtype,
+    build_optimizer,
+    build_problem,
+    build_schedule,
+    learned_policy,
+)
+from orderppl.experiments.results import Record, results_table
+from orderppl.guides import PolicyGuide
+from orderppl.inference.batches import BatchStream
+from orderppl.inference.checkpoints import save_weights
+from orderppl.inference.fit import OrderLoss, fit
+
+CONFIG = "chain"
+ORDER_FILE = "order.safetensors"
+METRICS = {"elbo": "elbo", "log_likelihood": "log_likelihood", "kl": "kl", "steps": "mean_steps"}  # ours: reported as
+
+
+class Config(OrderConfig):
+    """Settings of fit-order."""
+
+
+def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
+    """Fit, save what was learned, and measure it on the test split."""
+    problem = build_problem(config)
+    fit_problem(config, problem, out, resume=resume)
+    test = problem.task.stream("test", config.fit.batch_size, shuffle=False, device=config.device)
+    labels = {"task": problem.task.name, "steps": config.num_steps, "seed": config.seed, "split": "test"}
+    bound = held_out_bound(problem, test, final_kl_weight(config))
+    records: list[Record] = [
+        {"metric": name, "value": value, "n": test.num_sequences, **labels} for name, value in bound().items()
+    ]
+    records += evaluate_policies(
+        problem.model.denoiser,
+        {"learned": learned_policy(problem)},
+        list(test.once()),
+        config.num_steps,
+        seed=config.seed,
+        labels={"task": problem.task.name, "split": "test"},
+    )
+    Console().print(results_table(records, rows=("task", "steps"), title="Test split, nats (path_nats per token)"))
+    return records
+
+
+def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: bool = False) -> None:
+    """Run the fit that a config describes, with its log and checkpoints in `out`, and save what was learned there."""
+    settings = config.fit
+    validation = problem.task.stream("validation", settings.batch_size, shuffle=False, device=config.device)
+    fit(
+        problem.model,
+        problem.guide,
+        problem.task.stream("train", settings.batch_size, seed=config.seed),
+        elbo=problem.elbo,
+        kl_weight=settings.kl_weight,
+        temperature=settings.temperature,
+        step_price=settings.step_price,
+        updates=settings.updates,
+        optimizer=build_optimizer(config.optimizer),
+        scheduler=build_schedule(config.optimizer, settings.updates),
+        grad_clip=settings.grad_clip,
+        log_every=settings.log_every,
+        validate=None if settings.validate_every is None else held_out_bound(problem, validation, final_kl_weight(config)),
+        validate_every=settings.validate_every,
+        patience=settings.patience,
+        monitor="objective",
+        monitor_mode="max",
+        ema_decay=settings.ema_decay,
+        device=config.device,
+        autocast_dtype=autocast_dtype(config),
+        out=out,
+        checkpoint_every=settings.checkpoint_every,
+        resume=resume,
+    )
+    save_weights(learned_modules(problem), out / ORDER_FILE)
+
+
+def learned_modules(problem: OrderProblem) -> nn.ModuleDict:
+    """What a fit may have changed: the prior, a guide that is not the prior itself, a denoiser that is not frozen."""
+    modules = nn.ModuleDict({"prior": problem.model.prior})
+    if not isinstance(problem.guide, PolicyGuide):
+        modules["guide"] = problem.guide
+    if any(parameter.requires_grad for parameter in problem.denoiser.parameters()):
+        modules["denoiser"] = problem.denoiser
+    return modules
+
+
+def final_kl_weight(config: OrderConfig) -> float:
+    """Weight of the KL in the objective that a fit ends with."""
+    return config.elbo.kl_weight if config.fit.kl_weight is None else config.fit.kl_weight.end
+
+
+def held_out_bound(problem: OrderProblem, stream: BatchStream, kl_weight: float) -> Callable[[], dict[str, float]]:
+    """What measures the bound on a split.
+
+    Returns:
+        Means per sequence: `elbo`, `log_likelihood` and `kl` in nats, `mean_steps`, and `objective`, the log-likelihood
+        minus `kl_weight` times the KL, which compares the updates of a fit whatever weight is being annealed.
+    """
+    loss = OrderLoss(problem.model, problem.guide, problem.elbo)
+
+    def batches() -> Iterator[tuple[int, dict[str, float]]]:
+        for batch in stream.once():
+            loss(**batch)
+            yield len(batch["tokens"]), {name: float(loss.metrics[own]) for own, name in METRICS.items()}
+
+    def measure() -> dict[str, float]:
+        with torch.no_grad():
+            parts = list(batches())
+        total = sum(size for size, _ in parts)
+        means = {name: sum(size * numbers[name] for size, numbers in parts) / total for name in METRICS.values()}
+        return {"objective": means["log_likelihood"] - kl_weight * means["kl"], **means}
+
+    return measure
