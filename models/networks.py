@@ -48,6 +48,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
 
     def forward(self, hidden: Tensor, bias: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Transform float [N, S, W] under an additive attention bias float [N, 1, S, S]."""
         n, s, width = hidden.shape
         qkv = self.qkv(self.norm_attention(hidden)).view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # [N, H, S, W/H]

@@ -69,7 +69,7 @@ class AntibodyDenoiser(nn.Module):
 
     @classmethod
     def from_wheel(cls, chain: Literal["H", "L"] = "H") -> AntibodyDenoiser:
-        """The published weights of heavy (`H`) or light (`L`) chains, frozen nowhere and in evaluation mode.
+        """The published weights for heavy (`H`) or light (`L`) chains, trainable, in evaluation mode.
 
         The package is only searched for its files; its code is not imported.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -181,7 +183,7 @@ class MarkovChainDenoiser(nn.Module):
             for node in picked:
                 reveal_step[start + node - 1] = num_steps - left
             if left > 1:
-                for a, b in zip(edges, edges[1:], strict=False):
+                for a, b in itertools.pairwise(edges):
                     inner = (ends[0] if a == 0 else True, ends[1] if b == size + 1 else True)
                     assign(left - 1, start + a, b - a - 1, inner)
 

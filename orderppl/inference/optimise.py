@@ -121,15 +121,15 @@ class _Pending:
         return done
 
 
-def _parameters(loss: nn.Module) -> dict[str, nn.Parameter]:
-    found = {name: parameter for name, parameter in loss.named_parameters() if parameter.requires_grad}
+def _parameters(loss: nn.Module) -> list[nn.Parameter]:
+    found = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     if not found:
         raise UserError("loss", "has no parameter that requires a gradient", "unfreeze a network or skip the fit")
     return found
 
 
 @contextmanager
-def _swapped(parameters: list[nn.Parameter], values: list[Tensor] | None) -> Iterator[None]:
+def _swapped(parameters: list[Tensor], values: list[Tensor] | None) -> Iterator[None]:
     """Hold averaged values in the parameters for a while."""
     if values is None:
         yield
@@ -175,7 +175,7 @@ def optimise(
     stream: BatchStream,
     *,
     updates: int,
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    optimizer: Callable[[Iterable[Tensor]], Optimizer],
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     grad_clip: float | None = None,
     dials: Mapping[str, Anneal] | None = None,
@@ -260,7 +260,7 @@ def optimise(
     where = torch.device(device if device is not None else next(loss.parameters()).device)
     loss.to(where)
     stream.device = where
-    parameters = list(_parameters(loss).values())
+    parameters: list[Tensor] = list(_parameters(loss))
     opt = optimizer(parameters)
     schedule = None if scheduler is None else scheduler(opt)
     average = None if ema_decay is None else [parameter.detach().clone() for parameter in parameters]
@@ -351,13 +351,13 @@ def optimise(
         started = time.perf_counter() - result.seconds
         while result.updates < updates and not result.stopped_early:
             values_of_dials = {name: anneal(result.updates) for name, anneal in dials.items()}
-            for name, value in values_of_dials.items():
-                set_dial(targets, name, value)
+            for name, setting in values_of_dials.items():
+                set_dial(targets, name, setting)
             batch = next(stream)
             opt.zero_grad(set_to_none=True)
             with torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-                value = loss(**batch)
-            value.backward()
+                objective = loss(**batch)
+            objective.backward()
             if grad_clip is not None:
                 norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
             else:
@@ -372,7 +372,7 @@ def optimise(
             result.updates += 1
             result.seconds = time.perf_counter() - started
             record = {"update": result.updates, **values_of_dials, **rates, "seconds": round(result.seconds, 3)}
-            pending.add(record, {"loss": value, **getattr(loss, "metrics", {}), "grad_norm": norm})
+            pending.add(record, {"loss": objective, **getattr(loss, "metrics", {}), "grad_norm": norm})
             bar.update()
 
             last = result.updates == updates
