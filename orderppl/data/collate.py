@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -55,7 +56,9 @@ def tokenize(
     with_prompt = "prompt" in dataset.column_names
     carried = [column for column in CARRIED if column in dataset.column_names]
     rows: list[dict[str, Any]] = []
-    for index, row in enumerate(dataset):
+    columns = {column: dataset[column][:] for column in ["response", *(["prompt"] if with_prompt else []), *carried]}
+    for index in range(len(dataset)):
+        row = {column: values[index] for column, values in columns.items()}
         line = int(row["line"]) if "line" in carried else index + 1
         new: dict[str, Any] = {"tokens": tokenizer.encode(row["response"]) + [tokenizer.eos_index] * eos}
         checks = [("response", "tokens", max_length)]
@@ -85,15 +88,15 @@ def tokenize(
 
 def _pad(lists: Sequence[Sequence[int]], pad_index: int, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Right-pad lists of ids: int64 [B, W] and the mask bool [B, W]."""
-    width = max(len(ids) for ids in lists) if width is None else width
-    longest = max(len(ids) for ids in lists)
+    sizes = torch.tensor([len(ids) for ids in lists])  # [B]
+    longest = int(sizes.max())
+    width = longest if width is None else width
     if longest > width:
         raise UserError("length", f"{width} is shorter than the longest row ({longest})", "raise it")
-    values = torch.full((len(lists), width), pad_index, dtype=torch.int64)  # [B, W]
-    mask = torch.zeros(len(lists), width, dtype=torch.bool)  # [B, W]
-    for row, ids in enumerate(lists):
-        values[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
-        mask[row, : len(ids)] = True
+    mask = torch.arange(width) < sizes[:, None]  # bool [B, W]
+    values = torch.full(mask.shape, pad_index, dtype=torch.int64)  # [B, W]
+    # row-major order of the mask is the order of the ids: one copy instead of one per row
+    values[mask] = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64)
     return values, mask
 
 
@@ -135,5 +138,9 @@ def tensors(
     if "tokens" not in columns:
         raise UserError("tokens", f"no such column ({', '.join(dataset.column_names)})", "call tokenize() first")
     lists = [dataset[column][:] for column in columns]
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
-    return collate(rows, pad_index, length=length, context_length=context_length)
+    return collate(
+        [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)],
+        pad_index,
+        length=length,
+        context_length=context_length,
+    )

@@ -27,8 +27,9 @@ FEATURES = Features(
     {"prompt": Value("string"), "response": Value("string"), "answer": Value("string"), "line": Value("int64")}
 )
 ANNOTATION = re.compile(r"<<(.*?)>>")
-ANSWER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
-NUMERAL = re.compile(r"\d+\.?\d*|\.\d+")
+EXPRESSION = re.compile(r"[0-9.+\-*/() ]+")
+ANSWER = re.compile(r"-?(?:[0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})")
+NUMERAL = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
 OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -76,6 +77,8 @@ def evaluate_expression(expression: str) -> Fraction:
     Raises:
         ValueError: it is no such expression, or divides by zero.
     """
+    if not EXPRESSION.fullmatch(expression):
+        raise ValueError(f"{expression!r} has other characters than 0-9 . + - * / ( )")
     try:
         return Fraction(_walk(_parse(expression), {}))
     except ZeroDivisionError as error:

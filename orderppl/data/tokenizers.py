@@ -97,6 +97,7 @@ class WordTokenizer:
         self.max_number = max_number
         self.gaps = gaps
         self._ids = {token: index for index, token in enumerate(self.tokens)}
+        self._known: dict[str, tuple[str, list[int]]] = {}
         if len(self._ids) != self.vocab_size:
             raise UserError("vocabulary", "a token occurs twice", "give each piece once")
 
@@ -158,10 +159,16 @@ class WordTokenizer:
             if piece.isspace():
                 gap += piece
                 continue
-            kind = _kind(piece)
+            if piece not in self._known:
+                kind = _kind(piece)
+                parts = self._numeral(piece) if kind == "0" else [piece]
+                if len(self._known) >= 100_000:  # a memory of pieces, not of the whole corpus
+                    self._known.clear()
+                self._known[piece] = kind, [self._id(part) for part in parts]
+            kind, spelt = self._known[piece]
             if gap != (self._gap(previous, kind) if previous else ""):
                 ids += [self._id(space) for space in gap] or [self.join_index]
-            ids += [self._id(part) for part in (self._numeral(piece) if kind == "0" else [piece])]
+            ids += spelt
             previous, gap = kind, ""
         return ids + [self._id(space) for space in gap]
 
