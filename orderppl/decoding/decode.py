@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ def _evaluation_mode(*objects: object) -> Iterator[None]:
         item = pending.pop()
         if isinstance(item, nn.Module):
             modules += [module for module in item.modules() if module.training]
-        elif hasattr(item, "select") and hasattr(item, "__dict__"):
+        elif hasattr(item, "__dict__") and (hasattr(item, "select") or dataclasses.is_dataclass(item)):
             pending += vars(item).values()
     for module in modules:
         module.training = False
@@ -293,9 +294,9 @@ def follow(
     ids = _row_ids(row_ids, len(tokens), tokens.device)
     longest = int(attention.sum(-1).max()) if attention.numel() else 0
     policy = _blocks(policy, block_size, longest, num_steps)
-    memory = {TRUTH: tokens} if getattr(policy, "needs_truth", False) else {}
     # Padding may hold any id, also one the denoiser has no class for.
     readable = tokens.masked_fill(~attention, 0)
+    memory = {TRUTH: readable} if getattr(policy, "needs_truth", False) else {}
     with _evaluation_mode(canvas.denoiser, policy):
         seed = generator_seed(generator)
         output = _unmask(policy, canvas, num_steps, seed, ids, lambda index, state: readable[index], memory)

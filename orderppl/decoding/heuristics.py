@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orderppl.decoding.noise import sample_categorical
 from orderppl.decoding.policy import Policy, StochasticPolicy
@@ -540,6 +540,22 @@ class StochasticDecision:
 
 
 @dataclass(frozen=True)
+class NetworkPlan:
+    """Reads a plan from a sequence network that does not see the tokens, such as that of a tied mean-field guide.
+
+    Args:
+        network: (None, attention_mask, context, context_mask) -> step logits, float [B, L, T].
+    """
+
+    network: nn.Module
+
+    def __call__(self, canvas: Canvas) -> Tensor:
+        """Step logits of the rows of the canvas: float [B, L, T]."""
+        logits: Tensor = self.network(None, canvas.attention_mask, canvas.context, canvas.context_mask)
+        return logits
+
+
+@dataclass(frozen=True)
 class PlannedOrder:
     """Follows a plan of the whole order, made at the first step and kept in the memory of the decoding.
 
@@ -547,7 +563,7 @@ class PlannedOrder:
 
     Args:
         plan: `reveal_step` int64 [B, L] or [L], or a callable from the canvas to logits float [B, L, T] of each
-            position's step.
+            position's step (`NetworkPlan` for a network); it is called once per decoding.
         decision: how logits become a plan. "sample": one draw per position. "mode": each position's most likely step,
             which for a flat plan puts everything into one step. "rank": sort positions by expected step and cut by the
             expected set sizes, rounded cumulatively.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from orderppl.decoding import (
     Block,
     EosAware,
+    NetworkPlan,
     PlannedOrder,
     StochasticDecision,
     decode,
@@ -274,6 +275,29 @@ def test_dropout_is_off_while_decoding_and_restored(denoiser):
     second = run(denoiser, POLICIES["top_prob"], [([1], 8)], 4, 0.0, 0)
     denoiser.train()
     assert torch.equal(first.token_log_prob, second.token_log_prob)
+
+
+def test_dropout_of_a_planning_network_is_off(table):
+    class Network(torch.nn.Module):
+        """Ranks positions by a random projection of one-hot positions, with dropout on it."""
+
+        def __init__(self):
+            super().__init__()
+            self.dropout = torch.nn.Dropout(0.5)
+            self.seen = []
+
+        def forward(self, tokens, attention_mask, context, context_mask):
+            self.seen.append((tokens, attention_mask.shape, self.training))
+            ramp = torch.arange(6.0)[:, None] * torch.tensor([0.0, 1.0, 2.0])
+            return self.dropout(ramp).expand(len(attention_mask), 6, 3)
+
+    network = Network()
+    policy = Block(PlannedOrder(NetworkPlan(network), "rank"), 3)
+    out = decode(table([[0.6, 0.4]] * 6), policy, length=torch.tensor([6, 6]), max_steps=4)
+    assert network.seen == [(None, (2, 6), False)]
+    assert network.training
+    assert network.dropout.training
+    assert out.reveal_step[0].tolist() == sorted(out.reveal_step[0].tolist())
 
 
 def test_single_precision_logits(denoiser, table):

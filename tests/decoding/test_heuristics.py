@@ -284,7 +284,10 @@ def test_stochastic_decision_draws_the_non_empty_law(table):
 
     n = 20_000
     out = decode(
-        table([[0.7, 0.3]] * 3), StochasticDecision(NonEmpty(q.tolist()), "sample"), length=torch.full((n,), 3), max_steps=9
+        table([[0.7, 0.3]] * 3),
+        StochasticDecision(NonEmpty(q.tolist()), "sample"),
+        length=torch.full((n,), 3),
+        max_steps=9,
     )
     assert (out.fallback == 0).all()
     first = out.reveal_step == 0
@@ -345,7 +348,11 @@ def test_planned_order_sample_frequencies(table):
 def test_make_policy_and_describe():
     assert describe_policy(make_policy("entropy", sizes="cosine")) == {"policy": "entropy", "sizes": "cosine"}
     assert make_policy("random", sizes=1.5).sizes == FractionalSizes(1.5)
-    assert describe_policy(make_policy("random", sizes=1.5)) == {"policy": "random", "sizes": "fractional", "sizes_mean": 1.5}
+    assert describe_policy(make_policy("random", sizes=1.5)) == {
+        "policy": "random",
+        "sizes": "fractional",
+        "sizes_mean": 1.5,
+    }
     wrapped = make_policy("block", policy=make_policy("eos_aware", policy="threshold", token_ids=[1, 2]), size=8)
     assert describe_policy(wrapped) == {
         "policy": "block(eos_aware(threshold))",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -60,7 +61,7 @@ ROWS = [[0, 0, 1, 1], [2, 2], [1, 1, 1, 1, 1, 0], [0, 2, 2], [1]]
 
 
 def evidence(row):
-    moves = sum(math.log(STAY if a == b else (1 - STAY) / 2) for a, b in zip(row, row[1:], strict=False))
+    moves = sum(math.log(STAY if a == b else (1 - STAY) / 2) for a, b in itertools.pairwise(row))
     return math.log(1 / CLASSES) + moves
 
 
