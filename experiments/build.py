@@ -571,8 +571,12 @@ def build_guide(
     """Make a guide; `policy` and a tied `mean_field` use the parameters of the prior.
 
     Raises:
-        UserError: a tied guide without a prior it can be tied to.
+        UserError: a tied guide without a prior it can be tied to, or a guide outside the support of the prior.
     """
+    if prior.non_empty and isinstance(config, RandomGuideConfig | MeanFieldConfig):
+        problem = f"{config.name} may reveal nothing at a step, which this prior gives probability 0: the ELBO is -inf"
+        remedy = "choose guide=policy or renormalised_score, or a prior with non_empty: false, such as uniform_steps"
+        raise UserError("guide.name", problem, remedy)
     match config:
         case RandomGuideConfig():
             return guides.RandomGuide(num_steps)

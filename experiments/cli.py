@@ -13,6 +13,7 @@ Its docstring is the text of `--help`. Only the module that was asked for is imp
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import sys
 import time
@@ -60,7 +61,8 @@ def build_app(asked_for: str | None = None) -> typer.Typer:
     for name, summary in EXPERIMENTS.items():
         if name == asked_for:
             module = import_module(f"orderppl.experiments.{name.replace('-', '_')}")
-            app.command(name, help=inspect.getdoc(module), short_help=summary)(_command(name, module))
+            text = re.sub(r"^ {4}", "$ ", inspect.getdoc(module) or summary, flags=re.MULTILINE)  # typer drops indents
+            app.command(name, help=text, short_help=summary)(_command(name, module))
         else:
             app.command(name, help=summary)(lambda: None)
     return app

@@ -67,7 +67,8 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
 def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: bool = False) -> None:
     """Run the fit that a config describes, with its log and checkpoints in `out`, and save what was learned there."""
     settings = config.fit
-    validation = problem.task.stream("validation", settings.batch_size, shuffle=False, device=config.device)
+    held_out = problem.task.stream("validation", settings.batch_size, shuffle=False, device=config.device)
+    validate = held_out_bound(problem, held_out, final_kl_weight(config))
     fit(
         problem.model,
         problem.guide,
@@ -81,7 +82,7 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         scheduler=build_schedule(config.optimizer, settings.updates),
         grad_clip=settings.grad_clip,
         log_every=settings.log_every,
-        validate=None if settings.validate_every is None else held_out_bound(problem, validation, final_kl_weight(config)),
+        validate=None if settings.validate_every is None else validate,
         validate_every=settings.validate_every,
         patience=settings.patience,
         monitor="objective",

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from orderppl.errors import UserError
+from orderppl.experiments import cli, evaluate, fit_order, train_denoiser
+from orderppl.experiments.build import (
+    MeanFieldConfig,
+    RandomGuideConfig,
+    build_problem,
+    build_schedule,
+    learned_policy,
+)
+from orderppl.experiments.config import dump_config, load_config, packaged_configs
+from orderppl.experiments.results import read_results
+
+SMALL = [
+    "task={name: chain, num_states: 3, length: 6, train: 40, validation: 10, test: 10}",
+    "num_steps=3",
+    "elbo.num_particles=2",
+    "fit.updates=2",
+    "fit.batch_size=8",
+    "fit.kl_weight=null",
+]
+PRIORS = [
+    "uniform_steps",
+    "cosine_steps",
+    "left_to_right",
+    "easy_first",
+    "learned_policy",
+    "residual_policy",
+    "learned_steps",
+    "{name: step_price, price: 0.5, prior: residual_policy}",
+]
+GUIDES = [
+    "random",
+    "mean_field",
+    "{name: mean_field, network: transformer, sees_tokens: true}",
+    "renormalised_score",
+    "policy",
+]
+
+
+def settings(*more: str) -> fit_order.Config:
+    return load_config(fit_order.Config, "chain", [*SMALL, *more])
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior_with_every_guide_is_one_line(prior: str, guide: str) -> None:
+    config = settings(f"prior={prior}", f"guide={guide}")
+    never_empty = prior not in ("uniform_steps", "cosine_steps", "learned_steps")
+    if never_empty and isinstance(config.guide, RandomGuideConfig | MeanFieldConfig):
+        with pytest.raises(UserError, match=r"guide.name: .* the ELBO is -inf"):
+            build_problem(config)
+        return
+    problem = build_problem(config)
+    measured = fit_order.held_out_bound(problem, problem.task.stream("test", 8, shuffle=False), 1.0)()
+    assert all(math.isfinite(value) for value in measured.values())
+    assert measured["elbo"] == pytest.approx(measured["objective"], abs=1e-4)
+    assert 1 <= measured["mean_steps"] <= 3
+    records = evaluate.chain_gaps(
+        problem.denoiser, {"learned": learned_policy(problem)}, [problem.task.splits["test"]], config.num_steps
+    )
+    assert math.isfinite(float(str(records[0]["value"])))
+
+
+@pytest.mark.parametrize(
+    ("prior", "guide"),
+    [
+        ("uniform_steps", "mean_field"),
+        ("learned_steps", "{name: mean_field, tied: true}"),
+        ("{name: step_price, prior: residual_policy}", "policy"),
+        ("residual_policy", "renormalised_score"),
+    ],
+)
+def test_a_fit_is_saved_and_read_back(tmp_path: Path, prior: str, guide: str) -> None:
+    config = settings(f"prior={prior}", f"guide={guide}")
+    records = list(fit_order.run(config, tmp_path))
+    assert {"elbo", "kl", "path_nats", "nfe"} <= {str(record["metric"]) for record in records}
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    again, problem = evaluate.load_order(tmp_path)
+    assert again == config
+    compared = list(evaluate.run(evaluate.Config(run=str(tmp_path)), tmp_path))
+    path = {record["arm"]: record["value"] for record in compared if record["metric"] == "path_nats"}
+    fitted = next(record["value"] for record in records if record["metric"] == "path_nats")
+    assert path["learned"] == pytest.approx(fitted, abs=1e-6)
+    gaps = {record["arm"]: float(str(record["value"])) for record in compared if record["metric"] == "gap_nats"}
+    assert gaps.keys() == path.keys()
+    assert problem.task.name == "chain"
+
+
+def test_a_tied_guide_shares_the_network_of_its_prior() -> None:
+    problem = build_problem(settings("prior=learned_steps", "guide={name: mean_field, tied: true}"))
+    assert problem.guide.network is problem.model.prior.network
+    measured = fit_order.held_out_bound(problem, problem.task.stream("test", 8, shuffle=False), 1.0)()
+    assert measured["kl"] == pytest.approx(0, abs=1e-5)
+    with pytest.raises(UserError, match=r"guide.tied: needs a prior"):
+        build_problem(settings("guide={name: mean_field, tied: true}"))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("denoiser=antibody", "denoiser.name"),
+        ("task={name: antibodies}", "task.train"),
+        ("denoiser={name: saved, run: /no/such}", "denoiser.run"),
+        ("fit.temperature={start: 1.0, end: 0.1, updates: 5}", "fit.temperature"),
+        ("fit.step_price={start: 1.0, end: 0.1, updates: 5}", "fit.step_price"),
+        ("fit.kl_weight={start: 1.0, end: 0.1, updates: -5}", "fit.kl_weight.updates"),
+        ("guide={name: renormalised_score, temperature: 0}", "guide.temperature"),
+        ("prior={name: easy_first, threshold: 1}", "prior.threshold"),
+        ("num_steps=0", "num_steps"),
+        ("optimizer.lr=0", "optimizer.lr"),
+    ],
+)
+def test_settings_that_do_not_belong_together_are_named(change: str, field: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_problem(settings(change))
+    assert error.value.field == field
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    config = settings("optimizer={lr: 0.5, warmup: 4, schedule: linear}").optimizer
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    make = build_schedule(config, updates=8)
+    assert make is not None
+    schedule = make(optimizer)
+    rates = []
+    for _ in range(9):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.375, 0.25, 0.125, 0.0])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_dtypes_fit(tmp_path: Path, dtype: str) -> None:
+    config = settings(f"dtype={dtype}", "prior=residual_policy", "guide=policy")
+    results = cli.run_experiment("fit-order", fit_order, config, tmp_path / "run")
+    assert results.is_file()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_trained_denoiser_carries_an_order(tmp_path: Path) -> None:
+    task = "task={name: arithmetic, num_operations: 2, train: 200, validation: 20, test: 20}"
+    fast = ["denoiser={name: transformer, width: 16, layers: 1, heads: 2}", "fit={updates: 3, batch_size: 16}"]
+    trained = load_config(train_denoiser.Config, None, [task, *fast])
+    cli.run_experiment("train-denoiser", train_denoiser, trained, tmp_path / "denoiser")
+    order = [task, f"denoiser={{name: saved, run: {tmp_path / 'denoiser'}}}", "num_steps=3"]
+    order += ["prior={name: step_price, prior: residual_policy}", "guide=policy"]
+    order += ["elbo.num_particles=2", "fit={updates: 2, batch_size: 8}"]
+    fitted = load_config(fit_order.Config, None, order)
+    cli.run_experiment("fit-order", fit_order, fitted, tmp_path / "order")
+    config = evaluate.Config(run=str(tmp_path / "order"))
+    results = cli.run_experiment("evaluate", evaluate, config, tmp_path / "comparison")
+    assert results.is_file()
+    arms = {(record["metric"], record["arm"]) for record in read_results(tmp_path / "comparison")["records"]}
+    assert ("accuracy", "learned") in arms
+    assert ("path_nats", "greedy_oracle uniform") in arms
+    assert ("accuracy", "greedy_oracle uniform") not in arms  # an oracle cannot decode
+
+
+@pytest.mark.parametrize("name", ["chain", "arithmetic_order", "arithmetic_denoiser"])
+def test_packaged_configs_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kind = train_denoiser.Config if name == "arithmetic_denoiser" else fit_order.Config
+    assert name in packaged_configs()
+    (tmp_path / "runs" / "train-denoiser").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    load_config(kind, name)
