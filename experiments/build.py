@@ -612,7 +612,7 @@ class ElboConfig:
     num_particles: int = setting(8, "orders drawn per sequence", at_least=1)
     kl_weight: float = setting(1.0, "weight of the KL term", at_least=0)
     leave_one_out: bool = setting(True, "mean of the other particles as baseline")
-    rao_blackwell: bool = setting(True, "inner expectation in closed form")
+    credit: Literal["gain", "expected"] | None = setting(None, "what a reveal set is credited with; null: by program")
     one_step: bool = setting(False, "one random step per sequence instead of all")
 
 
@@ -708,7 +708,7 @@ def build_elbo(config: ElboConfig) -> RevealTraceGraph_ELBO:
         num_particles=config.num_particles,
         kl_weight=config.kl_weight,
         leave_one_out=config.leave_one_out,
-        rao_blackwell=config.rao_blackwell,
+        credit=config.credit,
     )
 
 
