@@ -7,11 +7,22 @@ from typing import Any
 
 import pyro
 from pyro.infer import ELBO
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from orderppl.inference.annealing import Anneal
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.optimise import FitResult, optimise
+
+
+def _make_local(program: nn.Module) -> None:
+    """Let a program built under either value of `module_local_params` run under True.
+
+    Pyro 1.9 gives a module the place for local parameters when it is made, and fails later when that is missing.
+    """
+    for module in program.modules():
+        if isinstance(module, PyroModule) and not hasattr(module._pyro_context, "param_state"):
+            module._pyro_context.param_state = {"params": {}, "constraints": {}}
 
 
 class OrderLoss(nn.Module):
@@ -25,6 +36,8 @@ class OrderLoss(nn.Module):
 
     def __init__(self, model: nn.Module, guide: nn.Module, elbo: ELBO) -> None:
         super().__init__()
+        for program in (model, guide):
+            _make_local(program)
         self.objective = elbo(model, guide)
 
     @property
@@ -61,8 +74,9 @@ def fit(
 ) -> FitResult:
     """Train the order, and whatever else of the two programs requires a gradient.
 
-    Freeze the denoiser beforehand with `denoiser.requires_grad_(False)` to learn the order only. Programs that are
-    written with `PyroParam` must be built under `pyro.settings.context(module_local_params=True)` as well.
+    Freeze the denoiser beforehand with `denoiser.requires_grad_(False)` to learn the order only. Parameters stay in
+    the programs (Pyro's `module_local_params`, set for the length of each call), whatever the global setting was when
+    they were built; the same pair can be given to `pyro.infer.SVI` afterwards.
 
     Args:
         model: the unmasking model.

@@ -355,9 +355,13 @@ def optimise(
                 set_dial(targets, name, setting)
             batch = next(stream)
             opt.zero_grad(set_to_none=True)
-            with torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-                objective = loss(**batch)
-            objective.backward()
+            try:
+                with torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+                    objective = loss(**batch)
+                objective.backward()
+            except (RuntimeError, ValueError):
+                flush()  # an earlier update that was not finite is the cause, not what a sampler says about it now
+                raise
             if grad_clip is not None:
                 norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
             else:
