@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from orderppl.experiments.results import read_results
@@ -27,12 +29,20 @@ SETTINGS = [
 ]
 
 
-def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def started(out: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process of its own, gone at the end; what it said is in `out`.txt."""
     command = [sys.executable, "-m", "orderppl.experiments.cli", "fit-order", "--config", "chain", "--out", str(out)]
     for assignment in SETTINGS:
         command += ["--set", assignment]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(f"{out}.txt", "ab") as said:
+        process = subprocess.Popen([*command, *more], env=environment, stdout=said, stderr=said)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
 
 def lines(out: Path) -> int:
@@ -48,19 +58,20 @@ def trace(out: Path) -> list[dict[str, object]]:
 
 def test_a_killed_and_resumed_fit_has_the_same_trace(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    uninterrupted = start(whole)
     stop_after = random.Random().randint(8, UPDATES - 10)  # not seeded: any update must do
-    process = start(broken)
-    deadline = time.monotonic() + 120
-    while lines(broken) < stop_after and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the fit ended before it could be killed"
-    killed_at = lines(broken)
-    assert killed_at < UPDATES
-    assert not (broken / "results.json").exists()
-    assert start(broken, "--resume").wait(timeout=120) == 0
-    assert uninterrupted.wait(timeout=120) == 0
+    with started(whole) as uninterrupted:
+        with started(broken) as process:
+            deadline = time.monotonic() + 120
+            while lines(broken) < stop_after and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, Path(f"{broken}.txt").read_text()[-2000:]
+        killed_at = lines(broken)
+        assert killed_at < UPDATES
+        assert not (broken / "results.json").exists()
+        with started(broken, "--resume") as process:
+            assert process.wait(timeout=120) == 0, Path(f"{broken}.txt").read_text()[-2000:]
+        assert uninterrupted.wait(timeout=120) == 0, Path(f"{whole}.txt").read_text()[-2000:]
 
     assert trace(broken) == trace(whole), f"killed after {killed_at} log lines"
     assert len([record for record in trace(whole) if "loss" in record]) == UPDATES
