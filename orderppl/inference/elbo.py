@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
@@ -32,19 +32,26 @@ class RevealSites(NamedTuple):
 class RevealTraceGraph_ELBO(TraceGraph_ELBO):  # noqa: N801 (Pyro's naming)
     """TraceGraph_ELBO for unmasking programs.
 
-    Per step t, with q_t = q(z_t | M_t, x) factorised over the masked positions:
+    With q_t = q(z_t | M_t, x), factorised over the masked positions, and l_i(s_t) = log p(x_i | s_t, c),
 
-        F_t  = sum_{i in M_t} q_ti l_i(s_t) - kl_weight KL(q_t || p_t)        (inner expectation in closed form)
-        ELBO = E_q[ sum_t F_t ]
+        ELBO = E_q[ sum_t sum_{i in z_t} l_i(s_t) ] - E_q[ sum_t KL(q_t || p_t) ]
 
-    and for K particles of one sequence, with the other particles' mean as baseline,
+    (the whole KL(q || p) where that has a closed form). Each reveal set z_t is credited with what it made easier:
 
-        surrogate = 1/K sum_k sum_t [ F_t^k + stop(F_t^k - mean_{j != k} F_t^j) sum_{u < t} log q(z_u^k | M_u^k) ]
+        gain_t = sum_{u >= t} sum_{i in z_u} l_i(s_u) - sum_{i in M_t} l_i(s_t)
 
-    which is the reward-to-go form of the score function with its sums exchanged, so that it also serves a program that
-    looks at one random step per sequence. Where the whole KL(q || p) has a closed form it is used instead of the
-    per-step one. Any other pair of programs is handled as `TraceGraph_ELBO` does (score function restricted to
-    downstream costs, Pyro's baselines), with registered KLs in closed form and the leave-one-out baseline.
+    the log-likelihood to come minus that of revealing everything now. The second sum is known before z_t is drawn, a
+    baseline that costs nothing: the closed-form inner expectation over z_t and its matched control variate cancel to
+    it. For K particles of one sequence, with the other particles' mean as a second baseline,
+
+        surrogate = 1/K sum_k sum_t [ sum_{i in M_t} stop(q_ti) l_i(s_t) - kl_weight KL_t
+                      + stop(gain_t^k - mean_{j != k} gain_t^j) log q(z_t^k | M_t^k)
+                      - kl_weight stop(KL_t^k - mean_{j != k} KL_t^j) sum_{u < t} log q(z_u^k | M_u^k) ]
+
+    A program that looks at one random step per sequence cannot see gains; there the inner expectation itself is used,
+    sum_i q_ti l_i(s_t) with its path-wise gradient and the score of the earlier sets (`credit="expected"`).
+    Any other pair of programs is handled as `TraceGraph_ELBO` does (score function restricted to downstream costs,
+    Pyro's baselines), with registered KLs in closed form and the leave-one-out baseline.
 
     Adds `differentiable_loss`, so that `elbo(model, guide)` is a module that any `torch.optim` optimiser can train.
 
@@ -56,7 +63,7 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):  # noqa: N801 (Pyro's naming)
         analytic_kl: use registered divergences.
         leave_one_out: subtract the mean over the other particles from the score function's costs; needs more than one
             vectorised particle and is left out otherwise.
-        rao_blackwell: take the inner expectation over each reveal set in closed form.
+        credit: "gain" or "expected", see above; None chooses by the program.
 
     Attributes:
         metrics: detached 0-dim tensors of the last call on an unmasking program, per sequence: `elbo` (untempered),
@@ -72,14 +79,14 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):  # noqa: N801 (Pyro's naming)
         kl_weight: float = 1.0,
         analytic_kl: bool = True,
         leave_one_out: bool = True,
-        rao_blackwell: bool = True,
+        credit: Literal["gain", "expected"] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_particles, max_plate_nesting, vectorize_particles=vectorize_particles, **kwargs)
         self.kl_weight = kl_weight
         self.analytic_kl = analytic_kl
         self.leave_one_out = leave_one_out
-        self.rao_blackwell = rao_blackwell
+        self.credit = credit
         self.metrics: dict[str, Tensor] = {}
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -112,36 +119,38 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):  # noqa: N801 (Pyro's naming)
         q_sets = q.reveal_sets(order)  # [T, *]
         q_at = q_sets if len(state.step) == q.num_steps else q_sets.at(state.step)  # [S, *]
 
-        token_log_prob = likelihood.token_log_prob(detach_provenance(sites.tokens["value"]))  # l_i(s_t), [S, *, L]
-        if self.rao_blackwell:
-            probs = q_at.probs
-            fit = (probs * token_log_prob.masked_fill(probs == 0, 0.0)).sum(-1)
-        else:
-            revealed = reveal_set(order, state.step.unsqueeze(-1))
-            fit = token_log_prob.masked_fill(~revealed, 0.0).sum(-1)
-        fit = weight * site_scaled(fit, sites.tokens)  # [S, *]
+        hidden = likelihood.token_log_prob(detach_provenance(sites.tokens["value"]))  # l_i(s_t), [S, *, L]
+        revealed = reveal_set(order, state.step.unsqueeze(-1)) & state.masked
+        probs = q_at.probs  # [S, *, L]
+        weighted = hidden.masked_fill(probs == 0, 0.0)
 
-        whole_kl = self._closed_form_kl(q, p)
-        if whole_kl is not None:
-            kl = site_scaled(whole_kl, sites.guide)  # [*], no dependence on the drawn order
-            objective = fit
-        else:
-            step_kl = self._step_kl(q_at, p, order, state.step)
-            kl = weight * site_scaled(step_kl, sites.guide)  # [S, *]
-            objective = fit - self.kl_weight * kl
-        elbo = objective.sum() if whole_kl is None else objective.sum() - self.kl_weight * kl.sum()
+        def total(by_position: Tensor) -> Tensor:
+            return weight * site_scaled(by_position.sum(-1), sites.tokens)  # [S, *]
 
-        earlier = q.step_log_prob(order).cumsum(0)  # [T, *]
-        earlier = torch.cat([torch.zeros_like(earlier[:1]), earlier[:-1]])  # log q(z_{<t} | x)
-        if len(state.step) != q.num_steps:
-            earlier = earlier.gather(0, state.step.expand((len(state.step),) + earlier.shape[1:]))
-        cost = objective.detach()
-        if self.leave_one_out and self.vectorize_particles and self.num_particles > 1:
-            cost = cost - (cost.sum(1, keepdim=True) - cost) / (self.num_particles - 1)  # particles are dimension 1
-        surrogate = elbo + (cost * earlier).sum()
+        log_q = q.step_log_prob(order)  # [T, *]
+        upto = log_q.cumsum(0)  # log q(z_{<=t} | x)
+        before, upto = (self._at(x, state.step) for x in (upto - log_q, upto))
+        reward = total(hidden.masked_fill(~revealed, 0.0))
+        credit = self.credit or ("gain" if len(state.step) == q.num_steps else "expected")
+        if credit == "gain":
+            fit = total(probs.detach() * weighted)  # its gradient reaches the denoiser only
+            terms = [(reward.flip(0).cumsum(0).flip(0) - total(hidden), self._at(log_q, state.step))]
+        else:
+            fit = total(probs * weighted)
+            terms = [(fit, before)]
+
+        kl = self._closed_form_kl(q, p)
+        if kl is not None:  # [*], whatever order was drawn
+            kl = site_scaled(kl, sites.guide)
+        else:
+            kl = weight * site_scaled(self._step_kl(q_at, p, order, state.step), sites.guide)  # [S, *]
+            terms.append((-self.kl_weight * kl, before if self.analytic_kl else upto))
+        objective = fit.sum() - self.kl_weight * kl.sum()
+        surrogate = objective + sum((self._centred(cost.detach()) * score).sum() for cost, score in terms)
+        elbo = (reward.sum() - self.kl_weight * kl.sum()).detach()
 
         drawn = order[..., 0].numel()
-        log_likelihood = fit.detach().sum() / drawn
+        log_likelihood = reward.detach().sum() / drawn
         divergence = kl.detach().sum() / drawn
         self.metrics = {
             "elbo": log_likelihood - divergence,
@@ -149,7 +158,18 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):  # noqa: N801 (Pyro's naming)
             "kl": divergence,
             "steps": steps_used(order).float().mean(),
         }
-        return elbo.detach(), -surrogate
+        return elbo, -surrogate
+
+    @staticmethod
+    def _at(by_step: Tensor, step: Tensor) -> Tensor:
+        """Pick the looked-at steps (int64 [S, *]) out of all of them (float [T, *])."""
+        return by_step if len(step) == len(by_step) else by_step.gather(0, step.expand(step.shape[:1] + by_step.shape[1:]))
+
+    def _centred(self, cost: Tensor) -> Tensor:
+        """Subtract from costs (float [S, K, ..]) the mean over the other particles."""
+        if not (self.leave_one_out and self.vectorize_particles and self.num_particles > 1):
+            return cost
+        return cost - (cost.sum(1, keepdim=True) - cost) / (self.num_particles - 1)
 
     def _step_kl(self, q_at: Any, p: OrderedPartition, order: Tensor, step: Tensor) -> Tensor:
         """KL(q_t || p_t) at each step, float [S, *]; the sampled log-ratio when `analytic_kl` is off."""

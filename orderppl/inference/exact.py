@@ -16,12 +16,10 @@ Program = Callable[..., Any]
 
 def _log_probs_of_all_orders(program: Program, orders: Tensor, **batch: Tensor) -> Tensor:
     """Log-density of every order under one program, float [N, B]."""
-    rows = []
-    for order in orders:  # [B, L]
-        trace = poutine.trace(poutine.condition(program, data={"reveal_step": order})).get_trace(**batch)
-        trace.compute_log_prob()
-        rows.append(sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"))
-    return torch.stack(rows)
+    conditioned = poutine.condition(program, data={"reveal_step": orders})
+    trace = poutine.trace(conditioned).get_trace(**batch)
+    trace.compute_log_prob()
+    return sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")
 
 
 def all_orders(guide: Program, **batch: Tensor) -> Tensor:

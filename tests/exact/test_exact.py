@@ -1,0 +1,236 @@
+"""Bounds and gradients of every enumerable (model, guide) pair against sums over all orders."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from programs import GUIDES, PRIORS, TokenTable, is_finite_pair, make_batch, make_pair  # noqa: E402
+
+from orderppl.guides import RandomGuide  # noqa: E402
+from orderppl.inference import RevealTraceGraph_ELBO, exact_elbo, exact_evidence  # noqa: E402
+from orderppl.inference.exact import all_orders  # noqa: E402
+
+PAIRS = [(prior, guide) for prior in PRIORS for guide in GUIDES if is_finite_pair(guide, prior)]
+
+
+@pytest.fixture(autouse=True)
+def local_parameters():
+    with pyro.settings.context(module_local_params=True):
+        yield
+
+
+def parameters(*modules: torch.nn.Module) -> list[Tensor]:
+    return [p for p in dict.fromkeys(p for module in modules for p in module.parameters()) if p.requires_grad]
+
+
+def gradient(value: Tensor, over: list[Tensor]) -> Tensor:
+    grads = torch.autograd.grad(value, over, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, over, strict=True)])
+
+
+def largest_z(model, guide, elbo, batch, replicates: int, kl_weight: float = 1.0) -> float:
+    """Largest |z| of the mean gradient over `replicates` independent calls against the enumerated gradient."""
+    over = parameters(model, guide)
+    orders = all_orders(guide, **batch)
+    model.one_step, one_step = False, model.one_step
+    exact = gradient(exact_elbo(model, guide, orders, kl_weight, **batch).sum(), over)
+    model.one_step = one_step
+    loss = elbo(model, guide) if hasattr(elbo, "differentiable_loss") else None
+    draws = []
+    for _ in range(replicates):
+        if loss is not None:
+            draws.append(gradient(-loss(**batch), over))
+            continue
+        for p in over:
+            p.grad = None
+        elbo.loss_and_grads(model, guide, **batch)  # stock TraceGraph_ELBO has no differentiable_loss
+        draws.append(torch.cat([(torch.zeros_like(p) if p.grad is None else -p.grad).flatten() for p in over]))
+    sample = torch.stack(draws)
+    error, spread = sample.mean(0) - exact, sample.std(0)
+    exact_part = spread < 1e-5  # no randomness in these coordinates
+    assert not exact_part.any() or error[exact_part].abs().max() < 2e-3
+    return (error / (spread / replicates**0.5))[~exact_part].abs().max().item() if (~exact_part).any() else 0.0
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.parametrize(("prior", "guide"), PAIRS)
+def test_elbo_is_below_evidence(prior: str, guide: str, num_steps: int):
+    model, guide_program = make_pair(prior, guide, num_steps)
+    batch = make_batch()
+    orders = all_orders(guide_program, **batch)
+    evidence = exact_evidence(model, orders, **batch)
+    elbo = exact_elbo(model, guide_program, orders, **batch)
+    assert torch.isfinite(elbo).all()
+    assert (elbo <= evidence + 1e-4).all()
+
+
+@pytest.mark.parametrize(("prior", "guide"), PAIRS)
+def test_gradient_is_unbiased(prior: str, guide: str):
+    """40 calls of 128 particles for each pair; |z| < 5 in every coordinate."""
+    model, guide_program = make_pair(prior, guide, num_steps=3)
+    assert largest_z(model, guide_program, RevealTraceGraph_ELBO(128), make_batch(), replicates=40) < 5
+
+
+@pytest.mark.parametrize(
+    ("prior", "guide"),
+    [
+        ("uniform", "mean_field"),
+        ("learned_policy", "renormalised"),
+        ("residual_policy", "policy"),
+        ("priced_policy", "other_policy"),
+        ("learned_steps", "plan"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["one_step", "expected", "sampled_kl", "tempered", "one_particle", "stock"])
+def test_every_gradient_path_is_unbiased(prior: str, guide: str, kind: str):
+    """60 calls of 64 particles (of one on 64 copies for `one_particle`); |z| < 5 in every coordinate."""
+    model, guide_program = make_pair(prior, guide, num_steps=3, one_step=kind == "one_step")
+    elbo = {
+        "one_step": RevealTraceGraph_ELBO(64),
+        "expected": RevealTraceGraph_ELBO(64, credit="expected"),
+        "sampled_kl": RevealTraceGraph_ELBO(64, analytic_kl=False),
+        "tempered": RevealTraceGraph_ELBO(64, kl_weight=0.3),
+        "one_particle": RevealTraceGraph_ELBO(1),
+        "stock": TraceGraph_ELBO(64, max_plate_nesting=1, vectorize_particles=True),
+    }[kind]
+    weight = 0.3 if kind == "tempered" else 1.0
+    batch = make_batch()
+    if kind == "one_particle":  # as many draws as the others, by repeating the sequences
+        batch = {name: rows.repeat(64, 1) for name, rows in batch.items()}
+    assert largest_z(model, guide_program, elbo, batch, replicates=60, kl_weight=weight) < 5
+
+
+def test_the_check_notices_a_biased_gradient():
+    """The same z-score on a surrogate with the score function's sign reversed."""
+
+    class SignError(RevealTraceGraph_ELBO):
+        def _centred(self, cost):
+            return -super()._centred(cost)
+
+    model, guide = make_pair("uniform", "mean_field", num_steps=3)
+    assert largest_z(model, guide, SignError(64), make_batch(), replicates=100) > 5
+
+
+@pytest.mark.parametrize("prior", sorted(PRIORS))
+def test_bound_is_tight_at_the_exact_posterior(prior: str):
+    """log p(x, r) - log p(r | x) is the evidence for every order, whatever the prior."""
+    model, _ = make_pair(prior, "policy", num_steps=2)
+    batch = make_batch(padded=False)
+    orders = all_orders(RandomGuide(2), **batch)
+    evidence = exact_evidence(model, orders, **batch)
+    for order in orders[:4]:
+        trace = pyro.poutine.trace(pyro.poutine.condition(model, data={"reveal_step": order})).get_trace(**batch)
+        joint = trace.nodes["reveal_step"]["fn"].log_prob(order) + trace.nodes["tokens"]["fn"].log_prob(batch["tokens"])
+        posterior = joint - evidence
+        possible = joint > -torch.inf
+        assert torch.allclose((joint - posterior)[possible], evidence[possible], atol=1e-4)
+        assert (posterior <= 1e-5).all()
+
+
+@pytest.mark.parametrize("prior", sorted(set(PRIORS) - {"priced_uniform", "priced_policy"}))
+def test_priors_over_orders_sum_to_one(prior: str):
+    model, _ = make_pair(prior, "random", num_steps=3)
+    batch = make_batch()
+    orders = all_orders(RandomGuide(3), **batch)
+    mass = exact_evidence(pyro.poutine.block(model, expose=["reveal_step"]), orders, **batch)
+    assert torch.allclose(mass, torch.zeros_like(mass), atol=1e-4)
+
+
+@pytest.mark.parametrize("prior", ["uniform", "cosine", "may_wait_policy"])
+def test_pyro_enumeration_agrees(prior: str):
+    """TraceEnum_ELBO over the model's site is the evidence; over the guide's site it is our exact ELBO."""
+    model, guide = make_pair(prior, "mean_field", num_steps=2)
+    batch = make_batch(padded=False)
+    orders = all_orders(guide, **batch)
+    enum = TraceEnum_ELBO(max_plate_nesting=1)
+    evidence = -enum.loss(config_enumerate(model), lambda **_: None, **batch)
+    assert evidence == pytest.approx(exact_evidence(model, orders, **batch).sum().item(), abs=1e-3)
+    elbo = -enum.loss(model, config_enumerate(guide), **batch)
+    assert elbo == pytest.approx(exact_elbo(model, guide, orders, **batch).sum().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(("prior", "guide"), PAIRS)
+def test_every_guide_parameter_gets_a_gradient(prior: str, guide: str):
+    model, guide_program = make_pair(prior, guide, num_steps=3)
+    loss = RevealTraceGraph_ELBO(16)(model, guide_program)(**make_batch())
+    loss.backward()
+    for name, parameter in guide_program.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+def test_loss_forms_agree(one_step: bool):
+    """`loss`, `differentiable_loss` and `loss_and_grads` see the same draws and give the same value."""
+    model, guide = make_pair("learned_policy", "renormalised", num_steps=3, one_step=one_step)
+    batch, elbo = make_batch(), RevealTraceGraph_ELBO(4)
+    values = []
+    for call in (elbo.loss, elbo.differentiable_loss, elbo.loss_and_grads):
+        pyro.set_rng_seed(3)
+        values.append(float(torch.as_tensor(call(model, guide, **batch)).detach()))
+    assert values[0] == pytest.approx(values[1], abs=1e-4) == pytest.approx(values[2], abs=1e-4)
+
+
+def test_leave_one_out_cuts_the_variance_of_stock_trace_graph():
+    """200 calls each of 4 particles: our default against stock TraceGraph_ELBO, at least 10 times less variance."""
+    model, guide = make_pair("uniform", "mean_field", num_steps=3, frozen=True)
+    batch, over = make_batch(), list(guide.parameters())
+
+    def variance(elbo) -> float:
+        draws = []
+        for _ in range(200):
+            guide.zero_grad()
+            elbo.loss_and_grads(model, guide, **batch)
+            draws.append(torch.cat([p.grad.flatten() for p in over]))
+        return torch.stack(draws).var(0).sum().item()
+
+    stock = variance(TraceGraph_ELBO(4, max_plate_nesting=1, vectorize_particles=True))
+    assert variance(RevealTraceGraph_ELBO(4)) < stock / 10
+
+
+def test_stock_svi_trains_the_same_pair():
+    """Plain pyro.infer.SVI with stock TraceGraph_ELBO raises the exact ELBO of the pair (README's paragraph)."""
+    with pyro.settings.context(module_local_params=False):
+        model, guide = make_pair("uniform", "mean_field", num_steps=2)
+        model.denoiser.eval().requires_grad_(False)
+        batch = make_batch()
+        orders = all_orders(guide, **batch)
+        before = exact_elbo(model, guide, orders, **batch).sum().item()
+        svi = SVI(
+            model,
+            guide,
+            pyro.optim.Adam({"lr": 0.05}),
+            TraceGraph_ELBO(8, max_plate_nesting=1, vectorize_particles=True),
+        )
+        for _ in range(200):
+            svi.step(**batch)
+        after = exact_elbo(model, guide, orders, **batch).sum().item()
+        evidence = exact_evidence(model, orders, **batch).sum().item()
+    assert before + 0.5 < after <= evidence + 1e-4
+
+
+def test_stock_elbos_agree_in_value():
+    """Trace_ELBO and TraceGraph_ELBO estimate the exact ELBO; 4,000 particles, |z| < 5."""
+    model, guide = make_pair("may_wait_policy", "mean_field", num_steps=3)
+    batch = make_batch()
+    exact = exact_elbo(model, guide, all_orders(guide, **batch), **batch).sum().item()
+    for kind in (Trace_ELBO, TraceGraph_ELBO, RevealTraceGraph_ELBO):
+        elbo = kind(400, max_plate_nesting=1, vectorize_particles=True)
+        values = torch.tensor([-elbo.loss(model, guide, **batch) for _ in range(10)])
+        assert abs(values.mean().item() - exact) < 5 * (values.std().item() / 10**0.5) + 1e-3
+
+
+def test_modules_have_the_expected_networks():
+    """Tying shares one network, so that the KL is zero in value and gradient."""
+    model, guide = make_pair("learned_steps", "plan", num_steps=3)
+    assert isinstance(guide.network, TokenTable) and guide.network is model.prior.network
+    elbo = RevealTraceGraph_ELBO(4)
+    elbo(model, guide)(**make_batch())
+    assert abs(elbo.metrics["kl"].item()) < 1e-6
