@@ -119,6 +119,7 @@ def test_threshold(confident):
     ramp = confident([0.95, 0.8, 0.9, 0.6])
     assert chosen(make_policy("threshold", tau=0.85), state_of(ramp, [[1, 1, 1, 1], [0, 1, 0, 1]])) == [[0, 2], [1]]
     assert chosen(make_policy("threshold", tau=0.5), state_of(ramp, [[1, 1, 1, 1]])) == [[0, 1, 2, 3]]
+    assert chosen(make_policy("threshold", tau=0.5), state_of(confident([0.9, 0.5]), [[1, 1]])) == [[0, 1]]  # c = tau
     assert chosen(make_policy("threshold", tau=1.0), state_of(confident([0.7, 0.7]), [[1, 1]])) == [[0]]
 
 
