@@ -94,13 +94,14 @@ class Backbone(nn.Module):
             if max_length is None:
                 raise UserError("max_length", "learned positions need a length", "give it or use rotary positions")
             self.embed_position = nn.Embedding(max_length, width)
+            nn.init.normal_(self.embed_position.weight, std=0.02)
+        # Embeddings of any scale start the residual stream at scale 1, as large as what the blocks add to it.
+        self.norm_input = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp or 4 * width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-                if name.endswith(("out.weight", "mlp.2.weight")):  # GPT-2: residual paths keep their variance
-                    parameter.data.div_(math.sqrt(2 * max(layers, 1)))
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith(("out.weight", "mlp.2.weight")):  # GPT-2: residual paths keep their variance
+                parameter.data.div_(math.sqrt(2 * layers))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -130,6 +131,7 @@ class Backbone(nn.Module):
         keys = attention_mask | ~attention_mask.any(-1, keepdim=True)  # [N, S]
         bias = torch.zeros_like(keys, dtype=hidden.dtype).masked_fill(~keys, -torch.inf)[:, None, None]
         bias = bias.expand(-1, 1, hidden.shape[1], -1)  # [N, 1, S, S]
+        hidden = self.norm_input(hidden)
         for block in self.blocks:
             hidden = block(hidden, bias, rotary)
         normed: Tensor = self.norm(hidden)
@@ -145,6 +147,18 @@ def _join(
     if context_mask is None:
         context_mask = torch.ones_like(context, dtype=torch.bool)
     return torch.cat([context, tokens], -1), torch.cat([context_mask.bool(), attention_mask], -1)
+
+
+def _places(attention_mask: Tensor, size: int) -> Tensor:
+    """Sinusoids of the distance to the left and to the right end of the row: float [B, L, size], size even."""
+    left = attended_positions(attention_mask)  # [B, L]
+    right = (attention_mask.sum(-1, keepdim=True) - 1 - left).clamp(min=0)
+    rate = 0.5 ** torch.arange(size // 4 + 1, device=left.device) * math.pi  # wavelengths 2, 4, 8, ...
+    halves = []
+    for distance in (left, right):
+        angle = distance[..., None] * rate
+        halves.append(torch.stack([angle.cos(), angle.sin()], -1).flatten(-2)[..., : size // 2])
+    return torch.cat(halves, -1)
 
 
 class SequenceEncoder(nn.Module):
@@ -175,9 +189,9 @@ class SequenceEncoder(nn.Module):
         super().__init__()
         self.placeholder = vocab_size  # stands at response positions that may not be seen
         self.embed = nn.Embedding(vocab_size + 1, width)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        # Response tokens are told from prompt tokens, which use the same ids.
-        self.response = nn.Parameter(torch.randn(width) * 0.02)
+        # Tells response tokens from prompt tokens, which use the same ids, and from each other: rotary attention alone
+        # cannot tell equal placeholders apart.
+        self.place = nn.Linear(2 * (width // 2), width)
         self.backbone = Backbone(width, layers, heads, positions=positions, max_length=max_length)
         self.head = nn.Linear(width, out)
         nn.init.zeros_(self.head.bias)
@@ -208,7 +222,9 @@ class SequenceEncoder(nn.Module):
         length = tokens.shape[-1]
         ids, attention = _join(tokens, attention_mask, context, context_mask)
         hidden = self.embed(ids)  # [B, C + L, W]
-        hidden = torch.cat([hidden[:, : ids.shape[1] - length], hidden[:, ids.shape[1] - length :] + self.response], 1)
+        place = self.place(_places(attention_mask, self.place.in_features).to(hidden.dtype))  # [B, L, W]
+        split = ids.shape[1] - length
+        hidden = torch.cat([hidden[:, :split], hidden[:, split:] + place], 1)
         encoded: Tensor = self.head(self.backbone(hidden, attention)[:, -length:])
         return encoded
 
@@ -307,8 +323,6 @@ class PolicyNetwork(nn.Module):
             raise UserError("features", f"unknown feature {unknown[0]!r}", f"use any of {', '.join(FEATURES)}")
         self.features, self.reads_tokens = tuple(features), reads_tokens
         self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None
-        if self.embed is not None:
-            nn.init.normal_(self.embed.weight, std=0.02)
         self.project = nn.Linear(len(self.features) + 4, width)
         self.backbone = Backbone(width, layers, heads)
         self.head = nn.Linear(width, 1)
