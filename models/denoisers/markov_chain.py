@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class MarkovChainDenoiser(nn.Module):
         mask = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         tokens = tokens.clamp(0, self.num_states - 1)
         step = self.log_power[1][tokens[..., :-1], tokens[..., 1:]]  # [*, L - 1]
-        first = -np.log(self.num_states) * mask[..., 0]
+        first = -math.log(self.num_states) * mask[..., 0].double()
         return first + (step * mask[..., 1:]).sum(-1)
 
     def _costs(self, size: int) -> Matrix:

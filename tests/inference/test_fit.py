@@ -113,7 +113,9 @@ def test_trains_a_state_dependent_policy_with_a_frozen_denoiser() -> None:
     policy = LearnedPolicy(PolicyNetwork(4, width=16, layers=1), non_empty=False)  # mean-field sets may be empty
     model = UnmaskingModel(MarkovChainDenoiser(3, 0.85, 6), policy, steps)
     guide = MeanFieldGuide(SequenceEncoder(4, steps, width=16, layers=1), steps)
-    start = {name: tensor.clone() for name, tensor in OrderLoss(model, guide, RevealTraceGraph_ELBO()).state_dict().items()}
+    start = {
+        name: tensor.clone() for name, tensor in OrderLoss(model, guide, RevealTraceGraph_ELBO()).state_dict().items()
+    }
     loss = OrderLoss(model, guide, RevealTraceGraph_ELBO())
     fit(
         model,
@@ -155,9 +157,7 @@ SCRIPT = textwrap.dedent(
 def test_a_killed_process_resumes_to_the_same_trace(tmp_path: Path) -> None:
     def start(out: Path) -> subprocess.Popen[str]:
         here = Path(__file__).parent
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(out)], cwd=here, stdout=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], cwd=here, stdout=subprocess.PIPE, text=True)
 
     whole, _ = start(tmp_path / "whole").communicate(timeout=120)
     process = start(tmp_path / "parts")

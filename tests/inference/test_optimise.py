@@ -171,7 +171,9 @@ def test_resume_without_a_checkpoint_starts_from_the_start(tmp_path: Path) -> No
 @pytest.mark.parametrize("poison_at", [1, 13])
 def test_refuses_nan_and_keeps_the_last_good_checkpoint(tmp_path: Path, poison_at: int) -> None:
     loss = Regression(poison_at=poison_at)
-    with pytest.raises(UserError, match=f"loss: the loss is nan at update {poison_at}; lower the learning rate") as caught:
+    with pytest.raises(
+        UserError, match=f"loss: the loss is nan at update {poison_at}; lower the learning rate"
+    ) as caught:
         optimise(loss, stream(), **options(out=tmp_path, checkpoint_every=6, log_every=5))
     assert "\n" not in str(caught.value)
     saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("*"))

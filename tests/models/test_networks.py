@@ -31,7 +31,9 @@ def ragged(rows: int = 5, context: int = 6, length: int = 8) -> dict[str, Tensor
 def without_padding(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """One row alone, cut to its own lengths."""
     return {
-        name: tensor[row][batch["attention_mask" if name in ("tokens", "attention_mask") else "context_mask"][row]][None]
+        name: tensor[row][batch["attention_mask" if name in ("tokens", "attention_mask") else "context_mask"][row]][
+            None
+        ]
         for name, tensor in batch.items()
     }
 
