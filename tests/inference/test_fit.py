@@ -180,7 +180,7 @@ def test_a_pair_without_a_finite_bound_is_refused_in_one_line() -> None:
     """The guide may draw empty sets, which the policy excludes: the bound does not exist."""
     model = UnmaskingModel(MarkovChainDenoiser(3, 0.85, 6), LearnedPolicy(PolicyNetwork(4, width=16, layers=1)), 2)
     guide = MeanFieldGuide(SequenceEncoder(4, 2, width=16, layers=1), 2)
-    with pytest.raises(UserError, match="loss: the loss is .* at update 1"):
+    with pytest.raises(UserError, match=r"loss: the loss is .* at update 1"):
         fit(
             model,
             guide,
