@@ -150,7 +150,7 @@ class RevealSet(dist.TorchDistribution):
             if not self.non_empty:
                 return reveal
             # The first revealed position f has p(f) = q_f prod_{i<f} (1 - q_i) / Z; later positions stay independent.
-            log_before = self.log_keep.cumsum(-1) - self.log_keep
+            log_before = torch.nn.functional.pad(self.log_keep[..., :-1], (1, 0)).cumsum(-1)  # may reach -inf
             first_probs = (self.log_reveal + log_before).exp()
             first_probs = torch.where(self.masked.any(-1, keepdim=True), first_probs, torch.ones_like(first_probs))
             first = torch.distributions.Categorical(probs=first_probs).sample(sample_shape).unsqueeze(-1)
@@ -175,12 +175,19 @@ class RevealSet(dist.TorchDistribution):
     def _cross(self, other: RevealSet) -> Tensor:
         """E_self[ sum_i z_i log q_i + (1 - z_i) log(1 - q_i) ] with the log-probabilities of `other`."""
         probs = self.probs
-        keep = torch.where(self.masked, self._exclusion_probs(probs), torch.zeros_like(probs))
+        keep = torch.where(self.masked, self._exclusion_probs(), torch.zeros_like(probs))
         return (_weighted(probs, other.log_reveal) + _weighted(keep, other.log_keep)).sum(-1)
 
-    def _exclusion_probs(self, probs: Tensor) -> Tensor:
-        """1 - probs, from log(1 - q) where that is exact."""
-        return 1 - probs if self.non_empty else self.log_keep.exp()
+    def _exclusion_probs(self) -> Tensor:
+        """1 - probs without cancellation: exactly 0 for the only masked position of a set that is not empty."""
+        if not self.non_empty:
+            return self.log_keep.exp()
+        # (1 - q_i) (1 - prod_{j != i} (1 - q_j)) / Z
+        certain = torch.isneginf(self.log_keep)
+        log_keep = self.log_keep.masked_fill(certain, 0.0)
+        log_empty_others = (self.log_empty.unsqueeze(-1) - log_keep).masked_fill(certain, -1.0)
+        log_exclusion = log_keep + log1mexp(log_empty_others) - self.log_normaliser.unsqueeze(-1)
+        return log_exclusion.exp().masked_fill(certain, 0.0)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """All 2**L subsets, bool [2**L, *, L]; those that are impossible in a row have log-probability -inf."""
