@@ -87,6 +87,7 @@ class Gsm8kTask:
     augment: int = setting(0, "programs: training rows made with re-drawn constants", at_least=0)
     tokenizer: str | None = setting(None, "Hugging Face tokeniser; a small vocabulary is built when left out")
     number_mode: Literal["digits", "numbers"] = setting("numbers", "one token per digit or per number")
+    min_count: int = setting(1, "words seen less often in training become unknown", at_least=1)
     max_context: int = setting(128, "longest prompt, tokens", at_least=1)
     max_length: int = setting(96, "longest response, tokens", at_least=1)
 
@@ -190,7 +191,7 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
             limit=config.limit,
             seed=seed,
         )
-        largest, mode = max(config.limit, 20), "numbers"
+        largest, mode, min_count = max(config.limit, 20), "numbers", 1
         report = LoadReport(config.name)
     else:
         texts, report = load_gsm8k(
@@ -201,7 +202,7 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
             max_number=config.max_number,
             max_equations=config.max_equations,
         )
-        largest, mode = config.max_number, config.number_mode
+        largest, mode, min_count = config.max_number, config.number_mode, config.min_count
         if config.tokenizer is not None and tokenizer is None:
             tokenizer = load_tokenizer(config.tokenizer)
         if config.augment and config.form == "programs":
@@ -210,7 +211,7 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
             texts["train"] = Dataset.from_list([*texts["train"], *made])
     if tokenizer is None:
         vocabulary = (text for column in ("prompt", "response") for text in texts["train"][column])
-        tokenizer = WordTokenizer.build(vocabulary, number_mode=mode, max_number=largest)  # type: ignore[arg-type]
+        tokenizer = WordTokenizer.build(vocabulary, mode, largest, min_count)  # type: ignore[arg-type]
     return _text_task(config, texts, tokenizer, report)
 
 
@@ -633,6 +634,7 @@ class FitConfig:
 
     updates: int = setting(500, "updates", at_least=1)
     batch_size: int = setting(32, "sequences per update", at_least=1)
+    group: int = setting(1, "batches sorted by length together, against padding; 1: rows stay unsorted", at_least=1)
     grad_clip: float | None = setting(None, "largest gradient norm", above=0)
     kl_weight: Anneal | None = setting(None, "annealed elbo.kl_weight")
     temperature: Anneal | None = setting(None, "annealed guide.temperature")

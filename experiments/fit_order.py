@@ -72,7 +72,7 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
     fit(
         problem.model,
         problem.guide,
-        problem.task.stream("train", settings.batch_size, seed=config.seed),
+        problem.task.stream("train", settings.batch_size, seed=config.seed, group=settings.group),
         elbo=problem.elbo,
         kl_weight=settings.kl_weight,
         temperature=settings.temperature,

@@ -43,6 +43,7 @@ class DenoiserFitConfig:
 
     updates: int = setting(3000, "updates", at_least=1)
     batch_size: int = setting(64, "sequences per update", at_least=1)
+    group: int = setting(1, "batches sorted by length together, against padding; 1: rows stay unsorted", at_least=1)
     lr: float = setting(1e-3, "largest learning rate of AdamW", above=0)
     weight_decay: float = setting(0.01, "decay of the weights", at_least=0)
     warmup: int = setting(100, "updates of the linear warm-up", at_least=0)
@@ -90,7 +91,13 @@ def fit_denoiser(config: Config, task: Task, denoiser: nn.Module, out: Path, res
     settings = config.fit
     train_denoiser(
         denoiser,
-        task.stream("train", settings.batch_size, seed=config.seed, drop_last=settings.batch_size <= _rows(task)),
+        task.stream(
+            "train",
+            settings.batch_size,
+            seed=config.seed,
+            drop_last=settings.batch_size <= _rows(task),
+            group=settings.group,
+        ),
         updates=settings.updates,
         validation=task.stream("validation", settings.batch_size, shuffle=False),
         lr=settings.lr,

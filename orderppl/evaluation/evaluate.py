@@ -120,6 +120,7 @@ def evaluate_policies(
     flexible: bool = False,
     baseline: str | None = None,
     labels: Mapping[str, Scalar] | None = None,
+    rows: dict[tuple[str, str], tuple[Tensor, Tensor]] | None = None,
 ) -> list[Record]:
     """Evaluate policies with the same weights, canvas, parser and rows.
 
@@ -140,6 +141,7 @@ def evaluate_policies(
         flexible: see `decode_answers`.
         baseline: an arm; every other arm then also gets `<metric>_difference` records, paired by row.
         labels: added to every record, e.g. the task.
+        rows: filled with (metric, arm) -> values and weights of every row, float64 [N] each, for further comparisons.
 
     Returns:
         Records with `metric`, `value`, `low`, `high` (95%), `n`, `seed`, `arm`, `policy` and its parameters, `steps`
@@ -157,7 +159,7 @@ def evaluate_policies(
     if baseline is not None and baseline not in policies:
         raise UserError("baseline", f"no arm {baseline!r}", f"use one of {', '.join(policies)}")
     records: list[Record] = []
-    rows: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (metric, arm) -> values and weights per row
+    rows = {} if rows is None else rows
     heads: dict[tuple[str, str], Record] = {}
     for arm, policy in policies.items():
         common: Record = {"arm": arm, **describe_policy(policy), "steps": num_steps, "seed": seed, **(labels or {})}
@@ -196,8 +198,9 @@ def evaluate_policies(
             interval = bootstrap_mean(values, weights, seed=seed)
             records.append(_record(metric, interval, heads[metric, arm]))
     if baseline is not None:
-        for (metric, arm), (values, weights) in rows.items():
+        for metric, arm in heads:
             if arm != baseline:
+                values, weights = rows[metric, arm]
                 interval = paired_difference(values, rows[metric, baseline][0], weights, seed=seed)
                 records.append(_record(f"{metric}_difference", interval, heads[metric, arm] | {"baseline": baseline}))
     return records

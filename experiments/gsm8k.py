@@ -1,0 +1,560 @@
+"""Grade-school arithmetic (GSM8K): train a small denoiser, learn orders for it, answer the test problems.
+
+    orderppl gsm8k --preset cpu --data ../shared/data/gsm8k --out runs/gsm8k
+    orderppl gsm8k --preset cpu --data ../shared/data/gsm8k --out runs/gsm8k --form programs --stage order
+    orderppl gsm8k --preset paper --data whynlp/gsm8k-aug --device cuda --out runs/gsm8k-paper
+
+Three stages per form: `denoiser`, `order` (one fit per learned arm) and `evaluate`. Each writes a folder of its own
+under --out/FORM. A finished stage is not run again, a killed one goes on from its last checkpoint: repeat the command.
+Everything is tuned and stopped on validation rows; only `evaluate` looks at the test rows.
+
+In the `programs` form the prompt gives the left side of every equation, so that exact match says something about a
+small denoiser. In the `equations` form it has to find them in the question; read `path_nats` there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from orderppl.decoding import Policy, make_policy
+from orderppl.denoising import Denoiser
+from orderppl.errors import UserError
+from orderppl.evaluation import evaluate_policies, paired_difference
+from orderppl.experiments.build import (
+    DENOISER_FILE,
+    EasyFirstConfig,
+    ElboConfig,
+    FitConfig,
+    Gsm8kTask,
+    GuideConfig,
+    LearnedPolicyConfig,
+    OptimizerConfig,
+    OrderProblem,
+    PolicyGuideConfig,
+    PriorConfig,
+    ResidualPolicyConfig,
+    SavedDenoiserConfig,
+    StepPriceConfig,
+    Task,
+    TransformerConfig,
+    build_denoiser,
+    build_problem,
+    build_task,
+    learned_policy,
+    saved_tokenizer,
+)
+from orderppl.experiments.config import RunConfig, config_dict, dump_config, setting
+from orderppl.experiments.fit_order import ORDER_FILE, fit_problem, learned_modules
+from orderppl.experiments.fit_order import Config as FitOrderConfig
+from orderppl.experiments.results import Record
+from orderppl.experiments.train_denoiser import Config as TrainDenoiserConfig
+from orderppl.experiments.train_denoiser import DenoiserFitConfig, fit_denoiser
+from orderppl.inference.batches import BatchStream
+from orderppl.inference.checkpoints import load_weights, write_text
+from orderppl.models.denoisers import masked_diffusion_nelbo
+
+PRESETS = {"cpu": "gsm8k_cpu", "paper": "gsm8k_paper"}
+CONFIG = "gsm8k_cpu"
+STAGE_FILE = "stage.json"
+Form = Literal["programs", "equations"]
+Rows = dict[tuple[str, str], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class OrderArm:
+    """One order to learn."""
+
+    arm: str = setting("learned", "its name in the table and its folder")
+    num_steps: int = setting(4, "step budget T", at_least=1)
+    prior: PriorConfig = setting(LearnedPolicyConfig, "p(order)")
+    guide: GuideConfig = setting(PolicyGuideConfig, "q(order | sequence)")
+    freeze_denoiser: bool = setting(True, "learn the order only")
+    elbo: ElboConfig = setting(ElboConfig, "the bound")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "the optimiser")
+    fit: FitConfig = setting(FitConfig, "the training loop")
+    decisions: tuple[str, ...] = setting(("mode",), "how it is decoded: mode, sample, rank; one arm each")
+    adaptive: bool = setting(False, "chooses its number of steps; compared with thresholds at equal mean NFE")
+
+
+@dataclass(frozen=True)
+class FormConfig:
+    """The three stages of one form of the data."""
+
+    task: Gsm8kTask = setting(Gsm8kTask, "data")
+    denoiser: TransformerConfig = setting(TransformerConfig, "architecture")
+    training: DenoiserFitConfig = setting(DenoiserFitConfig, "training of the denoiser")
+    orders: tuple[OrderArm, ...] = setting((), "learned arms")
+    budgets: tuple[int, ...] = setting((2, 4, 8), "step budgets T of the fixed-budget heuristics", at_least=1)
+    heuristics: tuple[str, ...] = setting(
+        ("random", "left_to_right", "top_prob", "margin", "entropy"), "rankings with fixed budgets"
+    )
+    sizes: tuple[str, ...] = setting(("uniform", "cosine"), "their set sizes")
+    thresholds: tuple[float, ...] = setting((0.5, 0.7, 0.9), "confidence thresholds", above=0, below=1)
+    sequential: tuple[str, ...] = setting(("left_to_right", "top_prob"), "rankings that reveal one token a step")
+    random_seeds: int = setting(3, "seeds of arms that draw their order", at_least=1)
+    decode: Literal["all", "longest"] = setting("all", "arms to decode: all, or those with the largest budget")
+    rows: int | None = setting(None, "test rows to use, from the first; null: all", at_least=1)
+    batch_size: int = setting(128, "test rows decoded together", at_least=1)
+    note: str = setting("", "shown under the table")
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        names = [arm.arm for arm in self.orders]
+        if len(set(names)) < len(names):
+            raise UserError("orders", f"two arms have one name: {', '.join(names)}", "give each its own")
+        if not self.budgets:
+            raise UserError("budgets", "there is none", "give at least one step budget, such as [4]")
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of gsm8k."""
+
+    data: str = setting("openai/gsm8k", "folder of train.jsonl and test.jsonl, or a hub name", option="--data")
+    form: Literal["programs", "equations", "both"] = setting("both", "programs, equations or both", option="--form")
+    stage: Literal["denoiser", "order", "evaluate", "all"] = setting(
+        "all", "denoiser, order, evaluate or all", option="--stage"
+    )
+    programs: FormConfig = setting(FormConfig, "the programs form")
+    equations: FormConfig = setting(FormConfig, "the equations form")
+
+
+def run(config: Config, out: Path) -> Iterable[Record]:
+    """Run the stages that were asked for; print one table per form."""
+    records: list[Record] = []
+    forms: tuple[Form, ...] = ("programs", "equations") if config.form == "both" else (config.form,)
+    for form in forms:
+        study = Study(config, form, out / form)
+        if config.stage in ("denoiser", "all"):
+            study.train()
+        if config.stage in ("order", "all"):
+            study.learn_orders()
+        if config.stage in ("evaluate", "all"):
+            found = study.evaluate()
+            Console().print(arm_table(found, f"GSM8K, {form} form, test rows"), study.settings.note, "", sep="\n")
+        records += study.records()
+    return records
+
+
+# --------------------------------------------------------------------------------------------------------------- stages
+
+
+class Study:
+    """The stages of one form in its folder.
+
+    Args:
+        config: of the experiment.
+        form: which form.
+        out: folder of the form.
+    """
+
+    def __init__(self, config: Config, form: Form, out: Path) -> None:
+        self.config, self.form, self.out = config, form, out
+        self.settings: FormConfig = getattr(config, form)
+        self.task_config = replace(self.settings.task, data=config.data, form=form)
+        self._task: Task | None = None
+        self._loaded: nn.Module | None = None
+
+    @property
+    def task(self) -> Task:
+        """The data, read when first needed."""
+        if self._task is None:
+            own = saved_tokenizer(SavedDenoiserConfig(run=str(self.out / "denoiser")))
+            self._task = build_task(self.task_config, self.config.seed, own)
+        return self._task
+
+    def train(self) -> None:
+        """Train the denoiser on the training rows; its run is one of train-denoiser."""
+        folder = self.out / "denoiser"
+        settings = TrainDenoiserConfig(
+            **self._common(), task=self.task_config, denoiser=self.settings.denoiser, fit=self.settings.training
+        )
+
+        def work(resume: bool) -> list[Record]:
+            denoiser = build_denoiser(settings.denoiser, self.task, settings.task)
+            fit_denoiser(settings, self.task, denoiser, folder, resume=resume)
+            held_out = self.task.stream("validation", settings.fit.batch_size, shuffle=False, device=settings.device)
+            bound = masked_diffusion_nelbo(denoiser, held_out, draws=8)
+            n = {"split": "validation", "n": held_out.num_sequences}
+            records: list[Record] = [
+                {"metric": "elbo", "value": -bound["nelbo"], **n},
+                {"metric": "nats_per_token", "value": bound["nats_per_token"], **n},
+                {"metric": "parameters", "value": sum(parameter.numel() for parameter in denoiser.parameters())},
+            ]
+            if self.task.report is not None:
+                records += [
+                    {"metric": "rows", "value": count, "file": file, "outcome": outcome}
+                    for file, outcome, count, _ in self.task.report.table()
+                ]
+            return records
+
+        self._stage("denoiser", settings, config_dict(settings), work)
+
+    def learn_orders(self) -> None:
+        """Fit every learned arm to the trained denoiser."""
+        for arm in self.settings.orders:
+            self._learn_order(arm)
+
+    def _learn_order(self, arm: OrderArm) -> None:
+        settings = self._order_config(arm)
+        identity = config_dict(settings) | {"denoiser": self._denoiser_hash()}
+
+        def work(resume: bool) -> list[Record]:
+            fit_problem(settings, self._problem(arm), self.out / arm.arm, resume=resume)
+            return []
+
+        self._stage(arm.arm, settings, identity, work)
+
+    def evaluate(self) -> list[Record]:
+        """Compare all arms on the test rows."""
+        weights = {arm.arm: _sha256(self._finished(arm.arm) / ORDER_FILE) for arm in self.settings.orders}
+        identity = {"denoiser": self._denoiser_hash(), "orders": weights, "seed": self.config.seed}
+        identity |= {key: value for key, value in config_dict(self.settings).items() if key not in ("training", "note")}
+        return self._stage("evaluation", self.settings, identity, lambda resume: list(self._evaluate()))
+
+    def records(self) -> list[Record]:
+        """What the finished stages found, with the seconds each took."""
+        found: list[Record] = []
+        for name in ("denoiser", *(arm.arm for arm in self.settings.orders), "evaluation"):
+            stage = _read_stage(self.out / name)
+            if stage is not None and stage["finished"]:
+                labels = {"task": "gsm8k", "form": self.form, "seed": self.config.seed}
+                found.append({"metric": "seconds", "value": stage["seconds"], "stage": name, **labels})
+                found += [labels | record for record in stage["records"]]
+        return found
+
+    def _stage(
+        self, name: str, settings: Any, identity: Mapping[str, Any], work: Callable[[bool], list[Record]]
+    ) -> list[Record]:
+        """Run a stage unless it is finished.
+
+        Its file is written when it starts, with all that its result depends on, and again when it has ended.
+
+        Raises:
+            UserError: the folder holds a stage with other settings.
+        """
+        folder = self.out / name
+        before = _read_stage(folder)
+        identity = json.loads(json.dumps(identity))
+        if before is not None:
+            changed = _first_difference(before["identity"], identity)
+            if changed is not None:
+                raise UserError(
+                    f"{self.form}.{name}",
+                    f"{changed} differs from that of {folder}",
+                    "delete that folder or change --out",
+                )
+            if before["finished"]:
+                return list(before["records"])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", dump_config(settings))
+        stage: dict[str, Any] = {"finished": False, "seconds": 0.0 if before is None else before["seconds"]}
+        stage |= {"records": [], "identity": identity}
+        write_text(folder / STAGE_FILE, json.dumps(stage, indent=1) + "\n")
+        pyro.set_rng_seed(self.config.seed)  # the same result, whichever stages this call runs
+        begin = time.perf_counter()
+        try:
+            stage["records"] = work(before is not None)
+            stage["finished"] = True
+        finally:  # also when interrupted: what was spent counts
+            stage["seconds"] = round(stage["seconds"] + time.perf_counter() - begin, 3)
+            write_text(folder / STAGE_FILE, json.dumps(stage, indent=1) + "\n")
+        return list(stage["records"])
+
+    def _common(self) -> dict[str, Any]:
+        return {"seed": self.config.seed, "device": self.config.device, "dtype": self.config.dtype}
+
+    def _order_config(self, arm: OrderArm) -> FitOrderConfig:
+        return FitOrderConfig(
+            **self._common(),
+            num_steps=arm.num_steps,
+            task=self.task_config,
+            denoiser=SavedDenoiserConfig(run=str(self.out / "denoiser")),
+            freeze_denoiser=arm.freeze_denoiser,
+            prior=arm.prior,
+            guide=arm.guide,
+            elbo=arm.elbo,
+            optimizer=arm.optimizer,
+            fit=arm.fit,
+        )
+
+    def _finished(self, name: str) -> Path:
+        stage = _read_stage(self.out / name)
+        if stage is None or not stage["finished"]:
+            kind = "denoiser" if name == "denoiser" else "order"
+            raise UserError("--stage", f"{self.out / name} is not finished", f"run --stage {kind} first")
+        return self.out / name
+
+    def _denoiser_hash(self) -> str:
+        return _sha256(self._finished("denoiser") / DENOISER_FILE)
+
+    def _denoiser(self) -> nn.Module:
+        config = SavedDenoiserConfig(run=str(self._finished("denoiser")))
+        return build_denoiser(config, self.task, self.task_config).to(self.config.device)
+
+    def _problem(self, arm: OrderArm) -> OrderProblem:
+        return build_problem(self._order_config(arm), self.task, self._denoiser())
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def _evaluate(self) -> Iterator[Record]:
+        settings, task = self.settings, self.task
+        rows: Rows = {}
+        nfe: dict[str, float] = {}
+        thresholds: list[str] = []
+        for arm in self._arms():
+            wanted = settings.decode == "all" or arm.num_steps >= max(settings.budgets)
+            metrics = ("accuracy", "path_nats", "nfe") if wanted else ("path_nats", "nfe")
+            for seed in range(self.config.seed, self.config.seed + (settings.random_seeds if arm.random else 1)):
+                found = evaluate_policies(
+                    arm.denoiser or self._shared_denoiser(),
+                    {arm.name: arm.policy},
+                    self._test_batches(),
+                    arm.num_steps,
+                    metrics=metrics,
+                    decode_text=task.tokenizer.decode if task.tokenizer is not None else None,
+                    references=self._references(),
+                    seed=seed,
+                    device=self.config.device,
+                    rows=rows,
+                )
+                for record in found:
+                    nfe[arm.name] = float(record["nfe"])
+                    yield record | {"family": arm.family, "parameters": arm.parameters, "policy_weights": arm.weights}
+            if arm.family == "threshold":
+                thresholds.append(arm.name)
+            if arm.family == "learned" and not arm.random:
+                yield from self._differences(arm, rows, nfe, thresholds)
+
+    def _differences(self, arm: Arm, rows: Rows, nfe: Mapping[str, float], thresholds: list[str]) -> Iterator[Record]:
+        """Paired differences of a learned arm: at its own budget, or to thresholds at its mean NFE."""
+        for metric in ("accuracy", "path_nats"):
+            if (metric, arm.name) not in rows:
+                continue
+            own, weight = rows[metric, arm.name]
+            others: dict[str, Tensor] = {}
+            if arm.adaptive:
+                curve = [(nfe[name], rows[metric, name][0]) for name in thresholds if (metric, name) in rows]
+                matched = _at_equal_nfe(curve, nfe[arm.name])
+                if matched is not None:
+                    others["thresholds at equal NFE"] = matched
+            else:
+                suffix = f" T={arm.num_steps}"
+                others = {
+                    name: values
+                    for (kind, name), (values, _) in rows.items()
+                    if kind == metric and name.endswith(suffix) and name != arm.name
+                }
+            for name, values in others.items():
+                interval = paired_difference(own, values, weight, seed=self.config.seed)
+                yield {
+                    "metric": f"{metric}_difference",
+                    "value": interval.value,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "arm": arm.name,
+                    "baseline": name,
+                    "steps": arm.num_steps,
+                    "nfe": nfe[arm.name],
+                    "n": len(own),
+                    "seed": self.config.seed,
+                }
+
+    def _arms(self) -> Iterator[Arm]:
+        """Heuristics first, then what was learned."""
+        settings = self.settings
+        longest = self.task.longest
+        for budget in settings.budgets:
+            for name in settings.heuristics:
+                for size in settings.sizes:
+                    policy = make_policy(name, sizes=size)
+                    yield Arm(f"{name} {size} T={budget}", policy, budget, "fixed", f"sizes={size}", name == "random")
+        for tau in settings.thresholds:
+            yield Arm(f"threshold {tau:g}", make_policy("threshold", tau=tau), longest, "threshold", f"tau={tau:g}")
+        for name in settings.sequential:
+            policy = make_policy(name)  # with a budget of one step per token: one token a step
+            yield Arm(f"{name} sequential", policy, longest, "sequential", "one token a step", name == "random")
+        for order in settings.orders:
+            problem = self._problem(order)
+            load_weights(learned_modules(problem), self._finished(order.arm) / ORDER_FILE)
+            problem.model.to(self.config.device)
+            problem.guide.to(self.config.device)
+            for decision in order.decisions:
+                policy = learned_policy(problem, decision)  # type: ignore[arg-type]
+                name = f"{order.arm} ({decision}) T={order.num_steps}"
+                weights = sum(parameter.numel() for parameter in problem.model.prior.parameters())
+                yield Arm(
+                    name,
+                    policy,
+                    order.num_steps,
+                    "learned",
+                    _described(order, decision),
+                    decision == "sample",
+                    order.adaptive,
+                    weights,
+                    problem.model.denoiser,
+                )
+
+    def _shared_denoiser(self) -> Denoiser:
+        if self._loaded is None:
+            self._loaded = self._denoiser()
+        assert isinstance(self._loaded, Denoiser)
+        return self._loaded
+
+    def _order_of_rows(self) -> Tensor:
+        """Test rows to use, sorted by length so that rows decoded together are alike."""
+        batch = self.task.splits["test"]
+        length = batch["attention_mask"].sum(-1) + batch["context_mask"].sum(-1)  # [N]
+        return length[: self.settings.rows].argsort(stable=True)
+
+    def _test_batches(self) -> list[dict[str, Tensor]]:
+        order = self._order_of_rows()
+        rows = {name: tensor[order] for name, tensor in self.task.splits["test"].items()}
+        stream = BatchStream(rows, self.settings.batch_size, shuffle=False, device=self.config.device)
+        return list(stream.once())
+
+    def _references(self) -> list[str]:
+        return [self.task.references["test"][index] for index in self._order_of_rows().tolist()]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A policy to evaluate, as it is shown in the table."""
+
+    name: str
+    policy: Policy
+    num_steps: int
+    family: Literal["fixed", "threshold", "sequential", "learned"]
+    parameters: str
+    random: bool = False
+    adaptive: bool = False
+    weights: int = 0
+    denoiser: Denoiser | None = None
+
+
+def _described(order: OrderArm, decision: str) -> str:
+    """What was learned, in a few words."""
+    prior, price = order.prior, ""
+    if isinstance(prior, StepPriceConfig):
+        price, prior = f", price={prior.price:g}", prior.prior
+    base = ""
+    if isinstance(prior, ResidualPolicyConfig):
+        base = f" on {prior.base.name}"
+        if isinstance(prior.base, EasyFirstConfig):
+            base += f" {prior.base.threshold:g}"
+    return f"{prior.name}{base}, guide={order.guide.name}{price}, {decision}"
+
+
+def _at_equal_nfe(curve: list[tuple[float, Tensor]], nfe: float) -> Tensor | None:
+    """Per-row values of a family of arms, interpolated between the two arms around a mean NFE.
+
+    That is the expectation of choosing between the two arms at random, at that mean NFE.
+
+    Args:
+        curve: mean NFE and values float [N] of every arm.
+        nfe: where to read it.
+
+    Returns:
+        float [N]; None outside the curve.
+    """
+    curve = sorted(curve, key=lambda point: point[0])
+    for (left, below), (right, above) in itertools.pairwise(curve):
+        if left <= nfe <= right:
+            share = 0.0 if right == left else (nfe - left) / (right - left)
+            return (1 - share) * below + share * above
+    return None
+
+
+def _read_stage(folder: Path) -> dict[str, Any] | None:
+    path = folder / STAGE_FILE
+    if not path.is_file():
+        return None
+    try:
+        stage = json.loads(path.read_text(encoding="utf-8"))
+        assert {"finished", "seconds", "records", "identity"} <= set(stage)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(str(path), "is not the file of a stage", f"delete {folder} or change --out") from error
+    return dict(stage)
+
+
+def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
+    """Dotted name of the first entry in which two JSON values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in before if key not in now)]:
+            found = _first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+            if found is not None:
+                return found
+        return None
+    return None if before == now else path
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def arm_table(records: Iterable[Record], title: str) -> Table:
+    """One line per arm: what it is, its steps, and its exact match and path likelihood with 95% intervals.
+
+    Args:
+        records: of an evaluation; several seeds of an arm are averaged.
+        title: shown above the table.
+    """
+    arms: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        if record["metric"] in ("accuracy", "path_nats", "nfe"):
+            arms.setdefault(str(record["arm"]), {}).setdefault(str(record["metric"]), []).append(record)
+    table = Table(title=title, title_justify="left")
+    for column in ("arm", "parameters", "policy weights", "steps", "NFE mean (min-max)"):
+        table.add_column(column, justify="left" if column in ("arm", "parameters") else "right")
+    for column in ("exact match %", "path_nats", "n", "seeds"):
+        table.add_column(column, justify="right")
+    for arm, metrics in arms.items():
+        cost = metrics.get("nfe", metrics["path_nats"])
+        first = cost[0]
+        low = min(int(_real(record, "nfe_min")) for record in cost)
+        high = max(int(_real(record, "nfe_max")) for record in cost)
+        table.add_row(
+            arm,
+            str(first["parameters"]),
+            str(first["policy_weights"]),
+            str(first["steps"]),
+            f"{_mean(cost, 'nfe'):.2f} ({low}-{high})",
+            _interval(metrics.get("accuracy", []), 100, 1),
+            _interval(metrics.get("path_nats", []), 1, 3),
+            str(first["n"]),
+            str(len(cost)),
+        )
+    return table
+
+
+def _real(record: Record, key: str) -> float:
+    value = record[key]
+    assert isinstance(value, (int, float))
+    return float(value)
+
+
+def _mean(records: list[Record], key: str) -> float:
+    return sum(_real(record, key) for record in records) / len(records)
+
+
+def _interval(records: list[Record], factor: float, digits: int) -> str:
+    if not records:
+        return ""
+    value, low, high = (f"{factor * _mean(records, key):.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
