@@ -105,17 +105,19 @@ class Backbone(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None = None) -> Tensor:
         """Mix embedded tokens.
 
         Args:
             hidden: float [N, S, W].
             attention_mask: bool [N, S].
+            position: int64 [N, S]; the index among attended tokens when left out.
 
         Returns:
             float [N, S, W], normalised; finite but meaningless at padding.
         """
-        position = attended_positions(attention_mask)  # [N, S]
+        if position is None:
+            position = attended_positions(attention_mask)  # [N, S]
         rotary = None
         if self.embed_position is not None:
             if hidden.shape[1] > self.embed_position.num_embeddings:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orderppl.errors import UserError
-from orderppl.models.networks import Backbone, Positions
+from orderppl.models.networks import Backbone, Positions, attended_positions
 
 
 def number_features(values: Tensor, width: int) -> Tensor:
@@ -53,6 +53,10 @@ class TransformerDenoiser(nn.Module):
             Fourier features of the value, so that arithmetic is learnt from few examples.
         tied: share the embedding with the output head.
         positions: `rotary` or `learned`; counted over attended tokens.
+        separator_index: id of a token that ends every prompt. What follows its first occurrence is marked as response
+            and takes positions from `prompt_room` on, whatever the prompt's length, so that "the k-th number of the
+            prompt" is always equally far away. None counts prompt and response as one sequence.
+        prompt_room: positions kept for prompts, the separator included; with a separator only.
 
     Raises:
         UserError: number values for another vocabulary, or heads that do not fit the width.
@@ -70,8 +74,11 @@ class TransformerDenoiser(nn.Module):
         number_values: Sequence[float | None] | Tensor | None = None,
         tied: bool = True,
         positions: Positions = "rotary",
+        separator_index: int | None = None,
+        prompt_room: int = 64,
     ) -> None:
         super().__init__()
+        self.separator_index, self.prompt_room = separator_index, prompt_room
         self.vocab_size, self.mask_index, self.max_length = vocab_size, mask_index, max_length
         self.config: dict[str, Any] = {
             "vocab_size": vocab_size,
@@ -83,9 +90,13 @@ class TransformerDenoiser(nn.Module):
             "max_length": max_length,
             "tied": tied,
             "positions": positions,
+            "separator_index": separator_index,
+            "prompt_room": prompt_room,
         }
         self.embed = nn.Embedding(max(vocab_size, mask_index + 1), width)
-        self.backbone = Backbone(width, layers, heads, mlp, positions, max_length)
+        room = 0 if separator_index is None else prompt_room
+        self.backbone = Backbone(width, layers, heads, mlp, positions, max_length + room)
+        self.response = None if separator_index is None else nn.Parameter(0.02 * torch.randn(width))
         self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         nn.init.normal_(self.embed.weight, std=0.02)
@@ -123,6 +134,22 @@ class TransformerDenoiser(nn.Module):
                 f"a canvas of {state.shape[-1]} tokens exceeds {self.max_length}",
                 "shorten prompt or response, or train a denoiser with a larger max_length",
             )
-        hidden = self.backbone(self.embed(state), attention_mask.bool())  # [N, S, W]
+        attention_mask = attention_mask.bool()
+        hidden = self.embed(state)  # [N, S, W]
+        position = None
+        if self.response is not None:
+            position, is_response = self._segments(state, attention_mask)
+            hidden = hidden + is_response[..., None] * self.response
+        hidden = self.backbone(hidden, attention_mask, position)  # [N, S, W]
         weight = self.embed.weight[: self.vocab_size] if self.head is None else self.head.weight
         return F.linear(hidden, weight, self.bias)
+
+    def _segments(self, state: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions int64 [N, S], with responses from `prompt_room` on, and which tokens are responses, bool [N, S]."""
+        position = attended_positions(attention_mask)
+        separator = (state == self.separator_index) & attention_mask
+        seen = separator.long().cumsum(-1)
+        is_response = ((seen > 1) | ((seen == 1) & ~separator)) & attention_mask  # strictly after the first separator
+        first = separator & (seen == 1)
+        start = (position * first).sum(-1, keepdim=True) + 1  # [N, 1]
+        return torch.where(is_response, position - start + self.prompt_room, position), is_response

@@ -193,3 +193,42 @@ def test_learns_and_resumes(tmp_path: Path) -> None:
     assert again.losses == result.losses
     assert again.validations == result.validations
     assert all(torch.equal(a, b) for a, b in zip(denoiser.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_separator_puts_responses_at_a_fixed_place(positions: str) -> None:
+    torch.manual_seed(0)
+    separator = 5
+    denoiser = TransformerDenoiser(
+        V,
+        MASK,
+        width=16,
+        layers=1,
+        heads=2,
+        max_length=20,
+        positions=positions,
+        separator_index=separator,
+        prompt_room=8,
+    )
+    # prompts of 2 and 4 tokens, a response that repeats the separator, padding everywhere
+    state = torch.tensor(
+        [[1, 2, 5, 0, 0, 3, MASK, 5, 4, 0], [1, 2, 3, 4, 5, 3, MASK, 5, 4, 0], [3, MASK, 4, 0, 0, 0, 0, 0, 0, 0]]
+    )
+    mask = torch.tensor(
+        [[True] * 3 + [False] * 2 + [True] * 4 + [False], [True] * 9 + [False], [True] * 3 + [False] * 7]
+    )
+    position, is_response = denoiser._segments(state, mask)
+    assert position[0][mask[0]].tolist() == [0, 1, 2, 8, 9, 10, 11]
+    assert position[1][mask[1]].tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11]
+    assert position[2, :3].tolist() == [0, 1, 2]  # no prompt, no separator
+    assert is_response.sum(-1).tolist() == [4, 4, 0]
+    together = denoiser(state, mask)
+    alone = denoiser(state[0][mask[0]][None], torch.ones(1, 7, dtype=torch.bool))
+    torch.testing.assert_close(together[0][mask[0]], alone[0], atol=1e-5, rtol=0)
+    rebuilt = TransformerDenoiser(**denoiser.config)
+    rebuilt.load_state_dict(denoiser.state_dict())
+    assert torch.equal(rebuilt(state, mask), together)
+    together.sum().backward()
+    assert denoiser.response is not None
+    assert denoiser.response.grad is not None
+    assert denoiser.response.grad.abs().sum() > 0
