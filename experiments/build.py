@@ -90,6 +90,7 @@ class Gsm8kTask:
     min_count: int = setting(1, "words seen less often in training become unknown", at_least=1)
     max_context: int = setting(128, "longest prompt, tokens", at_least=1)
     max_length: int = setting(96, "longest response, tokens", at_least=1)
+    separator: bool = setting(True, "end prompts by a separator, from which a new denoiser counts response positions")
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Task:
         tokenizer: of text tasks.
         references: text tasks: reference answers of every split.
         report: what a loader rejected.
+        separator: id of the token that ends every prompt, if one does.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Task:
     tokenizer: Tokenizer | None = None
     references: dict[str, list[str]] = field(default_factory=dict)
     report: LoadReport | None = None
+    separator: int | None = None
 
     def stream(self, split: str, batch_size: int, **options: Any) -> BatchStream:
         """Batches of a split; see `BatchStream`."""
@@ -218,9 +221,17 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
 def _text_task(
     config: ArithmeticTask | Gsm8kTask, texts: DatasetDict, tokenizer: Tokenizer, report: LoadReport
 ) -> Task:
+    separate = isinstance(config, Gsm8kTask) and config.separator
     tokenized = {
         split: tokenize(
-            rows, tokenizer, config.max_context, config.max_length, on_long="report", report=report, name=split
+            rows,
+            tokenizer,
+            config.max_context,
+            config.max_length,
+            separate=separate,
+            on_long="report",
+            report=report,
+            name=split,
         )
         for split, rows in texts.items()
     }
@@ -232,6 +243,7 @@ def _text_task(
         tokenizer,
         {split: [str(answer) for answer in rows["answer"]] for split, rows in tokenized.items()},
         report,
+        tokenizer.eos_index if separate else None,
     )
 
 
@@ -350,6 +362,10 @@ def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) 
             number_values=values,
             tied=config.tied,
             positions=config.positions,
+            separator_index=task.separator,
+            prompt_room=max(
+                (batch["context"].shape[1] for batch in task.splits.values() if "context" in batch), default=1
+            ),
         )
     return denoiser
 

@@ -24,6 +24,7 @@ def tokenize(
     max_length: int,
     *,
     eos: bool = True,
+    separate: bool = False,
     on_long: Literal["error", "report"] = "error",
     report: LoadReport | None = None,
     name: str = "data",
@@ -33,9 +34,10 @@ def tokenize(
     Args:
         dataset: rows with `response` and, optionally, `prompt`.
         tokenizer: see `Tokenizer`.
-        max_context: longest prompt, in tokens.
+        max_context: longest prompt, in tokens, the separator included.
         max_length: longest response, in tokens, eos included.
         eos: append one end-of-sequence token to each response.
+        separate: append one to each prompt too, which tells a denoiser where the response begins.
         on_long: a longer row stops the run ("error"), or is left out and counted in `report` ("report").
         report: receives the rows left out; needed with on_long="report".
         name: file or split named in messages.
@@ -64,6 +66,8 @@ def tokenize(
         checks = [("response", "tokens", max_length)]
         if with_prompt:
             new["context"] = tokenizer.encode(row["prompt"])
+            if new["context"] and separate:
+                new["context"].append(tokenizer.eos_index)
             checks.append(("prompt", "context", max_context))
         bad = None
         for column, key, limit in checks:

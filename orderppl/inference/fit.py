@@ -14,6 +14,8 @@ from orderppl.inference.annealing import Anneal
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.optimise import FitResult, optimise
 
+ARGUMENTS = ("tokens", "attention_mask", "context", "context_mask")  # of every model and guide, in order
+
 
 def _make_local(program: nn.Module) -> None:
     """Let a program built under either value of `module_local_params` run under True.
@@ -51,7 +53,8 @@ class OrderLoss(nn.Module):
         # Networks live in the programs, not in Pyro's global store: two programs cannot collide by name, and any
         # torch optimiser works. The setting is local because SVI needs the opposite one.
         with pyro.settings.context(module_local_params=True):
-            loss: Tensor = self.objective(**batch) / batch["tokens"].shape[0]
+            # By position: Pyro's effect handlers have an argument of their own called `context`.
+            loss: Tensor = self.objective(*(batch.get(name) for name in ARGUMENTS)) / batch["tokens"].shape[0]
         return loss
 
 
