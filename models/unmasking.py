@@ -69,7 +69,7 @@ class UnmaskingModel(PyroModule):
 class SequentialUnmaskingModel(PyroModule):
     """The same process step by step, with a site per step; generative under `poutine.uncondition`.
 
-        z_t ~ prior(s_t, c, t)          site `reveal_{t}`, bool [B, L]; everything left at the last step
+        z_t ~ prior(s_t, c, t)          site `reveal_{t}`, bool [B, L]; observed at the last step: everything left
         x_i ~ Denoiser(s_t, c)_i        site `tokens_{t}`, for i in z_t
         s_{t+1} = s_t with z_t filled in
 
@@ -104,16 +104,19 @@ class SequentialUnmaskingModel(PyroModule):
         canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
         state = torch.where(canvas.attention_mask, canvas.mask_index, tokens)
         masked = canvas.attention_mask
+        scored = torch.where(masked, tokens, 0)  # padding may hold ids that are no class of the denoiser
         with pyro.plate("batch", len(tokens), dim=-1):
             for t in range(self.num_steps):
                 step = masked.new_full(masked.shape[:-1], t, dtype=torch.int64)
                 seen = UnmaskingState(state, masked, step, self.num_steps, canvas)
-                reveal = masked
+                sets = self.prior.distribution(seen)
                 if t < self.num_steps - 1:
-                    reveal = pyro.sample(f"reveal_{t}", self.prior.distribution(seen))
+                    reveal = pyro.sample(f"reveal_{t}", sets)
+                else:  # no choice is left; the site counts the price of a step
+                    reveal = pyro.sample(f"reveal_{t}", sets.certain(torch.ones_like(step).bool()), obs=masked)
                 likelihood = dist.Categorical(logits=seen.logits).mask(reveal).to_event(1)
                 # The sampled value, not `tokens`, builds the next state: it is the generated one under uncondition.
-                value = pyro.sample(f"tokens_{t}", likelihood, obs=tokens)
+                value = pyro.sample(f"tokens_{t}", likelihood, obs=scored)
                 state = torch.where(reveal, value, state)
                 masked = masked & ~reveal
         return state
