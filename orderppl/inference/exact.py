@@ -16,8 +16,10 @@ Program = Callable[..., Any]
 
 def _log_probs_of_all_orders(program: Program, orders: Tensor, **batch: Tensor) -> Tensor:
     """Log-density of every order under one program, float [N, B]."""
-    conditioned = poutine.condition(program, data={"reveal_step": orders})
-    trace = poutine.trace(conditioned).get_trace(**batch)
+    # As context managers: Pyro's wrapped programs cannot be called with an argument named `context`.
+    with poutine.trace() as tracer, poutine.condition(data={"reveal_step": orders}):
+        program(**batch)
+    trace = tracer.trace
     trace.compute_log_prob()
     return sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")
 
@@ -55,6 +57,11 @@ def exact_elbo(model: Program, guide: Program, orders: Tensor, kl_weight: float 
     possible = log_q > -torch.inf
     log_q = log_q.masked_fill(~possible, 0.0)
     log_joint = _log_probs_of_all_orders(model, orders, **batch)
-    log_prior = _log_probs_of_all_orders(poutine.block(model, expose=["reveal_step"]), orders, **batch)
+
+    def prior(**batch: Tensor) -> None:
+        with poutine.block(expose=["reveal_step"]):
+            model(**batch)
+
+    log_prior = _log_probs_of_all_orders(prior, orders, **batch)
     value = log_joint - log_prior + kl_weight * (log_prior - log_q)
     return torch.where(possible, log_q.exp() * value.masked_fill(~possible, 0.0), 0.0).sum(0)
