@@ -1,0 +1,247 @@
+"""Reveal priors worked by hand, and what every prior promises as a decoding policy."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
+from programs import LENGTH, PRIORS, TableDenoiser, TokenTable, make_batch
+
+from orderppl.decoding.policy import Policy
+from orderppl.denoising import Canvas
+from orderppl.distributions import StepwiseReveal
+from orderppl.models import (
+    CosineSteps,
+    EasyFirst,
+    LearnedPolicy,
+    LearnedSteps,
+    LeftToRight,
+    ResidualPolicy,
+    ScheduledSteps,
+    StepPrice,
+    UniformSteps,
+)
+from orderppl.models.priors import LOGIT_LIMIT
+from orderppl.path import RevealPath
+from orderppl.states import UnmaskingState
+
+STEPS = 4
+
+
+class Confidence(nn.Module):
+    """A denoiser of two classes that is as confident at each position as it is told."""
+
+    mask_index = 2
+    vocab_size = 2
+
+    def __init__(self, confidence: list[float]) -> None:
+        super().__init__()
+        p = torch.tensor(confidence)
+        self.register_buffer("table", torch.stack([p, 1 - p], -1).log())
+
+    def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.table.expand(*state.shape, 2)
+
+
+class Constant(nn.Module):
+    """A policy network with the same logit everywhere."""
+
+    def __init__(self, logit: float) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.tensor(logit))
+
+    def forward(self, state: UnmaskingState) -> Tensor:
+        return self.logit.expand(state.masked.shape)
+
+
+def make_state(
+    masked: list[list[bool]] | Tensor, step: int = 0, num_steps: int = STEPS, denoiser: nn.Module | None = None
+) -> UnmaskingState:
+    masked = torch.as_tensor(masked).bool()
+    denoiser = TableDenoiser() if denoiser is None else denoiser
+    canvas = Canvas(denoiser, torch.ones_like(masked))
+    tokens = torch.where(masked, denoiser.mask_index, 0)
+    return UnmaskingState(tokens, masked, torch.full(masked.shape[:-1], step), num_steps, canvas)
+
+
+def test_uniform_steps():
+    """Hazard 1 / (T - t)."""
+    prior = UniformSteps()
+    for t in range(STEPS):
+        q = prior.distribution(make_state([[True, False, True]], t))
+        assert torch.allclose(q.probs, torch.tensor([[1.0, 0.0, 1.0]]) / (STEPS - t))
+    assert torch.allclose(prior.step_logits(STEPS, torch.device("cpu")).exp(), torch.full((STEPS,), 0.25))
+
+
+def test_cosine_steps():
+    """A fraction cos(pi t / 2T) of the positions is still masked before step t."""
+    probs = CosineSteps().step_logits(STEPS, torch.device("cpu")).exp()
+    masked = [math.cos(math.pi * t / (2 * STEPS)) for t in range(STEPS + 1)]
+    by_hand = torch.tensor([masked[t] - masked[t + 1] for t in range(STEPS)])
+    assert torch.allclose(probs, by_hand, atol=1e-6)
+    assert (probs.diff() > 0).all()  # few early, many late
+    for t in range(STEPS):
+        q = CosineSteps().distribution(make_state([[True] * 3], t))
+        assert torch.allclose(q.probs, torch.full((1, 3), 1 - masked[t + 1] / masked[t]), atol=1e-5)
+
+
+def test_scheduled_steps_takes_any_schedule():
+    prior = ScheduledSteps(lambda u: (1 - u) ** 2)
+    assert torch.allclose(prior.step_logits(2, torch.device("cpu")).exp(), torch.tensor([0.75, 0.25]))
+
+
+def test_left_to_right():
+    """Six masked positions in three steps: two a step, counted from the left among the masked ones."""
+    prior = LeftToRight(temperature=0.5)
+    masked = [[True, True, False, True, True, True, True, False]]
+    logits = (torch.tensor([1.5, 0.5, 0.0, -0.5, -1.5, -2.5, -3.5, 0.0]) / 0.5).sigmoid() * torch.tensor(masked[0])
+    q = prior.distribution(make_state(masked, 1, denoiser=Confidence([0.5] * 8)))  # steps 1, 2, 3 are left
+    no_set = torch.where(torch.tensor(masked[0]), 1 - logits, 1.0).prod()
+    assert torch.allclose(q.probs, logits / (1 - no_set), atol=1e-5)
+    state = make_state(masked, 1, denoiser=Confidence([0.5] * 8))
+    shown = []
+    for t in (1, 2, 3):
+        state = make_state(state.masked, t, denoiser=Confidence([0.5] * 8))
+        chosen = prior.select(state)
+        shown.append(chosen[0].nonzero().flatten().tolist())
+        state = make_state(state.masked & ~chosen, t, denoiser=Confidence([0.5] * 8))
+    assert shown == [[0, 1], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize(("masked", "left", "size"), [(7, 3, 3), (6, 3, 2), (2, 4, 1), (5, 1, 5)])
+def test_left_to_right_takes_an_equal_share(masked: int, left: int, size: int):
+    state = make_state([[True] * masked], STEPS - left, denoiser=Confidence([0.5] * masked))
+    assert LeftToRight().select(state)[0].tolist() == [True] * size + [False] * (masked - size)
+
+
+def test_easy_first():
+    """At the threshold a position is as likely revealed as not; the log-odds grow with those of the confidence."""
+    state = make_state([[True, True, True, False]], denoiser=Confidence([0.8, 0.9, 0.6, 0.99]))
+    prior = EasyFirst(threshold=0.8, temperature=2.0)
+    by_hand = torch.tensor([[0.0, math.log(9 / 4) / 2, math.log(1.5 / 4) / 2]])
+    assert torch.allclose(prior.logits(state)[:, :3], by_hand, atol=1e-4)
+    just = make_state([[True] * 3], denoiser=Confidence([0.801, 0.799, 0.95]))
+    assert prior.select(just).tolist() == [[True, False, True]]
+    none = make_state([[True] * 3], denoiser=Confidence([0.6, 0.75, 0.7]))
+    assert prior.select(none).tolist() == [[False, True, False]]  # none is confident: the most confident
+    assert not prior.select(make_state([[False] * 3], denoiser=Confidence([0.6, 0.75, 0.7]))).any()
+
+
+def test_easy_first_at_certainty_stays_finite():
+    state = make_state([[True, True]], denoiser=Confidence([1.0 - 1e-7, 0.5]))
+    sharp = EasyFirst(0.9, temperature=0.01)
+    assert sharp.logits(state).tolist() == [[LOGIT_LIMIT, -LOGIT_LIMIT]]
+    assert torch.isfinite(kl_divergence(EasyFirst(0.5).distribution(state), sharp.distribution(state))).all()
+
+
+@pytest.mark.parametrize("non_empty", [False, True])
+def test_learned_policy(non_empty: bool):
+    """sigmoid(logit), divided by 1 - (1 - p)^3 when conditioned on revealing something."""
+    policy = LearnedPolicy(Constant(0.4), non_empty=non_empty)
+    p = 1 / (1 + math.exp(-0.4))
+    wanted = p / (1 - (1 - p) ** 3) if non_empty else p
+    assert torch.allclose(policy.distribution(make_state([[True] * 3])).probs, torch.full((1, 3), wanted), atol=1e-5)
+    assert policy.non_empty is non_empty
+    extreme = LearnedPolicy(Constant(1e4), non_empty=non_empty)
+    assert extreme.logits(make_state([[True] * 3])).tolist() == [[LOGIT_LIMIT] * 3]
+
+
+def test_residual_policy_starts_as_its_base():
+    base = EasyFirst(0.5)
+    state = make_state([[True, True, False], [True, True, True]])
+    at_start = ResidualPolicy(base, Constant(0.0))
+    assert torch.equal(at_start.distribution(state).probs, base.distribution(state).probs)
+    assert torch.equal(at_start.select(state), base.select(state))
+    moved = ResidualPolicy(base, Constant(0.3))
+    assert torch.allclose(moved.logits(state), base.logits(state) + 0.3)
+    at_start.distribution(state).probs[0, 0].backward()
+    assert at_start.network.logit.grad != 0  # and can be trained away from it
+
+
+def test_learned_steps_is_the_hazard_of_its_plan():
+    network = TokenTable(STEPS)
+    prior = LearnedSteps(network)
+    plan = StepwiseReveal(network(None, torch.ones(1, LENGTH, dtype=torch.bool)))
+    reveal, _ = plan.hazard_logs()
+    for t in range(STEPS):
+        q = prior.distribution(make_state([[True] * LENGTH], t))
+        assert torch.allclose(q.probs, reveal[..., t].exp())
+
+
+@pytest.mark.parametrize("base", [UniformSteps(), LearnedPolicy(Constant(0.2)), LeftToRight()])
+def test_step_price_counts_executed_steps(base):
+    """log p(r) less the price for each step at which something is still masked."""
+    batch = make_batch()
+    path = RevealPath(Canvas(TableDenoiser(), batch["attention_mask"]), batch["tokens"], STEPS)
+    order = torch.tensor([[0, 0, 0], [0, 1, 1], [2, 0, 1], [0, 3, -1]])
+    priced = StepPrice(base, 0.7)
+    plain, paid = base(path).log_prob(order), priced(path).log_prob(order)
+    executed = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    possible = plain > -torch.inf
+    assert torch.allclose(paid[possible], (plain - 0.7 * executed)[possible], atol=1e-5)
+    assert possible[:3].all()
+    assert torch.equal(StepPrice(base, 0.0)(path).log_prob(order), base(path).log_prob(order))
+    state = make_state([[True] * LENGTH])
+    assert torch.equal(priced.select(state), base.select(state))
+    assert priced.non_empty is base.non_empty
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: LeftToRight(temperature=0.0), "temperature"),
+        (lambda: LeftToRight(temperature=math.nan), "temperature"),
+        (lambda: EasyFirst(threshold=0.0), "threshold"),
+        (lambda: EasyFirst(threshold=1.0), "threshold"),
+        (lambda: EasyFirst(temperature=-1.0), "temperature"),
+        (lambda: StepPrice(UniformSteps(), -0.1), "price"),
+        (lambda: ResidualPolicy(UniformSteps(), Constant(0.0)), "base"),
+    ],
+)
+def test_bad_settings_are_refused(build, field: str):
+    with pytest.raises(ValueError, match=f"^{field}: .*; use "):
+        build()
+
+
+@pytest.mark.parametrize("name", sorted(PRIORS))
+def test_every_prior_is_a_policy(name: str):
+    """Selects a subset of what is masked, something when it never waits; rows do not influence each other."""
+    prior = PRIORS[name](STEPS)
+    assert isinstance(prior, Policy)
+    masked = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]]).bool()
+    denoiser = TableDenoiser()
+    for t in range(STEPS):
+        state = make_state(masked, t, denoiser=denoiser)
+        chosen = prior.select(state)
+        assert chosen.dtype == torch.bool
+        assert chosen.shape == masked.shape
+        assert not (chosen & ~masked).any()
+        if prior.non_empty:
+            assert torch.equal(chosen.any(-1), masked.any(-1))
+        q = prior.distribution(state)
+        assert torch.equal(q.masked, masked)
+        assert q.non_empty == prior.non_empty
+        alone = prior.distribution(make_state(masked[1:2], t, denoiser=denoiser))
+        assert torch.allclose(alone.probs, q.probs[1:2], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(PRIORS) - {"priced_uniform", "priced_policy"}))
+def test_law_of_orders_is_the_chain_of_the_policy(name: str):
+    """The closed form over whole orders, where there is one, agrees with following `distribution` step by step."""
+    prior = PRIORS[name](STEPS)
+    batch = make_batch()
+    path = RevealPath(Canvas(TableDenoiser(), batch["attention_mask"]), batch["tokens"], STEPS)
+    law = prior(path)
+    order = law.sample()
+    total = torch.zeros(len(order))
+    for t in range(STEPS - 1):
+        state = path.state_at(order >= t, torch.full((len(order),), t))
+        total = total + prior.distribution(state).log_prob(order == t)
+    assert torch.allclose(law.log_prob(order), total, atol=1e-5)
