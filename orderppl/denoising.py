@@ -81,7 +81,7 @@ class Canvas:
             state: int64 [*, B, L], MASK at hidden positions.
 
         Returns:
-            float [*, B, L, V]: -inf at MASK when the output head has that class.
+            float [*, B, L, V], at least float32: -inf at MASK when the output head has that class.
         """
         provenance = get_provenance(state)
         state = detach_provenance(state)
@@ -94,6 +94,8 @@ class Canvas:
         size = state.shape[-1]
         logits = self.denoiser(state.reshape(-1, size), attention.reshape(-1, size))  # [N, C + L, V]
         logits = logits[:, size - self.attention_mask.shape[-1] :]
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()  # log-probabilities are summed over positions and steps: eight bits are too few
         if self.mask_index < logits.shape[-1]:
             hidden = torch.arange(logits.shape[-1], device=logits.device) == self.mask_index
             logits = logits.masked_fill(hidden, -torch.inf)
