@@ -149,8 +149,10 @@ def test_learned_policy(non_empty: bool):
     wanted = p / (1 - (1 - p) ** 3) if non_empty else p
     assert torch.allclose(policy.distribution(make_state([[True] * 3])).probs, torch.full((1, 3), wanted), atol=1e-5)
     assert policy.non_empty is non_empty
-    extreme = LearnedPolicy(Constant(1e4), non_empty=non_empty)
-    assert extreme.logits(make_state([[True] * 3])).tolist() == [[LOGIT_LIMIT] * 3]
+    for logit in (1e4, -1e4):  # kept away from certainty
+        extreme = LearnedPolicy(Constant(logit), non_empty=non_empty).distribution(make_state([[True] * 3]))
+        rarer = extreme.log_keep if logit > 0 else extreme.log_reveal
+        assert torch.allclose(rarer, torch.full((1, 3), -LOGIT_LIMIT), atol=1e-4)
 
 
 def test_residual_policy_starts_as_its_base():
