@@ -174,7 +174,8 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
     torch.set_default_dtype(torch.float64 if config.dtype == "float64" else torch.float32)
     begin = time.perf_counter()
     try:
-        records = module.run(config, out, resume=True) if resume else module.run(config, out)
+        with pyro.validation_enabled(False):  # a third of a small update; the tests keep it on
+            records = module.run(config, out, resume=True) if resume else module.run(config, out)
         results = write_results(out, name, config, records, time.perf_counter() - begin)
     except UserError:
         if is_new and [path.name for path in out.iterdir()] == [saved.name]:
@@ -182,7 +183,8 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
         raise
     finally:
         torch.set_default_dtype(default_dtype)
-    written = sorted(str(path) for path in out.rglob("*") if path.is_file())
+    made = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    written = [str(out / path) for path in made if "checkpoints" not in path.parts]
     Console(soft_wrap=True).print("\nFiles written:", *written, sep="\n  ", highlight=False)
     return results
 

@@ -111,7 +111,25 @@ class LeftToRight(RevealPrior):
         return BernoulliSet(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT), state.masked, non_empty=True)
 
 
-class EasyFirst(RevealPrior):
+class LogitPrior(RevealPrior):
+    """Base of priors that reveal each position by log-odds of its own; a subclass defines `logits`.
+
+        p_i = sigmoid(logits_i),  divided by Z = 1 - prod_{j in M_t} (1 - p_j) when `non_empty`
+    """
+
+    non_empty = True
+
+    def logits(self, state: UnmaskingState) -> Tensor:
+        """Log-odds of revealing each position, float [*, L]."""
+        raise NotImplementedError
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
+        """Reveal by the log-odds, kept away from certainty."""
+        logits = self.logits(state).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+        return BernoulliSet(logits, state.masked, non_empty=self.non_empty)
+
+
+class EasyFirst(LogitPrior):
     """Confident positions first: a confidence threshold made soft.
 
         logit p_i = (logit c_i - logit threshold) / temperature,    c_i = max_v p(x_i = v | s_t)
@@ -120,8 +138,6 @@ class EasyFirst(RevealPrior):
         threshold: confidence at which a position is as likely revealed as not, in (0, 1).
         temperature: positive; towards 0 this is the threshold decoder of Fast-dLLM (arXiv 2505.22618).
     """
-
-    non_empty = True
 
     def __init__(self, threshold: float = 0.9, temperature: float = 1.0) -> None:
         super().__init__()
@@ -138,15 +154,11 @@ class EasyFirst(RevealPrior):
         odds = torch.logit(confidence, eps=1e-6) - math.log(self.threshold / (1 - self.threshold))
         return (odds / self.temperature).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
-    def distribution(self, state: UnmaskingState) -> RevealSet:
-        """Reveal by confidence."""
-        return BernoulliSet(self.logits(state), state.masked, non_empty=True)
 
-
-class LearnedPolicy(RevealPrior):
+class LearnedPolicy(LogitPrior):
     """A network decides from what is visible.
 
-        p_i = sigmoid(network(s_t, t)_i),  divided by Z = 1 - prod_{j in M_t} (1 - p_j) when `non_empty`
+        logit p_i = network(s_t, t)_i
 
     Args:
         network: state -> logits, float [*, L].
@@ -160,11 +172,8 @@ class LearnedPolicy(RevealPrior):
 
     def logits(self, state: UnmaskingState) -> Tensor:
         """Log-odds of revealing each position, float [*, L]."""
-        return self.network(state).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-
-    def distribution(self, state: UnmaskingState) -> RevealSet:
-        """Reveal by the network's probabilities."""
-        return BernoulliSet(self.logits(state), state.masked, non_empty=self.non_empty)
+        logits: Tensor = self.network(state)
+        return logits
 
 
 class ResidualPolicy(LearnedPolicy):
@@ -175,20 +184,20 @@ class ResidualPolicy(LearnedPolicy):
     With a network whose output starts at zero it starts as the heuristic and can only be trained away from it.
 
     Args:
-        base: a prior with `logits(state)`, such as `EasyFirst`.
+        base: the heuristic, such as `EasyFirst`.
         network: state -> logits, float [*, L].
         non_empty: condition every set on revealing something.
     """
 
-    def __init__(self, base: RevealPrior, network: nn.Module, non_empty: bool = True) -> None:
+    def __init__(self, base: LogitPrior, network: nn.Module, non_empty: bool = True) -> None:
         super().__init__(network, non_empty)
-        if not hasattr(base, "logits"):
+        if not isinstance(base, LogitPrior):
             raise ValueError(f"base: {type(base).__name__} has no logits to correct; use EasyFirst or LearnedPolicy")
         self.base = base
 
     def logits(self, state: UnmaskingState) -> Tensor:
         """Log-odds of revealing each position, float [*, L]."""
-        return (self.base.logits(state) + self.network(state)).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+        return self.base.logits(state) + super().logits(state)
 
 
 class LearnedSteps(RevealPrior):

@@ -42,19 +42,26 @@ def prediction_entropy(state: UnmaskingState) -> Tensor:
     return torch.special.entr(state.log_probs.exp()).sum(-1)
 
 
-def reveal_rank(score: Tensor, masked: Tensor, last: Tensor | None = None) -> Tensor:
+def reveal_rank(
+    score: Tensor, masked: Tensor, last: Tensor | None = None, tie_break: Tensor | None = None
+) -> Tensor:
     """Rank positions for revealing: 0 is first.
 
     Args:
-        score: float [*, L], high = first; ties go to the leftmost position.
+        score: float [*, L], high = first.
         masked: bool [*, L]; all other positions rank behind the masked ones.
         last: bool [*, L], positions ranked behind the other masked ones whatever their score.
+        tie_break: float [*, L], high = first among equal scores; the leftmost position when left out.
 
     Returns:
         int64 [*, L], a permutation of 0..L-1 per row.
     """
     group = torch.where(masked, 0 if last is None else last.long(), 2)
-    by_score = score.argsort(dim=-1, descending=True, stable=True)
+    if tie_break is None:
+        by_score = score.argsort(dim=-1, descending=True, stable=True)
+    else:
+        by_tie = tie_break.argsort(dim=-1, descending=True)
+        by_score = by_tie.gather(-1, score.gather(-1, by_tie).argsort(dim=-1, descending=True, stable=True))
     by_group = group.gather(-1, by_score).argsort(dim=-1, stable=True)
     return by_score.gather(-1, by_group).argsort(-1)
 
@@ -113,16 +120,24 @@ class RankPolicy(Heuristic):
 
     Args:
         sizes: set sizes; uniform when left out.
+        ties: which of equally scored positions comes first: the "leftmost", or a "random" one by the state's noise.
+            Where a denoiser is exactly symmetric, leftmost turns a confidence rule into left-to-right.
     """
 
     sizes: SetSizes = field(default_factory=UniformSizes)
+    ties: str = "leftmost"
+
+    def __post_init__(self) -> None:
+        if self.ties not in ("leftmost", "random"):
+            raise UserError("ties", f"unknown rule {self.ties!r}", "use leftmost or random")
 
     def choose(self, state: UnmaskingState, last: Tensor | None = None) -> Tensor:
         """Return the K first masked positions; a row that is ahead of or behind its schedule returns to it."""
         positions, step, num_steps = block_window(state)
         revealed = positions - state.masked.sum(-1)
         count = (self.sizes.cumulative(positions, step + 1, num_steps) - revealed).clamp(min=1)
-        return (reveal_rank(self.score(state), state.masked, last) < count[..., None]) & state.masked
+        tie_break = state.noise if self.ties == "random" else None
+        return (reveal_rank(self.score(state), state.masked, last, tie_break) < count[..., None]) & state.masked
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""The exact Markov chain: how close a learned order comes to the log evidence and to the provably best fixed order.
+
+    orderppl chain --out runs/chain
+    orderppl chain --seeds 5 --steps 3 --out runs/chain-3
+
+For every seed a plan is learned from a few short fits with different random starts; the one with the best validation
+bound is kept. `gap_nats` is the log evidence minus the path log-likelihood, nats per sequence: 0 is perfect. Where the
+denoiser is exactly symmetric, confidence rules break ties at random (leftmost-first would make them left-to-right).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyro
+from rich.console import Console
+
+from orderppl.decoding import PlannedOrder, Policy, make_policy
+from orderppl.errors import UserError
+from orderppl.experiments.build import ChainTask, OrderConfig, OrderProblem, build_problem, learned_policy
+from orderppl.experiments.config import setting
+from orderppl.experiments.evaluate import chain_gaps
+from orderppl.experiments.fit_order import final_kl_weight, fit_problem, held_out_bound
+from orderppl.experiments.results import Record, results_table
+from orderppl.models.denoisers import MarkovChainDenoiser
+
+CONFIG = "chain"
+
+
+@dataclass(frozen=True)
+class Config(OrderConfig):
+    """Settings of chain."""
+
+    seeds: int = setting(1, "training seeds, from --seed upwards", at_least=1, option="--seeds")
+    starts: int = setting(4, "fits per seed; the best on validation rows is kept", at_least=1)
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        super().__post_init__()
+        if not isinstance(self.task, ChainTask):
+            raise UserError("task.name", f"is {self.task.name!r}", "use task.name=chain, or `orderppl fit-order`")
+
+
+def run(config: Config, out: Path) -> Iterable[Record]:
+    """Learn per seed, then measure every arm on the test rows."""
+    problem = best_of_starts(config, config.seed, out)
+    denoiser, num_steps = problem.denoiser, config.num_steps
+    assert isinstance(denoiser, MarkovChainDenoiser)
+    test = list(problem.task.stream("test", 500, shuffle=False, device=config.device).once())
+    labels = {"task": "chain"}
+    records = chain_gaps(denoiser, reference_arms(denoiser, num_steps), test, num_steps, config.seed, labels)
+    for seed in range(config.seed, config.seed + config.seeds):
+        problem = problem if seed == config.seed else best_of_starts(config, seed, out)
+        learned: dict[str, Policy] = {
+            "learned": learned_policy(problem, "mode"),
+            "learned, sampled": learned_policy(problem, "sample"),
+        }
+        records += chain_gaps(denoiser, learned, test, num_steps, seed, labels)
+    Console().print(results_table(records, title=f"Exact chain, {num_steps} steps: gap to the log evidence, nats"))
+    return records
+
+
+def reference_arms(denoiser: MarkovChainDenoiser, num_steps: int) -> dict[str, Policy]:
+    """Heuristics, and the best fixed order found by dynamic programming."""
+    arms: dict[str, Policy] = {"best fixed order": PlannedOrder(denoiser.best_order(num_steps)[0])}
+    for name in ("random", "top_prob", "entropy", "left_to_right"):
+        arms[name.replace("_", " ")] = make_policy(name, ties="random")
+    return arms
+
+
+def best_of_starts(config: Config, seed: int, out: Path) -> OrderProblem:
+    """Fit from several random starts and keep the best on validation rows."""
+    found: list[tuple[float, OrderProblem]] = []
+    brief = replace(config.fit, checkpoint_every=None)  # a fit takes seconds
+    for start in range(config.starts):
+        pyro.set_rng_seed(1000 * seed + start)
+        problem = build_problem(replace(config, seed=config.seed))  # the data are those of the first seed
+        fit_problem(replace(config, seed=1000 * seed + start, fit=brief), problem, out / f"seed-{seed}" / f"start-{start}")
+        held_out = problem.task.stream("validation", 500, shuffle=False, device=config.device)
+        bound = held_out_bound(problem, held_out, final_kl_weight(config))()
+        found.append((bound["objective"], problem))
+    return max(found, key=lambda pair: pair[0])[1]
