@@ -54,7 +54,8 @@ class Config(OrderConfig):
 
     train: str | None = setting(None, "FASTA or CSV file of training sequences", file=True, option="--train")
     test: str | None = setting(None, "FASTA or CSV file of held-out sequences", file=True, option="--test")
-    draw: int = setting(120, "sequences drawn from the model when no file is given", at_least=10)
+    draw: int = setting(90, "sequences drawn from the model when no file is given", at_least=10)
+    draw_temperature: float = setting(0.25, "of the drawn residues; at 1 the draws leave the family", above=0)
     threshold: float = setting(0.9, "confidence of the threshold policy", above=0, below=1)
 
     def __post_init__(self) -> None:
@@ -115,7 +116,7 @@ def draw_sequences(config: Config, path: Path) -> Path:
         make_policy("random"),
         length=lengths,
         max_steps=LONGEST,
-        temperature=1.0,
+        temperature=config.draw_temperature,
         generator=generator,
         device=config.device,
         pad_token_id=PADDING,

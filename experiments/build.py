@@ -535,8 +535,10 @@ def build_prior(config: PriorConfig, task: Task, num_steps: int) -> RevealPrior:
         case LearnedPolicyConfig():
             return models.LearnedPolicy(build_policy_network(config.network, task, False), config.non_empty)
         case ResidualPolicyConfig():
+            base = build_prior(config.base, task, num_steps)
+            assert isinstance(base, models.LogitPrior)
             correction = build_policy_network(config.network, task, True)
-            return models.ResidualPolicy(build_prior(config.base, task, num_steps), correction, config.non_empty)
+            return models.ResidualPolicy(base, correction, config.non_empty)
         case LearnedStepsConfig():
             return models.LearnedSteps(build_sequence_network(config.network, task, num_steps))
         case StepPriceConfig():

@@ -77,7 +77,8 @@ def best_of_starts(config: Config, seed: int, out: Path) -> OrderProblem:
     for start in range(config.starts):
         pyro.set_rng_seed(1000 * seed + start)
         problem = build_problem(replace(config, seed=config.seed))  # the data are those of the first seed
-        fit_problem(replace(config, seed=1000 * seed + start, fit=brief), problem, out / f"seed-{seed}" / f"start-{start}")
+        attempt = replace(config, seed=1000 * seed + start, fit=brief)
+        fit_problem(attempt, problem, out / f"seed-{seed}" / f"start-{start}")
         held_out = problem.task.stream("validation", 500, shuffle=False, device=config.device)
         bound = held_out_bound(problem, held_out, final_kl_weight(config))()
         found.append((bound["objective"], problem))

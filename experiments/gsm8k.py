@@ -392,12 +392,12 @@ class Study:
             problem.model.to(self.config.device)
             problem.guide.to(self.config.device)
             for decision in order.decisions:
-                policy = learned_policy(problem, decision)  # type: ignore[arg-type]
+                learned = learned_policy(problem, decision)  # type: ignore[arg-type]
                 name = f"{order.arm} ({decision}) T={order.num_steps}"
                 weights = sum(parameter.numel() for parameter in problem.model.prior.parameters())
                 yield Arm(
                     name,
-                    policy,
+                    learned,
                     order.num_steps,
                     "learned",
                     _described(order, decision),

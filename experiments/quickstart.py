@@ -34,13 +34,13 @@ class Config(RunConfig):
 
 def run(config: Config, out: Path) -> Iterable[Record]:
     """Both parts, each in a folder of its own."""
-    common = {"seed": config.seed, "device": config.device, "dtype": config.dtype}
+    seed, device, dtype = config.seed, config.device, config.dtype
     console = Console()
     console.print("\n[bold]1. An exact Markov chain[/bold]: how far is an order from the log evidence?")
-    records = list(chain.run(replace(config.chain, **common), out / "chain"))
+    records = list(chain.run(replace(config.chain, seed=seed, device=device, dtype=dtype), out / "chain"))
     console.print("\n[bold]2. A pretrained antibody model[/bold]: nats per residue on held-out sequences")
     (out / "antibodies").mkdir(exist_ok=True)
-    part = replace(config.antibodies, train=config.train, test=config.test, **common)
+    part = replace(config.antibodies, train=config.train, test=config.test, seed=seed, device=device, dtype=dtype)
     records += antibodies.run(part, out / "antibodies")
     console.print(f"\nThe learned order is drawn in {out / 'antibodies' / 'order.png'}")
     return records

@@ -23,7 +23,9 @@ class PolicyGuide(RevealGuide):
         num_steps: step budget T.
     """
 
-    def __init__(self, policy: nn.Module | Callable[[RevealPath], OrderedPartition], denoiser: Denoiser, num_steps: int):
+    def __init__(
+        self, policy: nn.Module | Callable[[RevealPath], OrderedPartition], denoiser: Denoiser, num_steps: int
+    ) -> None:
         super().__init__(num_steps)
         self.policy = policy
         self.denoiser = denoiser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from orderppl.distributions import OrderedPartition, StepwiseReveal
@@ -19,4 +20,5 @@ class RandomGuide(RevealGuide):
         self, tokens: Tensor, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None
     ) -> OrderedPartition:
         """Uniform over steps."""
-        return StepwiseReveal(attention_mask.new_zeros(attention_mask.shape + (self.num_steps,)).float(), attention_mask)
+        flat = torch.zeros(attention_mask.shape + (self.num_steps,), device=attention_mask.device)
+        return StepwiseReveal(flat, attention_mask)

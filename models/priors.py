@@ -114,7 +114,7 @@ class LeftToRight(RevealPrior):
 class LogitPrior(RevealPrior):
     """Base of priors that reveal each position by log-odds of its own; a subclass defines `logits`.
 
-        p_i = sigmoid(logits_i),  divided by Z = 1 - prod_{j in M_t} (1 - p_j) when `non_empty`
+    p_i = sigmoid(logits_i),  divided by Z = 1 - prod_{j in M_t} (1 - p_j) when `non_empty`
     """
 
     non_empty = True

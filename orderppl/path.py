@@ -10,7 +10,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from orderppl.denoising import Canvas
 from orderppl.states import UnmaskingState, masked_before, partial_state, stacked_steps
 
-
 # Orders that a policy has just been followed along, with the states it met. The guide that drew an order and the model
 # that scores it are two programs with a path each; through this they share the denoiser calls.
 _FOLLOWED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -60,7 +60,7 @@ class RevealSet(dist.TorchDistribution):
         self.log_keep = log_keep.masked_fill(~masked, 0.0)
         self.masked = masked
         self.non_empty = non_empty
-        self.log_weight = masked.new_zeros(masked.shape[:-1], dtype=log_keep.dtype) if log_weight is None else log_weight
+        self.log_weight = log_keep.new_zeros(masked.shape[:-1]) if log_weight is None else log_weight
         super().__init__(masked.shape[:-1], masked.shape[-1:], validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)

@@ -29,7 +29,7 @@ class RevealSites(NamedTuple):
     tokens: Site  # p(x | r), RevealedTokens
 
 
-class RevealTraceGraph_ELBO(TraceGraph_ELBO):  # noqa: N801 (Pyro's naming)
+class RevealTraceGraph_ELBO(TraceGraph_ELBO):
     """TraceGraph_ELBO for unmasking programs.
 
     With q_t = q(z_t | M_t, x), factorised over the masked positions, and l_i(s_t) = log p(x_i | s_t, c),
@@ -90,7 +90,7 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):  # noqa: N801 (Pyro's naming)
         self.metrics: dict[str, Tensor] = {}
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Return -ELBO summed over the batch (0-dim); its gradient is that of the surrogate. No host synchronisation."""
+        """Return -ELBO summed over the batch (0-dim) with the surrogate's gradient; does not wait for the device."""
         elbo, surrogate_loss = self._loss_and_surrogate_loss(model, guide, args, kwargs)
         return surrogate_loss + (-elbo - surrogate_loss).detach()
 
@@ -163,7 +163,9 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):  # noqa: N801 (Pyro's naming)
     @staticmethod
     def _at(by_step: Tensor, step: Tensor) -> Tensor:
         """Pick the looked-at steps (int64 [S, *]) out of all of them (float [T, *])."""
-        return by_step if len(step) == len(by_step) else by_step.gather(0, step.expand(step.shape[:1] + by_step.shape[1:]))
+        if len(step) == len(by_step):
+            return by_step
+        return by_step.gather(0, step.expand(step.shape[:1] + by_step.shape[1:]))
 
     def _centred(self, cost: Tensor) -> Tensor:
         """Subtract from costs (float [S, K, ..]) the mean over the other particles."""

@@ -12,11 +12,11 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import GUIDES, PRIORS, TokenTable, is_finite_pair, make_batch, make_pair  # noqa: E402
+from programs import GUIDES, PRIORS, TokenTable, is_finite_pair, make_batch, make_pair
 
-from orderppl.guides import RandomGuide  # noqa: E402
-from orderppl.inference import RevealTraceGraph_ELBO, exact_elbo, exact_evidence  # noqa: E402
-from orderppl.inference.exact import all_orders  # noqa: E402
+from orderppl.guides import RandomGuide
+from orderppl.inference import RevealTraceGraph_ELBO, exact_elbo, exact_evidence
+from orderppl.inference.exact import all_orders
 
 PAIRS = [(prior, guide) for prior in PRIORS for guide in GUIDES if is_finite_pair(guide, prior)]
 
