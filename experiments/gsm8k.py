@@ -231,7 +231,8 @@ class Study:
             stage = _read_stage(self.out / name)
             if stage is not None and stage["finished"]:
                 labels = {"task": "gsm8k", "form": self.form, "seed": self.config.seed}
-                found.append({"metric": "seconds", "value": stage["seconds"], "stage": name, **labels})
+                for metric in ("seconds", "cpu_seconds"):
+                    found.append({"metric": metric, "value": stage.get(metric, 0.0), "stage": name, **labels})
                 found += [labels | record for record in stage["records"]]
         return found
 
@@ -260,16 +261,18 @@ class Study:
                 return list(before["records"])
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump_config(settings))
-        stage: dict[str, Any] = {"finished": False, "seconds": 0.0 if before is None else before["seconds"]}
+        stage: dict[str, Any] = {"finished": False}
+        stage |= {key: 0.0 if before is None else before.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
         stage |= {"records": [], "identity": identity}
         write_text(folder / STAGE_FILE, json.dumps(stage, indent=1) + "\n")
         pyro.set_rng_seed(self.config.seed)  # the same result, whichever stages this call runs
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         try:
             stage["records"] = work(before is not None)
             stage["finished"] = True
         finally:  # also when interrupted: what was spent counts
             stage["seconds"] = round(stage["seconds"] + time.perf_counter() - begin, 3)
+            stage["cpu_seconds"] = round(stage["cpu_seconds"] + time.process_time() - begin_cpu, 3)
             write_text(folder / STAGE_FILE, json.dumps(stage, indent=1) + "\n")
         return list(stage["records"])
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from orderppl.errors import UserError
 from orderppl.experiments import cli, gsm8k
-from orderppl.experiments.build import build_denoiser, build_problem, build_task, saved_tokenizer
+from orderppl.experiments.build import build_denoiser, build_problem, build_task
 from orderppl.experiments.config import build_config, config_dict, load_config
 from orderppl.experiments.evaluate import load_order
 from orderppl.experiments.results import read_results
@@ -18,13 +17,12 @@ from orderppl.experiments.results import read_results
 REAL = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 FIT = "fit: {updates: 2, batch_size: 4}, elbo: {num_particles: 2}"
 NETWORK = "network: {width: 8, layers: 1, heads: 2}"
-ORDERS = (
-    f"[{{arm: residual, num_steps: 4, adaptive: true, prior: {{name: step_price, price: 0.5, prior: {{name: residual_policy, "
-    f"{NETWORK}}}}}, {FIT}, decisions: [mode, sample]}}, "
-    f"{{arm: posterior, num_steps: 2, prior: {{name: learned_policy, {NETWORK}}}, guide: {{name: renormalised_score, "
-    f"network: {{name: transformer, width: 8, layers: 1, heads: 2}}}}, {FIT}}}, "
-    f"{{arm: plan, num_steps: 2, prior: learned_steps, guide: {{name: mean_field, tied: true}}, {FIT}, decisions: [rank]}}]"
-)
+SCORES = "{name: renormalised_score, network: {name: transformer, width: 8, layers: 1, heads: 2}}"
+PRICED = f"{{name: step_price, price: 0.5, prior: {{name: residual_policy, {NETWORK}}}}}"
+ORDERS = f"""[
+  {{arm: residual, num_steps: 4, adaptive: true, prior: {PRICED}, {FIT}, decisions: [mode, sample]}},
+  {{arm: posterior, num_steps: 2, prior: {{name: learned_policy, {NETWORK}}}, guide: {SCORES}, {FIT}}},
+  {{arm: plan, num_steps: 2, prior: learned_steps, guide: {{name: mean_field, tied: true}}, {FIT}, decisions: [rank]}}]"""
 
 
 def small(form: str) -> list[str]:
@@ -52,7 +50,7 @@ def write_rows(folder: Path, name: str, first: int, count: int) -> None:
         a, b, c = 2 + index % 7, 3 + index % 5, 1 + index % 11
         total, left = a * b, a * b + c
         question = f"Problem {index}: Mia has {a} bags of {b} pens and buys {c} more. How many pens has she?"
-        answer = f"She has {a}*{b}=<<{a}*{b}={total}>>{total} pens. Then {total}+{c}=<<{total}+{c}={left}>>{left}.\n#### {left}"
+        answer = f"She has <<{a}*{b}={total}>>{total} pens, then <<{total}+{c}={left}>>{left}.\n#### {left}"
         rows.append(json.dumps({"question": question, "answer": answer}))
     (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
@@ -90,7 +88,13 @@ def test_both_forms_end_in_one_table_of_records(finished: Path) -> None:
         arms = [r for r in records if r["form"] == form and "arm" in r and not r["metric"].endswith("_difference")]
         fixed = {f"{rank} {size} T={T}" for rank in ("random", "left_to_right", "top_prob", "margin", "entropy")
                  for size in ("uniform", "cosine") for T in (2, 4)}  # fmt: skip
-        others = {"threshold 0.01", "threshold 0.5", "threshold 0.99", "left_to_right sequential", "top_prob sequential"}
+        others = {
+            "threshold 0.01",
+            "threshold 0.5",
+            "threshold 0.99",
+            "left_to_right sequential",
+            "top_prob sequential",
+        }
         learned = {"residual (mode) T=4", "residual (sample) T=4", "posterior (mode) T=2", "plan (rank) T=2"}
         assert {r["arm"] for r in arms if r["metric"] == "path_nats"} == fixed | others | learned
         for record in arms:
@@ -118,7 +122,9 @@ def test_both_forms_end_in_one_table_of_records(finished: Path) -> None:
 def test_learned_arms_are_compared_in_pairs_with_their_baselines(finished: Path) -> None:
     records = read_results(finished)["records"]
     value = {
-        (r["metric"], r["arm"]): r["value"] for r in records if r["form"] == "programs" and "arm" in r and r["seed"] == 0
+        (r["metric"], r["arm"]): r["value"]
+        for r in records
+        if r["form"] == "programs" and "arm" in r and r["seed"] == 0
     }
     pairs = [r for r in records if r["metric"] == "path_nats_difference" and r["form"] == "programs"]
     against = {r["baseline"] for r in pairs if r["arm"] == "plan (rank) T=2"}
@@ -142,11 +148,11 @@ def test_finished_stages_are_kept_and_lost_ones_redone(finished: Path, data: Pat
     out = tmp_path / "again"
     shutil.copytree(finished, out)
     before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
-    records = [r for r in read_results(out)["records"] if r["metric"] not in ("seconds",)]
+    records = [r for r in read_results(out)["records"] if r["metric"] not in ("seconds", "cpu_seconds")]
     shutil.rmtree(out / "programs" / "plan")
     assert call(data, out) == 0
     assert {path: path.read_bytes() for path in out.rglob("*.safetensors")} == before
-    after = [r for r in read_results(out)["records"] if r["metric"] not in ("seconds",)]
+    after = [r for r in read_results(out)["records"] if r["metric"] not in ("seconds", "cpu_seconds")]
     assert after == records
 
 
@@ -162,13 +168,16 @@ def test_a_killed_fit_goes_on_from_its_checkpoint(finished: Path, data: Path, tm
     assert call(data, out, "--form", "programs", "--stage", "denoiser") == 0
     for name in ("denoiser.safetensors", "tokenizer.json"):
         assert (folder / name).read_bytes() == (finished / "programs" / "denoiser" / name).read_bytes()
-    trace = [[json.loads(line) for line in (run / "programs/denoiser/log.jsonl").open()] for run in (out, finished)]
+    logs = [(run / "programs" / "denoiser" / "log.jsonl").read_text() for run in (out, finished)]
+    trace = [[json.loads(line) for line in log.splitlines()] for log in logs]
     resumed, whole = ([r["loss"] for r in records if "loss" in r] for records in trace)
     assert resumed == whole
     assert len(whole) == 4
 
 
-def test_stages_say_what_they_need(finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_say_what_they_need(
+    finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(data, tmp_path / "new", "--form", "programs", "--stage", "order") == 2
     assert "run --stage denoiser first" in capsys.readouterr().err
     out = tmp_path / "changed"
@@ -218,7 +227,14 @@ def test_the_paper_preset_builds_all_its_objects(data: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K files are not at hand")
 def test_the_real_files_run_end_to_end(tmp_path: Path) -> None:
-    more = ["--set", "programs.rows=100", "--set", "programs.task.augment=2000", "--set", "programs.training.updates=300"]
+    more = [
+        "--set",
+        "programs.rows=100",
+        "--set",
+        "programs.task.augment=2000",
+        "--set",
+        "programs.training.updates=300",
+    ]
     more += ["--set", "programs.training.batch_size=32", "--set", "programs.denoiser.width=64", "--form", "programs"]
     assert call(REAL, tmp_path / "run", *more) == 0
     records = read_results(tmp_path / "run")["records"]
