@@ -54,7 +54,7 @@ class Config(OrderConfig):
 
     train: str | None = setting(None, "FASTA or CSV file of training sequences", file=True, option="--train")
     test: str | None = setting(None, "FASTA or CSV file of held-out sequences", file=True, option="--test")
-    draw: int = setting(90, "sequences drawn from the model when no file is given", at_least=10)
+    draw: int = setting(90, "sequences drawn from the model when no file is given", at_least=20)
     draw_temperature: float = setting(0.25, "of the drawn residues; at 1 the draws leave the family", above=0)
     threshold: float = setting(0.9, "confidence of the threshold policy", above=0, below=1)
 
@@ -136,7 +136,7 @@ def plot_order(problem: OrderProblem, batch: dict[str, Tensor], path: Path) -> N
     row = int(batch["attention_mask"].sum(-1).argmax())
     with torch.no_grad():
         mask = batch["attention_mask"][row : row + 1]
-        probs = guide.network(None, mask, None, None).softmax(-1)[0][mask[0]].cpu()  # [L, T]
+        probs = guide.network(None, mask, None, None).softmax(-1)[0][mask[0]].cpu().numpy()  # [L, T]
     figure, (heat, bars) = plt.subplots(2, 1, figsize=(7, 3.6), height_ratios=(2, 1), layout="constrained")
     image = heat.imshow(probs.T, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     heat.set(xlabel="position", ylabel="step", title="P(step | position)", yticks=range(probs.shape[1]))

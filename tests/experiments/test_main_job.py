@@ -1,0 +1,105 @@
+"""The experiments of the main job, end to end at a tiny size: chain, antibodies and quickstart by the command."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from orderppl.experiments.cli import main
+
+FEW = ["--set", "fit.updates=3", "--set", "fit.kl_weight.updates=2", "--set", "elbo.num_particles=2"]
+
+
+def has_antibody_weights() -> bool:
+    try:
+        return version("sapiens") == "1.0.5"
+    except PackageNotFoundError:
+        return False
+
+
+needs_weights = pytest.mark.skipif(not has_antibody_weights(), reason="the antibody weights are not installed")
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def read(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def fasta(path: Path, rows: int) -> Path:
+    residues = "ACDEFGHIKLMNPQRSTVWY"
+    turns = [residues[i % 20 :] + residues[: i % 20] for i in range(rows)]
+    domains = [5 * turn + turn[: 3 + i % 17] for i, turn in enumerate(turns)]
+    path.write_text("".join(f">d{i}\n{domain}\n" for i, domain in enumerate(domains)))
+    return path
+
+
+def test_chain_measures_every_arm_for_every_seed(tmp_path: Path):
+    few = [*FEW, "--set", "starts=2", "--set", "task.test=200"]
+    assert call("chain", "--out", str(tmp_path / "c"), "--seeds", "2", *few) == 0
+    result = read(tmp_path / "c")
+    gaps = {(r["arm"], r["seed"]): r["value"] for r in result["records"] if r["metric"] == "gap_nats"}
+    assert {seed for arm, seed in gaps if arm == "learned"} == {0, 1}
+    assert gaps["best fixed order", 0] < 0.15 < 1 < gaps["random", 0] < gaps["left to right", 0]
+    assert result["experiment"] == "chain" and result["environment"]["device"]
+
+
+@needs_weights
+def test_antibodies_learns_from_a_file_and_draws_the_order(tmp_path: Path):
+    train, out = fasta(tmp_path / "train.fasta", 30), tmp_path / "a"
+    assert call("antibodies", "--train", str(train), "--steps", "2", "--out", str(out), *FEW) == 0
+    values = {r["arm"]: r["value"] for r in read(out)["records"] if r["metric"] == "path_nats"}
+    assert {"learned", "random uniform", "entropy cosine", "greedy_oracle uniform", "threshold 0.9"} <= set(values)
+    assert (out / "order.png").stat().st_size > 5000
+    assert call("antibodies", "--train", str(train), "--steps", "2", "--out", str(out), *FEW) == 0  # again, in place
+
+
+@needs_weights
+def test_quickstart_draws_its_own_sequences(tmp_path: Path):
+    few = [f"{part}.{option}" for part in ("chain", "antibodies") for option in FEW[1::2]]
+    options = [word for option in few for word in ("--set", option)]
+    options += ["--set", "chain.starts=1", "--set", "antibodies.draw=20"]
+    assert call("quickstart", "--out", str(tmp_path / "q"), *options) == 0
+    tasks = {r["task"] for r in read(tmp_path / "q")["records"]}
+    assert tasks == {"chain", "antibodies"}
+    assert (tmp_path / "q" / "antibodies" / "drawn.fasta").read_text().count(">") == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["chain", "--steps", "0"], "num_steps"),
+        (["chain", "--set", "task.name=antibodies"], "task"),
+        (["chain", "--set", "guide={name: renormalised_score, temperature: 0}"], "temperature"),
+        (["antibodies", "--train", "no-such-file.fasta"], "train"),
+        (["antibodies", "--set", "draw=3"], "draw"),
+        (["fit-order", "--set", "prior=easy_first"], "guide"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], field: str
+):
+    out = tmp_path / "x"
+    assert call(*arguments, "--out", str(out)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and field in error and "\n" not in error
+    assert not out.exists()
+
+
+@needs_weights
+def test_wrong_column_and_empty_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = tmp_path / "rows.csv"
+    table.write_text("name,heavy\na,EVQLVESGGG\n")
+    assert call("antibodies", "--train", str(table), "--set", "task.column=light", "--out", str(tmp_path / "y")) == 2
+    assert "light" in capsys.readouterr().err
+    table.write_text("name,heavy\n")
+    assert call("antibodies", "--train", str(table), "--out", str(tmp_path / "y")) == 2
+    assert str(table) in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
