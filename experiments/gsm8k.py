@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from orderppl.decoding import Policy, make_policy
+from orderppl.decoding import Policy, StochasticDecision, make_policy
 from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
 from orderppl.evaluation import evaluate_policies, paired_difference
@@ -63,6 +63,7 @@ from orderppl.experiments.train_denoiser import Config as TrainDenoiserConfig
 from orderppl.experiments.train_denoiser import DenoiserFitConfig, fit_denoiser
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import load_weights, write_text
+from orderppl.models import EasyFirst
 from orderppl.models.denoisers import masked_diffusion_nelbo
 
 PRESETS = {"cpu": "gsm8k_cpu", "paper": "gsm8k_paper"}
@@ -102,6 +103,9 @@ class FormConfig:
     )
     sizes: tuple[str, ...] = setting(("uniform", "cosine"), "their set sizes")
     thresholds: tuple[float, ...] = setting((0.5, 0.7, 0.9), "confidence thresholds", above=0, below=1)
+    soft_thresholds: tuple[float, ...] = setting(
+        (0.5, 0.9), "thresholds of sampled EasyFirst sets, what residual policies start from", above=0, below=1
+    )
     sequential: tuple[str, ...] = setting(("left_to_right", "top_prob"), "rankings that reveal one token a step")
     random_seeds: int = setting(3, "seeds of arms that draw their order", at_least=1)
     decode: Literal["all", "longest"] = setting("all", "arms to decode: all, or those with the largest budget")
@@ -338,7 +342,7 @@ class Study:
                     yield record | {"family": arm.family, "parameters": arm.parameters, "policy_weights": arm.weights}
             if arm.family == "threshold":
                 thresholds.append(arm.name)
-            if arm.family == "learned" and not arm.random:
+            if arm.family == "learned":
                 yield from self._differences(arm, rows, nfe, thresholds)
 
     def _differences(self, arm: Arm, rows: Rows, nfe: Mapping[str, float], thresholds: list[str]) -> Iterator[Record]:
@@ -386,6 +390,10 @@ class Study:
                     yield Arm(f"{name} {size} T={budget}", policy, budget, "fixed", f"sizes={size}", name == "random")
         for tau in settings.thresholds:
             yield Arm(f"threshold {tau:g}", make_policy("threshold", tau=tau), longest, "threshold", f"tau={tau:g}")
+        for tau in settings.soft_thresholds:
+            soft = StochasticDecision(EasyFirst(tau), "sample")
+            budget = max(settings.budgets)
+            yield Arm(f"easy_first {tau:g} T={budget}", soft, budget, "soft", f"threshold={tau:g}, sampled", True)
         for name in settings.sequential:
             policy = make_policy(name)  # with a budget of one step per token: one token a step
             yield Arm(f"{name} sequential", policy, longest, "sequential", "one token a step", name == "random")
@@ -439,7 +447,7 @@ class Arm:
     name: str
     policy: Policy
     num_steps: int
-    family: Literal["fixed", "threshold", "sequential", "learned"]
+    family: Literal["fixed", "threshold", "soft", "sequential", "learned"]
     parameters: str
     random: bool = False
     adaptive: bool = False

@@ -19,10 +19,11 @@ FIT = "fit: {updates: 2, batch_size: 4}, elbo: {num_particles: 2}"
 NETWORK = "network: {width: 8, layers: 1, heads: 2}"
 SCORES = "{name: renormalised_score, network: {name: transformer, width: 8, layers: 1, heads: 2}}"
 PRICED = f"{{name: step_price, price: 0.5, prior: {{name: residual_policy, {NETWORK}}}}}"
+TIED = "{name: mean_field, tied: true}"
 ORDERS = f"""[
   {{arm: residual, num_steps: 4, adaptive: true, prior: {PRICED}, {FIT}, decisions: [mode, sample]}},
   {{arm: posterior, num_steps: 2, prior: {{name: learned_policy, {NETWORK}}}, guide: {SCORES}, {FIT}}},
-  {{arm: plan, num_steps: 2, prior: learned_steps, guide: {{name: mean_field, tied: true}}, {FIT}, decisions: [rank]}}]"""
+  {{arm: plan, num_steps: 2, prior: learned_steps, guide: {TIED}, {FIT}, decisions: [rank]}}]"""
 
 
 def small(form: str) -> list[str]:
