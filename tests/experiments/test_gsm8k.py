@@ -13,6 +13,8 @@ from orderppl.experiments.build import build_denoiser, build_problem, build_task
 from orderppl.experiments.config import build_config, config_dict, load_config
 from orderppl.experiments.evaluate import load_order
 from orderppl.experiments.results import read_results
+from orderppl.inference.fit import OrderLoss
+from orderppl.models.denoisers import TransformerDenoiser
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 FIT = "fit: {updates: 2, batch_size: 4}, elbo: {num_particles: 2}"
@@ -37,6 +39,8 @@ def small(form: str) -> list[str]:
         "orders": ORDERS,
         "budgets": "[2, 4]",
         "thresholds": "[0.01, 0.5, 0.99]",
+        "sizes": "[uniform, cosine]",
+        "soft_thresholds": "[0.5, 0.9]",
         "random_seeds": "2",
         "rows": "12",
         "batch_size": "5",
@@ -89,13 +93,8 @@ def test_both_forms_end_in_one_table_of_records(finished: Path) -> None:
         arms = [r for r in records if r["form"] == form and "arm" in r and not r["metric"].endswith("_difference")]
         fixed = {f"{rank} {size} T={T}" for rank in ("random", "left_to_right", "top_prob", "margin", "entropy")
                  for size in ("uniform", "cosine") for T in (2, 4)}  # fmt: skip
-        others = {
-            "threshold 0.01",
-            "threshold 0.5",
-            "threshold 0.99",
-            "left_to_right sequential",
-            "top_prob sequential",
-        }
+        others = {f"threshold {tau}" for tau in (0.01, 0.5, 0.99)} | {f"easy_first {tau} T=4" for tau in (0.5, 0.9)}
+        others |= {"left_to_right sequential", "top_prob sequential"}
         learned = {"residual (mode) T=4", "residual (sample) T=4", "posterior (mode) T=2", "plan (rank) T=2"}
         assert {r["arm"] for r in arms if r["metric"] == "path_nats"} == fixed | others | learned
         for record in arms:
@@ -208,9 +207,9 @@ def test_the_paper_preset_builds_all_its_objects(data: Path, tmp_path: Path) -> 
         assert arm.fit.temperature is not None
         assert 0.05 <= arm.fit.temperature.end <= arm.fit.temperature.start <= 0.1
     with torch.device("meta"):
-        whole = gsm8k.TransformerConfig(**config_dict(settings.denoiser))
-        size = 12 * whole.layers * whole.width**2
-    assert 100e6 < size < 180e6
+        shape = {key: getattr(settings.denoiser, key) for key in ("width", "layers", "heads", "positions", "tied")}
+        whole = TransformerDenoiser(vocab_size=32_000, mask_index=1, max_length=512, **shape)
+    assert 120e6 < sum(parameter.numel() for parameter in whole.parameters()) < 180e6
     task = build_task(replace(settings.task, data=str(data)), 0)
     denoiser = build_denoiser(replace(settings.denoiser, width=24, layers=1), task, settings.task)
     for arm in settings.orders:
@@ -221,7 +220,7 @@ def test_the_paper_preset_builds_all_its_objects(data: Path, tmp_path: Path) -> 
         study = gsm8k.Study(config, "equations", tmp_path)
         problem = build_problem(study._order_config(tiny), task, denoiser)
         batch = next(task.stream("train", 2))
-        loss = gsm8k.OrderLoss(problem.model, problem.guide, problem.elbo)
+        loss = OrderLoss(problem.model, problem.guide, problem.elbo)
         assert torch.isfinite(loss(**batch))
 
 
