@@ -1,6 +1,7 @@
 """Learn in which order, and how many at a time, a masked diffusion model should reveal its tokens.
 
-The names below are loaded when first used, so that importing the package costs nothing.
+The names below are loaded when first used, so that importing the package costs nothing. Programs are in
+`orderppl.models` and `orderppl.guides`, which build on this core.
 """
 
 from importlib import import_module
@@ -10,22 +11,14 @@ if TYPE_CHECKING:
     from orderppl.decoding import decode, follow, make_policy
     from orderppl.denoising import Canvas, Denoiser
     from orderppl.errors import UserError
-    from orderppl.guides import MeanFieldGuide, PolicyGuide, RandomGuide, RenormalisedScoreGuide
     from orderppl.inference import RevealTraceGraph_ELBO, fit
-    from orderppl.models import SequentialUnmaskingModel, UnmaskingModel
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Canvas": "orderppl.denoising",
     "Denoiser": "orderppl.denoising",
-    "MeanFieldGuide": "orderppl.guides",
-    "PolicyGuide": "orderppl.guides",
-    "RandomGuide": "orderppl.guides",
-    "RenormalisedScoreGuide": "orderppl.guides",
     "RevealTraceGraph_ELBO": "orderppl.inference",
-    "SequentialUnmaskingModel": "orderppl.models",
-    "UnmaskingModel": "orderppl.models",
     "UserError": "orderppl.errors",
     "decode": "orderppl.decoding",
     "fit": "orderppl.inference",
@@ -36,13 +29,7 @@ _HOME = {
 __all__ = [
     "Canvas",
     "Denoiser",
-    "MeanFieldGuide",
-    "PolicyGuide",
-    "RandomGuide",
-    "RenormalisedScoreGuide",
     "RevealTraceGraph_ELBO",
-    "SequentialUnmaskingModel",
-    "UnmaskingModel",
     "UserError",
     "decode",
     "fit",
