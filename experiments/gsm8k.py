@@ -27,6 +27,7 @@ import pyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from orderppl.decoding import Policy, StochasticDecision, make_policy
 from orderppl.denoising import Denoiser
@@ -69,6 +70,7 @@ from orderppl.models.denoisers import masked_diffusion_nelbo
 PRESETS = {"cpu": "gsm8k_cpu", "paper": "gsm8k_paper"}
 CONFIG = "gsm8k_cpu"
 STAGE_FILE = "stage.json"
+FAMILIES = {"threshold": "threshold", "soft": "easy_first"}  # adaptive heuristics: their name in comparisons
 Form = Literal["programs", "equations"]
 Rows = dict[tuple[str, str], tuple[Tensor, Tensor]]
 
@@ -320,8 +322,8 @@ class Study:
         settings, task = self.settings, self.task
         rows: Rows = {}
         nfe: dict[str, float] = {}
-        thresholds: list[str] = []
-        for arm in self._arms():
+        curves: dict[str, list[str]] = {"threshold": [], "soft": []}
+        for arm in tqdm(list(self._arms()), desc=f"{self.form} arms", dynamic_ncols=True):
             wanted = settings.decode == "all" or arm.num_steps >= max(settings.budgets)
             metrics = ("accuracy", "path_nats", "nfe") if wanted else ("path_nats", "nfe")
             for seed in range(self.config.seed, self.config.seed + (settings.random_seeds if arm.random else 1)):
@@ -340,23 +342,26 @@ class Study:
                 for record in found:
                     nfe[arm.name] = float(record["nfe"])
                     yield record | {"family": arm.family, "parameters": arm.parameters, "policy_weights": arm.weights}
-            if arm.family == "threshold":
-                thresholds.append(arm.name)
+            if arm.family in curves:
+                curves[arm.family].append(arm.name)
             if arm.family == "learned":
-                yield from self._differences(arm, rows, nfe, thresholds)
+                yield from self._differences(arm, rows, nfe, curves)
 
-    def _differences(self, arm: Arm, rows: Rows, nfe: Mapping[str, float], thresholds: list[str]) -> Iterator[Record]:
-        """Paired differences of a learned arm: at its own budget, or to thresholds at its mean NFE."""
+    def _differences(
+        self, arm: Arm, rows: Rows, nfe: Mapping[str, float], curves: Mapping[str, list[str]]
+    ) -> Iterator[Record]:
+        """Paired differences of a learned arm: at its own budget, or to families of thresholds at its mean NFE."""
         for metric in ("accuracy", "path_nats"):
             if (metric, arm.name) not in rows:
                 continue
             own, weight = rows[metric, arm.name]
             others: dict[str, Tensor] = {}
             if arm.adaptive:
-                curve = [(nfe[name], rows[metric, name][0]) for name in thresholds if (metric, name) in rows]
-                matched = _at_equal_nfe(curve, nfe[arm.name])
-                if matched is not None:
-                    others["thresholds at equal NFE"] = matched
+                for family, names in curves.items():
+                    curve = [(nfe[name], rows[metric, name][0]) for name in names if (metric, name) in rows]
+                    matched = _at_equal_nfe(curve, nfe[arm.name])
+                    if matched is not None:
+                        others[f"{FAMILIES[family]} at equal NFE"] = matched
             else:
                 suffix = f" T={arm.num_steps}"
                 others = {

@@ -130,6 +130,9 @@ def test_learned_arms_are_compared_in_pairs_with_their_baselines(finished: Path)
     against = {r["baseline"] for r in pairs if r["arm"] == "plan (rank) T=2"}
     assert {"top_prob cosine T=2", "posterior (mode) T=2"} <= against
     assert not any("T=4" in name for name in against)
+    adaptive = {r["baseline"] for r in pairs if r["arm"].startswith("residual")}
+    assert adaptive <= {"threshold at equal NFE", "easy_first at equal NFE"}
+    assert "threshold at equal NFE" in adaptive  # from 1 step (0.01) to one token a step (0.99)
     for record in pairs:
         if record["arm"] == "plan (rank) T=2" and record["baseline"] == "top_prob uniform T=2":
             expected = value["path_nats", "plan (rank) T=2"] - value["path_nats", "top_prob uniform T=2"]
