@@ -85,6 +85,15 @@ def test_exact_ties_go_to_the_left(table):
         assert chosen(make_policy(name, sizes=2.0), state_of(same, [[1, 1, 1, 1, 1]])) == [[0, 1]]
 
 
+def test_random_ties_follow_the_noise_and_never_beat_a_score(table):
+    noise = torch.tensor([[0.1, 0.9, 0.2, 0.8]], dtype=torch.float64)
+    policy = make_policy("top_prob", sizes=2.0, ties="random")
+    same = table([[0.7, 0.3]] * 4)
+    assert chosen(policy, state_of(same, [[1, 1, 1, 1]], noise=noise)) == [[1, 3]]
+    clear = table([[0.7, 0.3], [0.7, 0.3], [0.7, 0.3], [0.9, 0.1]])
+    assert chosen(policy, state_of(clear, [[1, 0, 1, 1]], noise=noise)) == [[2, 3]]
+
+
 def test_each_row_has_its_own_quota(table):
     ramp = table([[c, 1 - c] for c in (0.6, 0.9, 0.7, 0.8, 0.95, 0.99, 0.5, 0.55)])
     attention = [[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
@@ -347,12 +356,17 @@ def test_planned_order_sample_frequencies(table):
 
 
 def test_make_policy_and_describe():
-    assert describe_policy(make_policy("entropy", sizes="cosine")) == {"policy": "entropy", "sizes": "cosine"}
+    assert describe_policy(make_policy("entropy", sizes="cosine")) == {
+        "policy": "entropy",
+        "sizes": "cosine",
+        "ties": "leftmost",
+    }
     assert make_policy("random", sizes=1.5).sizes == FractionalSizes(1.5)
     assert describe_policy(make_policy("random", sizes=1.5)) == {
         "policy": "random",
         "sizes": "fractional",
         "sizes_mean": 1.5,
+        "ties": "leftmost",
     }
     wrapped = make_policy("block", policy=make_policy("eos_aware", policy="threshold", token_ids=[1, 2]), size=8)
     assert describe_policy(wrapped) == {
