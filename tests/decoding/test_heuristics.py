@@ -90,8 +90,8 @@ def test_random_ties_follow_the_noise_and_never_beat_a_score(table):
     policy = make_policy("top_prob", sizes=2.0, ties="random")
     same = table([[0.7, 0.3]] * 4)
     assert chosen(policy, state_of(same, [[1, 1, 1, 1]], noise=noise)) == [[1, 3]]
-    clear = table([[0.7, 0.3], [0.7, 0.3], [0.7, 0.3], [0.9, 0.1]])
-    assert chosen(policy, state_of(clear, [[1, 0, 1, 1]], noise=noise)) == [[2, 3]]
+    clear = table([[0.9, 0.1], [0.7, 0.3], [0.7, 0.3], [0.7, 0.3]])
+    assert chosen(policy, state_of(clear, [[1, 1, 1, 1]], noise=noise)) == [[0, 1]]
 
 
 def test_each_row_has_its_own_quota(table):
