@@ -237,8 +237,8 @@ class Study:
             stage = _read_stage(self.out / name)
             if stage is not None and stage["finished"]:
                 labels = {"task": "gsm8k", "form": self.form, "seed": self.config.seed}
-                for metric in ("seconds", "cpu_seconds"):
-                    found.append({"metric": metric, "value": stage.get(metric, 0.0), "stage": name, **labels})
+                spent = {key: stage[key] for key in ("seconds", "cpu_seconds") if key in stage}
+                found += [{"metric": key, "value": value, "stage": name, **labels} for key, value in spent.items()]
                 found += [labels | record for record in stage["records"]]
         return found
 
@@ -321,12 +321,15 @@ class Study:
     def _evaluate(self) -> Iterator[Record]:
         settings, task = self.settings, self.task
         rows: Rows = {}
-        nfe: dict[str, float] = {}
+        nfe: dict[tuple[str, str], float] = {}  # (metric, arm) -> mean forwards of the run that measured the metric
         curves: dict[str, list[str]] = {"threshold": [], "soft": []}
         for arm in tqdm(list(self._arms()), desc=f"{self.form} arms", dynamic_ncols=True):
             wanted = settings.decode == "all" or arm.num_steps >= max(settings.budgets)
             metrics = ("accuracy", "path_nats", "nfe") if wanted else ("path_nats", "nfe")
+            drawn: list[Rows] = []
+            forwards: dict[str, list[float]] = {}
             for seed in range(self.config.seed, self.config.seed + (settings.random_seeds if arm.random else 1)):
+                drawn.append({})
                 found = evaluate_policies(
                     arm.denoiser or self._shared_denoiser(),
                     {arm.name: arm.policy},
@@ -337,18 +340,22 @@ class Study:
                     references=self._references(),
                     seed=seed,
                     device=self.config.device,
-                    rows=rows,
+                    rows=drawn[-1],
                 )
                 for record in found:
-                    nfe[arm.name] = float(record["nfe"])
+                    forwards.setdefault(str(record["metric"]), []).append(float(record["nfe"]))
                     yield record | {"family": arm.family, "parameters": arm.parameters, "policy_weights": arm.weights}
+            for metric, arm_name in drawn[0]:  # comparisons use the mean over the seeds
+                values = torch.stack([own[metric, arm_name][0] for own in drawn]).mean(0)  # [N]
+                rows[metric, arm_name] = values, drawn[0][metric, arm_name][1]
+                nfe[metric, arm_name] = sum(forwards[metric]) / len(drawn)
             if arm.family in curves:
                 curves[arm.family].append(arm.name)
             if arm.family == "learned":
                 yield from self._differences(arm, rows, nfe, curves)
 
     def _differences(
-        self, arm: Arm, rows: Rows, nfe: Mapping[str, float], curves: Mapping[str, list[str]]
+        self, arm: Arm, rows: Rows, nfe: Mapping[tuple[str, str], float], curves: Mapping[str, list[str]]
     ) -> Iterator[Record]:
         """Paired differences of a learned arm: at its own budget, or to families of thresholds at its mean NFE."""
         for metric in ("accuracy", "path_nats"):
@@ -358,8 +365,8 @@ class Study:
             others: dict[str, Tensor] = {}
             if arm.adaptive:
                 for family, names in curves.items():
-                    curve = [(nfe[name], rows[metric, name][0]) for name in names if (metric, name) in rows]
-                    matched = _at_equal_nfe(curve, nfe[arm.name])
+                    curve = [(nfe[metric, name], rows[metric, name][0]) for name in names if (metric, name) in rows]
+                    matched = _at_equal_nfe(curve, nfe[metric, arm.name])
                     if matched is not None:
                         others[f"{FAMILIES[family]} at equal NFE"] = matched
             else:
@@ -379,7 +386,7 @@ class Study:
                     "arm": arm.name,
                     "baseline": name,
                     "steps": arm.num_steps,
-                    "nfe": nfe[arm.name],
+                    "nfe": nfe[metric, arm.name],
                     "n": len(own),
                     "seed": self.config.seed,
                 }
