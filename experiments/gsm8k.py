@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyro
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
