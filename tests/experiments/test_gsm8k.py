@@ -230,15 +230,9 @@ def test_the_paper_preset_builds_all_its_objects(data: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real GSM8K files are not at hand")
 def test_the_real_files_run_end_to_end(tmp_path: Path) -> None:
-    more = [
-        "--set",
-        "programs.rows=100",
-        "--set",
-        "programs.task.augment=2000",
-        "--set",
-        "programs.training.updates=300",
-    ]
-    more += ["--set", "programs.training.batch_size=32", "--set", "programs.denoiser.width=64", "--form", "programs"]
+    training = "{updates: 800, batch_size: 32, group: 20, lr: 0.003, warmup: 50, ema_decay: 0.99, validate_every: 400}"
+    larger = ("rows=100", "task.augment=4000", "denoiser={width: 64, layers: 2, heads: 4}", f"training={training}")
+    more = ["--form", "programs", *(part for value in larger for part in ("--set", f"programs.{value}"))]
     assert call(REAL, tmp_path / "run", *more) == 0
     records = read_results(tmp_path / "run")["records"]
     nats = {r["arm"]: r["value"] for r in records if r["metric"] == "path_nats"}
