@@ -39,33 +39,43 @@ EXPERIMENTS = {
     "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",
     "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
 }
-"""Name on the command line -> one line of help. The module has the same name, with underscores."""
+"""Name on the command line -> one line of help. The module has the same name, with underscores; `benchmark speed`, two
+words, is the command `speed` of the group `benchmark`."""
+GROUPS = {"benchmark": "Measure what the library promises: estimators and speed."}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line (`sys.argv` when no arguments are given)."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    asked_for = next((word for word in arguments if not word.startswith("-")), None)
+    words = [word for word in arguments if not word.startswith("-")]
+    asked_for = next((name for name in EXPERIMENTS if words[: len(name.split())] == name.split()), None)
     build_app(asked_for)(args=arguments, prog_name="orderppl")
 
 
 def build_app(asked_for: str | None = None) -> typer.Typer:
     """The typer application; only the experiment `asked_for` is imported, the others are listed."""
-    app = typer.Typer(
-        help="Learn the generation order of masked language models.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_show_locals=False,
-    )
-    app.callback()(lambda: None)
+    app = _group("Learn the generation order of masked language models.")
+    groups = {word: _group(summary) for word, summary in GROUPS.items()}
     for name, summary in EXPERIMENTS.items():
+        *word, command = name.split()
+        parent = groups[word[0]] if word else app
         if name == asked_for:
-            module = import_module(f"orderppl.experiments.{name.replace('-', '_')}")
+            module = import_module(f"orderppl.experiments.{re.sub('[ -]', '_', name)}")
             text = re.sub(r"^ {4}", "$ ", inspect.getdoc(module) or summary, flags=re.MULTILINE)  # typer drops indents
-            app.command(name, help=text, short_help=summary)(_command(name, module))
+            parent.command(command, help=text, short_help=summary)(_command(name, module))
         else:
-            app.command(name, help=summary)(lambda: None)
+            parent.command(command, help=summary)(lambda: None)
+    for word, group in groups.items():
+        app.add_typer(group, name=word)
     return app
+
+
+def _group(summary: str) -> typer.Typer:
+    group = typer.Typer(
+        help=summary, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False
+    )
+    group.callback()(lambda: None)  # keeps a group with a single command a group
+    return group
 
 
 def _command(name: str, module: types.ModuleType) -> Callable[..., None]:
@@ -94,7 +104,7 @@ def _command(name: str, module: types.ModuleType) -> Callable[..., None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
 
-    default_out = Path("runs") / name
+    default_out = Path("runs") / name.replace(" ", "-")
     signature: dict[str, tuple[Any, Any]] = {
         "out": (Annotated[Path, typer.Option("--out", help="folder of the run's files")], default_out),
         "config": (Annotated[str | None, typer.Option("--config", help="packaged config or YAML file")], None),
