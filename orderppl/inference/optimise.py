@@ -33,7 +33,8 @@ class FitResult:
 
     Attributes:
         updates: finished updates, those before a resume included.
-        trace: one record per update: `update` (1-based), `loss`, the loss's metrics, `grad_norm`, `lr`, dials.
+        trace: one record per update: `update` (1-based), `loss`, the loss's metrics, `grad_norm`, `lr`, dials; with
+            Adam, at log points, `grad_mean_norm`, the norm of its running mean of the (clipped) gradient.
         validations: one record per validation: `update` and its numbers.
         best: the record of the best validation by the monitored number; None without validation.
         stopped_early: True when patience ran out before `updates`.
@@ -119,6 +120,15 @@ class _Pending:
             done.append({"update": record.pop("update"), **values, **record, "seconds": seconds})
         self.records, self.values, self.counts = [], [], []
         return done
+
+
+def _mean_gradient_norm(optimizer: Optimizer) -> Tensor | None:
+    """Norm of the running mean of the gradient that Adam keeps, bias-corrected; None for other optimisers."""
+    states = [state for state in optimizer.state.values() if "exp_avg" in state]
+    if not states:
+        return None
+    decay = optimizer.param_groups[0]["betas"][0]
+    return nn.utils.get_total_norm([state["exp_avg"] for state in states]) / (1 - decay ** states[0]["step"])
 
 
 def _parameters(loss: nn.Module) -> list[nn.Parameter]:
@@ -376,13 +386,16 @@ def optimise(
             result.updates += 1
             result.seconds = time.perf_counter() - started
             record = {"update": result.updates, **values_of_dials, **rates, "seconds": round(result.seconds, 3)}
-            pending.add(record, {"loss": objective, **getattr(loss, "metrics", {}), "grad_norm": norm})
+            last = result.updates == updates
+            log_due = last or result.updates % log_every == 0
+            mean_norm = _mean_gradient_norm(opt) if log_due else None
+            extra = {} if mean_norm is None else {"grad_mean_norm": mean_norm}
+            pending.add(record, {"loss": objective, **getattr(loss, "metrics", {}), "grad_norm": norm, **extra})
             bar.update()
 
-            last = result.updates == updates
             due = validate is not None and (last or (validate_every and result.updates % validate_every == 0))
             save_due = checkpoint_every is not None and result.updates % checkpoint_every == 0
-            if last or due or save_due or result.updates % log_every == 0:
+            if log_due or due or save_due:
                 flush()
             if due:
                 run_validation()

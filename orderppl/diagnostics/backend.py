@@ -1,0 +1,102 @@
+"""The one place that knows arviz: another version of it is an edit here."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from orderppl.errors import UserError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # arviz 0.23 announces its successor on import, once a day
+    import arviz
+    from arviz import InferenceData
+
+__all__ = ["InferenceData", "inference_data", "load", "psis", "save"]
+
+Array = NDArray[Any]
+
+
+def psis(log_weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pareto-smoothed importance sampling (Vehtari et al., JMLR 25(72), 2024).
+
+    Args:
+        log_weight: float64 [B, K], unnormalised.
+
+    Returns:
+        Smoothed, normalised log-weights float64 [B, K], and the tail shape k of every row, float64 [B].
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        smoothed, shape = arviz.psislw(log_weight)
+    return np.asarray(smoothed), np.asarray(shape)
+
+
+def inference_data(
+    groups: Mapping[str, Mapping[str, Array]],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[Hashable, Array],
+    attrs: Mapping[str, Any],
+) -> InferenceData:
+    """Make an InferenceData; variables of the sampled groups start with the dimensions chain and draw.
+
+    Args:
+        groups: group -> variable -> array.
+        dims: variable -> its dimensions after chain and draw.
+        coords: labels of the dimensions.
+        attrs: attributes of every group.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # more sequences than draws is no mistake here
+        variables: dict[str, Any] = {name: dict(group) for name, group in groups.items()}
+        data = arviz.from_dict(
+            **variables,
+            dims={name: list(of) for name, of in dims.items()},
+            coords=dict(coords),
+        )
+    for name in data.groups():
+        data[name].attrs.update(attrs)
+    return data
+
+
+def save(data: InferenceData, path: str | os.PathLike[str]) -> Path:
+    """Write an InferenceData as netCDF; a reader sees the whole file or none.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        data.to_netcdf(str(temporary), engine="h5netcdf")
+        os.replace(temporary, path)
+    except ImportError as error:
+        raise UserError(str(path), f"netCDF cannot be written: {error}", "pip install h5netcdf h5py") from error
+    except OSError as error:
+        raise UserError(str(path), f"cannot be written: {error}", "give a folder that exists, with room") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> InferenceData:
+    """Read an InferenceData into memory.
+
+    Raises:
+        UserError: no such file, or no netCDF.
+    """
+    if not Path(path).is_file():
+        raise UserError(str(path), "no such file", "write one with orderppl.diagnostics.save")
+    try:
+        data: InferenceData = arviz.from_netcdf(str(path), engine="h5netcdf")
+        with xr.set_options(keep_attrs=True):
+            data.load()
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"is no InferenceData file: {error}", "write one with save") from error
+    return data
