@@ -408,6 +408,20 @@ class PolicyNetworkConfig:
     bias: float = setting(-2.0, "initial logit")
 
 
+@dataclass(frozen=True)
+class PosteriorNetworkConfig:
+    """Reads the true tokens, a partially revealed sequence and the denoiser's view of it."""
+
+    width: int = setting(64, "size of the hidden vectors", at_least=8)
+    layers: int = setting(2, "blocks", at_least=1)
+    heads: int = setting(4, "attention heads", at_least=1)
+    features: tuple[str, ...] = setting(
+        networks.TRUTH_FEATURES, "denoiser features: confidence, margin, entropy, likelihood (of the true token)"
+    )
+    reads_tokens: bool = setting(True, "see the prompt, and the revealed tokens apart from the true ones")
+    bias: float = setting(-1.0, "initial logit")
+
+
 def build_sequence_network(config: SequenceConfig, task: Task, out: int) -> nn.Module:
     """Network from whole sequences to `out` numbers per response position."""
     if isinstance(config, TableConfig):
@@ -423,8 +437,10 @@ def build_sequence_network(config: SequenceConfig, task: Task, out: int) -> nn.M
     )
 
 
-def build_policy_network(config: PolicyNetworkConfig, task: Task, zero_init: bool) -> nn.Module:
-    """Network from states to reveal logits."""
+def build_policy_network(
+    config: PolicyNetworkConfig | PosteriorNetworkConfig, task: Task, zero_init: bool = False
+) -> nn.Module:
+    """Network from states, or from states and true tokens, to reveal logits."""
     return networks.PolicyNetwork(
         task.vocab_size,
         width=config.width,
@@ -434,6 +450,7 @@ def build_policy_network(config: PolicyNetworkConfig, task: Task, zero_init: boo
         reads_tokens=config.reads_tokens,
         zero_init=zero_init,
         bias=config.bias,
+        sees_truth=isinstance(config, PosteriorNetworkConfig),
     )
 
 
@@ -533,7 +550,7 @@ def build_prior(config: PriorConfig, task: Task, num_steps: int) -> RevealPrior:
         case EasyFirstConfig():
             return models.EasyFirst(config.threshold, config.temperature)
         case LearnedPolicyConfig():
-            return models.LearnedPolicy(build_policy_network(config.network, task, False), config.non_empty)
+            return models.LearnedPolicy(build_policy_network(config.network, task), config.non_empty)
         case ResidualPolicyConfig():
             base = build_prior(config.base, task, num_steps)
             assert isinstance(base, models.LogitPrior)
@@ -566,6 +583,15 @@ class MeanFieldConfig:
 
 
 @dataclass(frozen=True)
+class PosteriorConfig:
+    """Sets that depend on the tokens and on the state on the way."""
+
+    name: Literal["posterior"] = "posterior"
+    network: PosteriorNetworkConfig = setting(PosteriorNetworkConfig, "its network")
+    non_empty: bool | None = setting(None, "reveal at least one position at every step; null: as the prior does")
+
+
+@dataclass(frozen=True)
 class RenormalisedScoreConfig:
     """The paper's posterior."""
 
@@ -581,7 +607,7 @@ class PolicyGuideConfig:
     name: Literal["policy"] = "policy"
 
 
-GuideConfig = RandomGuideConfig | MeanFieldConfig | RenormalisedScoreConfig | PolicyGuideConfig
+GuideConfig = RandomGuideConfig | MeanFieldConfig | PosteriorConfig | RenormalisedScoreConfig | PolicyGuideConfig
 
 
 def build_guide(
@@ -592,10 +618,17 @@ def build_guide(
     Raises:
         UserError: a tied guide without a prior it can be tied to, or a guide outside the support of the prior.
     """
-    if prior.non_empty and isinstance(config, RandomGuideConfig | MeanFieldConfig):
+    guide = _make_guide(config, prior, denoiser, task, num_steps)
+    if prior.non_empty and not guide.non_empty:
         problem = f"{config.name} may reveal nothing at a step, which this prior gives probability 0: the ELBO is -inf"
-        remedy = "choose guide=policy or renormalised_score, or a prior with non_empty: false, such as uniform_steps"
+        remedy = "choose a guide that never waits (policy, posterior, renormalised_score), or a prior that may wait"
         raise UserError("guide.name", problem, remedy)
+    return guide
+
+
+def _make_guide(
+    config: GuideConfig, prior: RevealPrior, denoiser: nn.Module, task: Task, num_steps: int
+) -> guides.RevealGuide:
     match config:
         case RandomGuideConfig():
             return guides.RandomGuide(num_steps)
@@ -608,6 +641,10 @@ def build_guide(
                 problem = "needs a prior it can share a network with"
                 raise UserError("guide.tied", problem, "set prior=learned_steps and guide.sees_tokens=false")
             return guides.MeanFieldGuide(free.network, num_steps, sees_tokens=False)
+        case PosteriorConfig():
+            network = build_policy_network(config.network, task)
+            non_empty = prior.non_empty if config.non_empty is None else config.non_empty
+            return guides.PosteriorGuide(network, _as_denoiser(denoiser), num_steps, non_empty)
         case RenormalisedScoreConfig():
             network = build_sequence_network(config.network, task, 1)
             return guides.RenormalisedScoreGuide(network, num_steps, config.temperature)

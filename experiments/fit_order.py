@@ -28,7 +28,6 @@ from orderppl.experiments.build import (
     learned_policy,
 )
 from orderppl.experiments.results import Record, results_table
-from orderppl.guides import PolicyGuide
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import save_weights
 from orderppl.inference.fit import OrderLoss, fit
@@ -98,10 +97,11 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
 
 
 def learned_modules(problem: OrderProblem) -> nn.ModuleDict:
-    """What a fit may have changed: the prior, a guide that is not the prior itself, a denoiser that is not frozen."""
+    """What a fit may have changed: the prior, the network of the guide, a denoiser that is not frozen."""
     modules = nn.ModuleDict({"prior": problem.model.prior})
-    if not isinstance(problem.guide, PolicyGuide):
-        modules["guide"] = problem.guide
+    network = getattr(problem.guide, "network", None)
+    if network is not None:
+        modules["guide"] = nn.ModuleDict({"network": network})
     if any(parameter.requires_grad for parameter in problem.denoiser.parameters()):
         modules["denoiser"] = problem.denoiser
     return modules

@@ -3,10 +3,19 @@
 if __name__ != "orderppl.guides":
     raise ImportError("import orderppl.guides, not guides")
 
-from orderppl.guides.guide import RevealGuide
+from orderppl.guides.guide import PathGuide, RevealGuide
 from orderppl.guides.mean_field import MeanFieldGuide
 from orderppl.guides.policy import PolicyGuide
+from orderppl.guides.posterior import PosteriorGuide
 from orderppl.guides.random import RandomGuide
 from orderppl.guides.renormalised_score import RenormalisedScoreGuide
 
-__all__ = ["MeanFieldGuide", "PolicyGuide", "RandomGuide", "RenormalisedScoreGuide", "RevealGuide"]
+__all__ = [
+    "MeanFieldGuide",
+    "PathGuide",
+    "PolicyGuide",
+    "PosteriorGuide",
+    "RandomGuide",
+    "RenormalisedScoreGuide",
+    "RevealGuide",
+]

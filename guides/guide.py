@@ -7,7 +7,9 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from orderppl.denoising import Canvas, Denoiser
 from orderppl.distributions import OrderedPartition
+from orderppl.path import RevealPath
 
 
 class RevealGuide(PyroModule):
@@ -15,7 +17,13 @@ class RevealGuide(PyroModule):
 
     Args:
         num_steps: step budget T.
+
+    Attributes:
+        non_empty: whether every step reveals something for sure while anything is masked; a guide that may wait has an
+            infinite KL to a prior that may not.
     """
+
+    non_empty = False
 
     def __init__(self, num_steps: int) -> None:
         super().__init__("guide")  # a root name of its own, see UnmaskingModel
@@ -52,3 +60,27 @@ class RevealGuide(PyroModule):
         with pyro.plate("batch", len(tokens), dim=-1):
             distribution = self.order_distribution(tokens, attention_mask.bool(), context, context_mask)
             return {"reveal_step": pyro.sample("reveal_step", distribution)}
+
+
+class PathGuide(RevealGuide):
+    """Base of a guide that is played out step by step along the true tokens, where it sees what the denoiser sees.
+
+    Args:
+        denoiser: the model's denoiser.
+        num_steps: step budget T.
+    """
+
+    def __init__(self, denoiser: Denoiser, num_steps: int) -> None:
+        super().__init__(num_steps)
+        self.denoiser = denoiser
+
+    def law(self, path: RevealPath) -> OrderedPartition:
+        """Return q(r | x, c) along the true tokens, batch shape [B], event [L]."""
+        raise NotImplementedError
+
+    def order_distribution(
+        self, tokens: Tensor, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None
+    ) -> OrderedPartition:
+        """Follow the true tokens."""
+        canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
+        return self.law(RevealPath(canvas, tokens, self.num_steps))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
-from orderppl.denoising import Canvas, Denoiser
+from orderppl.denoising import Denoiser
 from orderppl.distributions import OrderedPartition
-from orderppl.guides.guide import RevealGuide
+from orderppl.guides.guide import PathGuide
 from orderppl.path import RevealPath
 
 
-class PolicyGuide(RevealGuide):
+class PolicyGuide(PathGuide):
     """q(z_t | s_t) = policy(s_t): no posterior network, KL 0 when the model's prior is the same object.
 
     The bound is then E_policy[ log p(x | r) ] (minus any step price), the expected path log-likelihood of what decodes.
@@ -26,13 +26,10 @@ class PolicyGuide(RevealGuide):
     def __init__(
         self, policy: nn.Module | Callable[[RevealPath], OrderedPartition], denoiser: Denoiser, num_steps: int
     ) -> None:
-        super().__init__(num_steps)
+        super().__init__(denoiser, num_steps)
         self.policy = policy
-        self.denoiser = denoiser
+        self.non_empty = bool(getattr(policy, "non_empty", False))
 
-    def order_distribution(
-        self, tokens: Tensor, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None
-    ) -> OrderedPartition:
-        """Follow the policy along the true tokens."""
-        canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
-        return self.policy(RevealPath(canvas, tokens, self.num_steps))
+    def law(self, path: RevealPath) -> OrderedPartition:
+        """The policy's own law of orders."""
+        return self.policy(path)

@@ -20,6 +20,8 @@ class RenormalisedScoreGuide(RevealGuide):
         temperature: positive; 0.05-0.1 in the paper. May be annealed while training.
     """
 
+    non_empty = True
+
     def __init__(self, network: nn.Module, num_steps: int, temperature: float = 0.1) -> None:
         super().__init__(num_steps)
         if not temperature > 0:

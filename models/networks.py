@@ -284,25 +284,31 @@ class PositionTable(nn.Module):
 
 
 FEATURES = ("confidence", "margin", "entropy")
+TRUTH_FEATURES = (*FEATURES, "likelihood")
 
 
 class PolicyNetwork(nn.Module):
     """Reads a partially revealed sequence and the denoiser's view of it; gives a reveal logit per position.
 
+    With `sees_truth` it is the network of a posterior: it is also given all true tokens, as embeddings and, by the
+    feature `likelihood`, through what the denoiser thinks of them.
+
     Per position it sees the denoiser features asked for, whether the position is masked, the share of steps left, the
     log number of masked positions and the relative position; with `reads_tokens` also the revealed tokens and the
-    prompt. It never sees hidden tokens. Gradients reach the denoiser through the features unless it is frozen.
+    prompt. Otherwise it never sees hidden tokens. Gradients reach the denoiser through the features if it is trained.
 
     Args:
         vocab_size: number of token ids, MASK included.
         width: size of the hidden vectors.
         layers: number of blocks.
         heads: attention heads.
-        features: any of `confidence` (log odds of the top token), `margin` (top minus second probability) and
-            `entropy` (share of the largest possible). Without any of them the denoiser is not called.
+        features: any of `confidence` (log odds of the top token), `margin` (top minus second probability), `entropy`
+            (share of the largest possible) and, with `sees_truth`, `likelihood` (log-probability of the true token).
+            Without any of them the denoiser is not called.
         reads_tokens: False leaves revealed tokens and prompt out.
         zero_init: start with all logits 0, as a correction on top of a heuristic does.
         bias: initial logit otherwise; the default reveals about one position in eight.
+        sees_truth: take the true tokens as a second argument.
 
     Raises:
         UserError: an unknown feature.
@@ -318,13 +324,16 @@ class PolicyNetwork(nn.Module):
         reads_tokens: bool = True,
         zero_init: bool = False,
         bias: float = -2.0,
+        sees_truth: bool = False,
     ) -> None:
         super().__init__()
-        unknown = [name for name in features if name not in FEATURES]
+        known = TRUTH_FEATURES if sees_truth else FEATURES
+        unknown = [name for name in features if name not in known]
         if unknown:
-            raise UserError("features", f"unknown feature {unknown[0]!r}", f"use any of {', '.join(FEATURES)}")
+            raise UserError("features", f"unknown feature {unknown[0]!r}", f"use any of {', '.join(known)}")
         self.features, self.reads_tokens = tuple(features), reads_tokens
         self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None
+        self.embed_truth = nn.Embedding(vocab_size, width) if sees_truth else None
         self.project = nn.Linear(len(self.features) + 4, width)
         self.backbone = Backbone(width, layers, heads)
         self.head = nn.Linear(width, 1)
@@ -335,7 +344,9 @@ class PolicyNetwork(nn.Module):
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.constant_(self.head.bias, bias)
 
-    def _describe(self, masked: Tensor, steps_left: Tensor, num_steps: int, log_probs: Tensor | None) -> Tensor:
+    def _describe(
+        self, masked: Tensor, steps_left: Tensor, num_steps: int, log_probs: Tensor | None, truth: Tensor | None
+    ) -> Tensor:
         """Features of every position: float [*, L, F]."""
         columns = []
         if log_probs is not None:
@@ -349,30 +360,42 @@ class PolicyNetwork(nn.Module):
                 columns.append(top[..., 0].exp() - top[..., 1].exp())
             if "entropy" in self.features:
                 columns.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(log_probs.shape[-1]))
+            if "likelihood" in self.features and truth is not None:
+                hidden_truth = torch.where(masked, truth, 0)  # what is not hidden may be no class of the denoiser
+                columns.append(log_probs.gather(-1, hidden_truth[..., None])[..., 0].clamp(min=-10) / 4)
         masked_here = masked.to(columns[0].dtype if columns else self.project.weight.dtype)  # [*, L]
         left = (steps_left.to(masked_here.dtype) / num_steps)[..., None].expand_as(masked_here)
         count = masked_here.sum(-1, keepdim=True).log1p().expand_as(masked_here) / 4
         return torch.stack([*columns, masked_here, left, count], -1)
 
-    def forward(self, state: UnmaskingState) -> Tensor:
+    def forward(self, state: UnmaskingState, tokens: Tensor | None = None) -> Tensor:
         """Reveal logits.
 
         Args:
-            state: stacked states with leading shape `*`.
+            state: stacked states with leading shape `*`, the batch last.
+            tokens: int64 [B, L], true tokens; given exactly when the network `sees_truth`.
 
         Returns:
             float [*, L]; meaningless where nothing is masked.
+
+        Raises:
+            ValueError: true tokens for a network that may not see them, or none for one that must.
         """
+        if (tokens is None) == (self.embed_truth is not None):
+            raise ValueError("tokens: a network sees the true tokens if sees_truth=True; build it for its place")
+        truth = None if tokens is None else tokens.masked_fill(~state.canvas.attention_mask, 0).expand_as(state.tokens)
         inputs = [state.tokens, state.masked, state.steps_left, state.log_probs if self.features else None]
         provenance = get_provenance(inputs)
-        tokens, masked, steps_left, log_probs = detach_provenance(inputs)  # run on plain tensors, as a denoiser does
+        seen, masked, steps_left, log_probs = detach_provenance(inputs)  # run on plain tensors, as a denoiser does
         lead, length = masked.shape[:-1], masked.shape[-1]
         attention = state.attention_mask.expand(masked.shape)  # [*, L]
-        described = self._describe(masked, steps_left.expand(lead), state.num_steps, log_probs)  # [*, L, F]
+        described = self._describe(masked, steps_left.expand(lead), state.num_steps, log_probs, truth)  # [*, L, F]
         position = attended_positions(attention) / (attention.sum(-1, keepdim=True) - 1).clamp(min=1)
         described = torch.cat([described, position.to(described.dtype)[..., None]], -1)
         hidden = self.project(described.reshape(-1, length, described.shape[-1]).to(self.project.weight.dtype))
-        ids, attention = tokens.reshape(-1, length), attention.reshape(-1, length)
+        if self.embed_truth is not None and truth is not None:
+            hidden = hidden + self.embed_truth(truth.reshape(-1, length))
+        ids, attention = seen.reshape(-1, length), attention.reshape(-1, length)
         if self.embed is not None:
             context, context_mask = state.canvas.context, state.canvas.context_mask
             if context is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from orderppl.distributions import BernoulliSet, OrderedPartition, RevealSet, SequentialReveal, StepwiseReveal
+from orderppl.distributions import BernoulliSet, OrderedPartition, SequentialReveal, SetLaw, StepwiseReveal
 from orderppl.path import RevealPath
 from orderppl.states import UnmaskingState
 
@@ -27,7 +27,7 @@ class RevealPrior(nn.Module):
 
     non_empty = False
 
-    def distribution(self, state: UnmaskingState) -> RevealSet:
+    def distribution(self, state: UnmaskingState) -> SetLaw:
         """Law of z_t given s_t, batch shape [*], event [L]. The last step's completion is the caller's."""
         raise NotImplementedError
 
@@ -63,7 +63,7 @@ class ScheduledSteps(RevealPrior):
     def _steps(self, masked: Tensor, num_steps: int) -> StepwiseReveal:
         return StepwiseReveal(self.step_logits(num_steps, masked.device).expand(masked.shape + (num_steps,)), masked)
 
-    def distribution(self, state: UnmaskingState) -> RevealSet:
+    def distribution(self, state: UnmaskingState) -> SetLaw:
         """Reveal by hazard P(r_i = t | r_i >= t)."""
         return self._steps(state.masked, state.num_steps).set_at(state.masked, state.step)
 
@@ -103,7 +103,7 @@ class LeftToRight(RevealPrior):
             raise ValueError(f"temperature: {temperature} is not positive; use a value such as 0.25")
         self.temperature = temperature
 
-    def distribution(self, state: UnmaskingState) -> RevealSet:
+    def distribution(self, state: UnmaskingState) -> SetLaw:
         """Reveal by rank from the left."""
         rank = state.masked.long().cumsum(-1) - 1  # [*, L]
         size = -(-state.masked.sum(-1) // state.steps_left)  # [*]
@@ -123,7 +123,7 @@ class LogitPrior(RevealPrior):
         """Log-odds of revealing each position, float [*, L]."""
         raise NotImplementedError
 
-    def distribution(self, state: UnmaskingState) -> RevealSet:
+    def distribution(self, state: UnmaskingState) -> SetLaw:
         """Reveal by the log-odds, kept away from certainty."""
         logits = self.logits(state).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
         return BernoulliSet(logits, state.masked, non_empty=self.non_empty)
@@ -217,7 +217,7 @@ class LearnedSteps(RevealPrior):
     def _plan(self, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None) -> StepwiseReveal:
         return StepwiseReveal(self.network(None, attention_mask, context, context_mask), attention_mask)
 
-    def distribution(self, state: UnmaskingState) -> RevealSet:
+    def distribution(self, state: UnmaskingState) -> SetLaw:
         """Reveal by the plan's hazard."""
         canvas = state.canvas
         return self._plan(canvas.attention_mask, canvas.context, canvas.context_mask).set_at(state.masked, state.step)
@@ -245,7 +245,7 @@ class StepPrice(RevealPrior):
         self.price = price
         self.non_empty = prior.non_empty
 
-    def distribution(self, state: UnmaskingState) -> RevealSet:
+    def distribution(self, state: UnmaskingState) -> SetLaw:
         """Same sets as the prior, each step weighed by its price while anything is masked."""
         executed = state.masked.any(-1)
         return self.prior.distribution(state).weighted(-self.price * executed.to(torch.get_default_dtype()))

@@ -514,13 +514,12 @@ class StochasticDecision:
 
     `mode` reveals {p > 0.5}, p the inclusion probability; an empty set falls to the decoder's arg-max rule.
     `sample` draws from the distribution (exactly, also when it is conditioned to be non-empty) with the noise of the
-    state: position i is revealed where noise < min(1, beta q_i), q_i its reveal probability before conditioning. Under
-    conditioning, while nothing is revealed further left, q_i is divided by 1 - prod_{j >= i} (1 - q_j).
+    state; see `RevealSet.draw`.
 
     Args:
         policy: a policy with a distribution.
         decision: "mode" or "sample".
-        beta: factor on q when sampling, above 0; above 1 reveals more than the policy was trained to.
+        beta: factor on reveal probabilities when sampling, above 0; above 1 reveals more than was trained for.
     """
 
     policy: StochasticPolicy
@@ -545,13 +544,7 @@ class StochasticDecision:
         noise = state.noise
         if noise is None:
             noise = torch.rand(state.masked.shape, dtype=torch.float64, device=state.masked.device)
-        reveal_probs = (self.beta * distribution.log_reveal.double().exp()).clamp(max=1.0) * state.masked  # [*, L]
-        revealed = noise < reveal_probs
-        if not distribution.non_empty:
-            return revealed
-        none_from_here = (1 - reveal_probs).flip(-1).cumprod(-1).flip(-1)
-        first = noise < reveal_probs / (1 - none_from_here)  # 0 / 0 where nothing is masked: never revealed
-        return torch.where(first.long().cumsum(-1) - first.long() > 0, revealed, first)
+        return distribution.draw(noise, self.beta) & state.masked
 
 
 @dataclass(frozen=True)

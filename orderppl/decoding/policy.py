@@ -9,7 +9,7 @@ from torch import Tensor
 from orderppl.states import UnmaskingState
 
 if TYPE_CHECKING:
-    from orderppl.distributions import RevealSet
+    from orderppl.distributions import SetLaw
 
 
 @runtime_checkable
@@ -34,6 +34,6 @@ class ScoredPolicy(Policy, Protocol):
 class StochasticPolicy(Policy, Protocol):
     """A policy that is a distribution over reveal sets, such as a learned prior."""
 
-    def distribution(self, state: UnmaskingState) -> RevealSet:
+    def distribution(self, state: UnmaskingState) -> SetLaw:
         """Return the distribution of z_t given the state: batch shape of `state.step`, event [L]."""
         ...

@@ -4,6 +4,7 @@ from orderppl.distributions.ordered_partition import OrderedPartition, Sequentia
 from orderppl.distributions.renormalised_reveal import RenormalisedReveal
 from orderppl.distributions.reveal_set import BernoulliSet, RenormalisedSet, RevealSet
 from orderppl.distributions.revealed_tokens import RevealedTokens
+from orderppl.distributions.set_law import SetLaw
 from orderppl.distributions.stepwise_reveal import StepwiseReveal
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "RevealSet",
     "RevealedTokens",
     "SequentialReveal",
+    "SetLaw",
     "StepwiseReveal",
 ]

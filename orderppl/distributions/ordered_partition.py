@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from orderppl.distributions.reveal_set import RevealSet
+from orderppl.distributions.set_law import SetLaw
 from orderppl.path import RevealPath
 from orderppl.states import VISIBLE, enumerate_partitions, masked_before, reveal_set, stacked_steps
 
@@ -42,10 +42,10 @@ class OrderedPartition(dist.TorchDistribution):
         self.masked = masked
         self.num_steps = num_steps
         self.steps = steps
-        self._last: tuple[Tensor, Tensor | None, RevealSet] | None = None
+        self._last: tuple[Tensor, Tensor | None, SetLaw] | None = None
         super().__init__(masked.shape[:-1], masked.shape[-1:], validate_args=validate_args)
 
-    def set_at(self, masked: Tensor, step: Tensor) -> RevealSet:
+    def set_at(self, masked: Tensor, step: Tensor) -> SetLaw:
         """Distribution of z_t given M_t, before the last step's completion.
 
         Args:
@@ -59,7 +59,7 @@ class OrderedPartition(dist.TorchDistribution):
         """Steps 0..T-1, and -1 for positions that are never masked."""
         return constraints.independent(constraints.integer_interval(VISIBLE, self.num_steps - 1), 1)
 
-    def reveal_sets(self, reveal_step: Tensor, steps: Tensor | None = None) -> RevealSet:
+    def reveal_sets(self, reveal_step: Tensor, steps: Tensor | None = None) -> SetLaw:
         """The set distributions met along an order.
 
         Args:
@@ -67,14 +67,14 @@ class OrderedPartition(dist.TorchDistribution):
             steps: int64 [S, *] or [S, 1, .., 1]; all T steps when left out.
 
         Returns:
-            A `RevealSet` with batch shape [S, *] and the masked sets M_t of that order.
+            A `SetLaw` with batch shape [S, *] and the masked sets M_t of that order.
         """
         reveal_step = detach_provenance(reveal_step)
         if self._last is None or self._last[0] is not reveal_step or self._last[1] is not steps:
             self._last = reveal_step, steps, self._sets_along(reveal_step, steps)
         return self._last[2]
 
-    def _sets_along(self, reveal_step: Tensor, steps: Tensor | None) -> RevealSet:
+    def _sets_along(self, reveal_step: Tensor, steps: Tensor | None) -> SetLaw:
         step = stacked_steps(self.num_steps, reveal_step).squeeze(-1) if steps is None else steps
         step = step.expand((step.shape[0],) + reveal_step.shape[:-1])  # [S, *]
         sets = self.set_at(masked_before(reveal_step, step.unsqueeze(-1)), step)
@@ -127,7 +127,7 @@ class SequentialReveal(OrderedPartition):
     def __init__(
         self,
         path: RevealPath,
-        distribution: Callable[..., RevealSet],
+        distribution: Callable[..., SetLaw],
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -142,11 +142,11 @@ class SequentialReveal(OrderedPartition):
         """Return the same distribution at a broader batch shape."""
         return SequentialReveal(self.path, self.distribution, batch_shape, validate_args=self._validate_args)
 
-    def set_at(self, masked: Tensor, step: Tensor) -> RevealSet:
+    def set_at(self, masked: Tensor, step: Tensor) -> SetLaw:
         """Ask the policy at the states of `masked`."""
         return self.distribution(self.path.state_at(masked, step))
 
-    def _sets_along(self, reveal_step: Tensor, steps: Tensor | None) -> RevealSet:
+    def _sets_along(self, reveal_step: Tensor, steps: Tensor | None) -> SetLaw:
         if steps is not self.path.steps:
             return super()._sets_along(reveal_step, steps)
         state = self.path(reveal_step)  # the likelihood asks for the same states: one denoiser call for both

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
+
+from orderppl.distributions.set_law import SetLaw
 
 
 def log1mexp(log_p: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def _weighted(weight: Tensor, log_value: Tensor) -> Tensor:
     return weight * log_value.masked_fill(weight == 0, 0.0)
 
 
-class RevealSet(dist.TorchDistribution):
+class RevealSet(SetLaw):
     """A random subset z of the masked positions, each position on its own, optionally given that z is not empty.
 
         log p(z) = sum_{i in M} [ z_i log q_i + (1 - z_i) log(1 - q_i) ]  -  log Z  +  log_weight
@@ -43,9 +43,6 @@ class RevealSet(dist.TorchDistribution):
         log_weight: float [*], log of an unnormalised factor such as the price of a step; 0 when left out.
     """
 
-    arg_constraints: dict[str, Any] = {}
-    has_enumerate_support = True
-
     def __init__(
         self,
         log_reveal: Tensor,
@@ -58,43 +55,16 @@ class RevealSet(dist.TorchDistribution):
         log_reveal, log_keep, masked = torch.broadcast_tensors(log_reveal, log_keep, masked)
         self.log_reveal = log_reveal.masked_fill(~masked, -torch.inf)
         self.log_keep = log_keep.masked_fill(~masked, 0.0)
-        self.masked = masked
         self.non_empty = non_empty
-        self.log_weight = log_keep.new_zeros(masked.shape[:-1]) if log_weight is None else log_weight
-        super().__init__(masked.shape[:-1], masked.shape[-1:], validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=1)
-    def support(self) -> constraints.Constraint:
-        """Subsets of all positions; those that leave M have probability 0."""
-        return constraints.independent(constraints.boolean, 1)
+        log_weight = log_keep.new_zeros(masked.shape[:-1]) if log_weight is None else log_weight
+        super().__init__(masked, log_weight, validate_args=validate_args)
 
     def _copy(self, log_reveal: Tensor, log_keep: Tensor, masked: Tensor, log_weight: Tensor) -> RevealSet:
         return RevealSet(log_reveal, log_keep, masked, self.non_empty, log_weight, validate_args=self._validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealSet:
-        """Return the same set distribution at a broader batch shape."""
-        shape = torch.Size(batch_shape) + self.event_shape
-        return self._copy(
-            self.log_reveal.expand(shape),
-            self.log_keep.expand(shape),
-            self.masked.expand(shape),
-            self.log_weight.expand(batch_shape),
-        )
-
-    def at(self, steps: Tensor) -> RevealSet:
-        """Pick steps out of a stack of sets along the first batch dimension.
-
-        Args:
-            steps: int64 [S, *], indices into that dimension, broadcast to the other batch dimensions.
-        """
-        index = steps.expand((steps.shape[0],) + tuple(self.batch_shape[1:]))
-        positions = index.unsqueeze(-1).expand(index.shape + self.event_shape)
-        return self._copy(
-            self.log_reveal.gather(0, positions),
-            self.log_keep.gather(0, positions),
-            self.masked.gather(0, positions),
-            self.log_weight.gather(0, index),
-        )
+    def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> RevealSet:
+        log_reveal, log_keep = positions(self.log_reveal), positions(self.log_keep)
+        return self._copy(log_reveal, log_keep, positions(self.masked), rows(self.log_weight))
 
     def certain(self, where: Tensor) -> RevealSet:
         """Reveal everything that is masked in the rows `where` (bool [*]), as the last step does."""
@@ -105,10 +75,6 @@ class RevealSet(dist.TorchDistribution):
             self.masked,
             self.log_weight,
         )
-
-    def weighted(self, log_weight: Tensor) -> RevealSet:
-        """Multiply the density by exp(log_weight), float [*]."""
-        return self._copy(self.log_reveal, self.log_keep, self.masked, self.log_weight + log_weight)
 
     @property
     def log_empty(self) -> Tensor:
@@ -127,11 +93,6 @@ class RevealSet(dist.TorchDistribution):
     def probs(self) -> Tensor:
         """Inclusion probability of each position, float [*, L]; given non-emptiness when conditioned."""
         return (self.log_reveal - self.log_normaliser.unsqueeze(-1)).exp()
-
-    @property
-    def mean(self) -> Tensor:
-        """Same as `probs`."""
-        return self.probs
 
     @property
     def mode(self) -> Tensor:
@@ -156,6 +117,20 @@ class RevealSet(dist.TorchDistribution):
             first = torch.distributions.Categorical(probs=first_probs).sample(sample_shape).unsqueeze(-1)
             position = torch.arange(shape[-1], device=first.device)
             return ((position == first) | (reveal & (position > first))) & self.masked
+
+    def draw(self, noise: Tensor, factor: float = 1.0) -> Tensor:
+        """Draw one set from given noise, exactly: bool [*, L].
+
+        Position i is revealed where noise < min(1, factor q_i). Under conditioning, while nothing is revealed further
+        left, q_i is divided by 1 - prod_{j >= i} (1 - q_j).
+        """
+        reveal_probs = (factor * self.log_reveal.double().exp()).clamp(max=1.0)  # [*, L]
+        revealed = noise < reveal_probs
+        if not self.non_empty:
+            return revealed
+        none_from_here = (1 - reveal_probs).flip(-1).cumprod(-1).flip(-1)
+        first = noise < reveal_probs / (1 - none_from_here)  # 0 / 0 where nothing is masked: never revealed
+        return torch.where(first.long().cumsum(-1) - first.long() > 0, revealed, first)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of a set, bool [*, L] -> float [*]; -inf for sets that leave M."""
@@ -188,14 +163,6 @@ class RevealSet(dist.TorchDistribution):
         log_empty_others = (self.log_empty.unsqueeze(-1) - log_keep).masked_fill(certain, -1.0)
         log_exclusion = log_keep + log1mexp(log_empty_others) - self.log_normaliser.unsqueeze(-1)
         return log_exclusion.exp().masked_fill(certain, 0.0)
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All 2**L subsets, bool [2**L, *, L]; those that are impossible in a row have log-probability -inf."""
-        length = self.event_shape[0]
-        code = torch.arange(2**length, device=self.masked.device)
-        bits = (code.unsqueeze(-1) >> torch.arange(length, device=code.device)) & 1
-        values = bits.bool().reshape((-1,) + (1,) * len(self.batch_shape) + (length,))
-        return values.expand((-1,) + self.batch_shape + self.event_shape) if expand else values
 
 
 class BernoulliSet(RevealSet):

@@ -15,7 +15,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import OrderedPartition, RevealedTokens
+from orderppl.distributions import OrderedPartition, RevealedTokens, SetLaw
 from orderppl.states import reveal_set, steps_used
 
 Site = dict[str, Any]
@@ -50,6 +50,8 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
 
     A program that looks at one random step per sequence cannot see gains; there the inner expectation itself is used,
     sum_i q_ti l_i(s_t) with its path-wise gradient and the score of the earlier sets (`credit="expected"`).
+    Where a set law has no closed form, what was sampled stands in: sum_{i in z_t} l_i(s_t) for its expectation, and
+    log q_t - log p_t for KL_t, both with the score of the step's own set as well.
     Any other pair of programs is handled as `TraceGraph_ELBO` does (score function restricted to downstream costs,
     Pyro's baselines), with registered KLs in closed form and the leave-one-out baseline.
 
@@ -121,11 +123,13 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
 
         hidden = likelihood.token_log_prob(detach_provenance(sites.tokens["value"]))  # l_i(s_t), [S, *, L]
         revealed = reveal_set(order, state.step.unsqueeze(-1)) & state.masked
-        probs = q_at.probs  # [S, *, L]
-        weighted = hidden.masked_fill(probs == 0, 0.0)
+        probs = _inclusion_probs(q_at)  # [S, *, L]
 
         def total(by_position: Tensor) -> Tensor:
             return weight * site_scaled(by_position.sum(-1), sites.tokens)  # [S, *]
+
+        def expected(probs: Tensor) -> Tensor:
+            return total(probs * hidden.masked_fill(probs == 0, 0.0))  # [S, *]
 
         log_q = q.step_log_prob(order)  # [T, *]
         upto = log_q.cumsum(0)  # log q(z_{<=t} | x)
@@ -133,18 +137,22 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
         reward = total(hidden.masked_fill(~revealed, 0.0))
         credit = self.credit or ("gain" if len(state.step) == q.num_steps else "expected")
         if credit == "gain":
-            fit = total(probs.detach() * weighted)  # its gradient reaches the denoiser only
+            fit = reward if probs is None else expected(probs.detach())  # its gradient reaches the denoiser only
             terms = [(reward.flip(0).cumsum(0).flip(0) - total(hidden), self._at(log_q, state.step))]
+        elif probs is None:
+            fit = reward
+            terms = [(fit, upto)]
         else:
-            fit = total(probs * weighted)
+            fit = expected(probs)
             terms = [(fit, before)]
 
         kl = self._closed_form_kl(q, p)
         if kl is not None:  # [*], whatever order was drawn
             kl = site_scaled(kl, sites.guide)
         else:
-            kl = weight * site_scaled(self._step_kl(q_at, p, order, state.step), sites.guide)  # [S, *]
-            terms.append((-self.kl_weight * kl, before if self.analytic_kl else upto))
+            by_step, exact = self._step_kl(q_at, p, order, state.step)
+            kl = weight * site_scaled(by_step, sites.guide)  # [S, *]
+            terms.append((-self.kl_weight * kl, before if exact else upto))
         objective = fit.sum() - self.kl_weight * kl.sum()
         surrogate = objective + sum((self._centred(cost.detach()) * score).sum() for cost, score in terms)
         elbo = (reward.sum() - self.kl_weight * kl.sum()).detach()
@@ -173,15 +181,16 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
             return cost
         return cost - (cost.sum(1, keepdim=True) - cost) / (self.num_particles - 1)
 
-    def _step_kl(self, q_at: Any, p: OrderedPartition, order: Tensor, step: Tensor) -> Tensor:
-        """KL(q_t || p_t) at each step, float [S, *]; the sampled log-ratio when `analytic_kl` is off."""
+    def _step_kl(self, q_at: SetLaw, p: OrderedPartition, order: Tensor, step: Tensor) -> tuple[Tensor, bool]:
+        """KL(q_t || p_t) at each step, float [S, *], or else the sampled log-ratio; and which of the two it is."""
         p_at = p.reveal_sets(order, p.steps)
-        if len(p_at.log_weight) != len(step):
+        if p_at.batch_shape[0] != len(step):
             p_at = p_at.at(step)
-        if self.analytic_kl:
-            return kl_divergence(q_at, p_at)
+        kl = self._closed_form_kl(q_at, p_at)
+        if kl is not None:
+            return kl, True
         revealed = reveal_set(order, step.unsqueeze(-1))
-        return q_at.log_prob(revealed) - p_at.log_prob(revealed)
+        return q_at.log_prob(revealed) - p_at.log_prob(revealed), False
 
     def _closed_form_kl(self, q: Any, p: Any) -> Tensor | None:
         if not self.analytic_kl:
@@ -236,6 +245,14 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
             score = detach_provenance(site["score_parts"].score_function)
             surrogate = surrogate + (score * detach_provenance(cost).detach()).sum()
         return elbo, -surrogate + baseline_loss
+
+
+def _inclusion_probs(law: SetLaw) -> Tensor | None:
+    """Inclusion probability of each position, float [*, L]; None when the law has no closed form for it."""
+    try:
+        return law.probs
+    except NotImplementedError:
+        return None
 
 
 def _reveal_sites(model_trace: Trace, guide_trace: Trace) -> RevealSites | None:

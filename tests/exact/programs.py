@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from orderppl.guides import MeanFieldGuide, PolicyGuide, RandomGuide, RenormalisedScoreGuide, RevealGuide
+from orderppl.guides import (
+    MeanFieldGuide,
+    PolicyGuide,
+    PosteriorGuide,
+    RandomGuide,
+    RenormalisedScoreGuide,
+    RevealGuide,
+)
 from orderppl.models import (
     CosineSteps,
     EasyFirst,
@@ -66,6 +73,18 @@ class StateTable(nn.Module):
         return local + local.mean(-1, keepdim=True) + self.confidence * certainty + self.step * state.step.unsqueeze(-1)
 
 
+class PosteriorTable(nn.Module):
+    """Posterior network: the policy's logits and one per true token and position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = StateTable()
+        self.token = TokenTable(1)
+
+    def forward(self, state: UnmaskingState, tokens: Tensor) -> Tensor:
+        return self.state(state) + self.token(tokens, state.canvas.attention_mask)[..., 0]
+
+
 PRIORS = {
     "uniform": lambda steps: UniformSteps(),
     "cosine": lambda steps: CosineSteps(),
@@ -78,7 +97,7 @@ PRIORS = {
     "priced_uniform": lambda steps: StepPrice(UniformSteps(), 0.7),
     "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
 }
-GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy"]
+GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 
 
 def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps: int) -> RevealGuide:
@@ -94,6 +113,8 @@ def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps
         return RenormalisedScoreGuide(TokenTable(1), num_steps, temperature=1.5)
     if name == "policy":
         return PolicyGuide(prior.prior if isinstance(prior, StepPrice) else prior, denoiser, num_steps)
+    if name == "posterior":
+        return PosteriorGuide(PosteriorTable(), denoiser, num_steps, non_empty=prior.non_empty)
     return PolicyGuide(LearnedPolicy(StateTable(), non_empty=prior.non_empty), denoiser, num_steps)
 
 

@@ -42,6 +42,7 @@ GUIDES = [
     "{name: mean_field, network: transformer, sees_tokens: true}",
     "renormalised_score",
     "policy",
+    "posterior",
 ]
 
 
@@ -76,6 +77,7 @@ def test_every_prior_with_every_guide_is_one_line(prior: str, guide: str) -> Non
         ("learned_steps", "{name: mean_field, tied: true}"),
         ("{name: step_price, prior: residual_policy}", "policy"),
         ("residual_policy", "renormalised_score"),
+        ("learned_policy", "posterior"),
     ],
 )
 def test_a_fit_is_saved_and_read_back(tmp_path: Path, prior: str, guide: str) -> None:

@@ -231,6 +231,40 @@ def test_policy_never_sees_hidden_tokens() -> None:
     assert (network(state) - network(revealed)).abs().max() > 1e-4
 
 
+def test_posterior_sees_hidden_tokens_of_its_own_row_only() -> None:
+    """One network for both places: with `sees_truth` hidden tokens count, whatever stands at padding does not."""
+    denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
+    batch = ragged()
+    state = state_of(batch, denoiser, MASK)
+    for options in ({}, {"features": ()}, {"features": ("likelihood",), "reads_tokens": False}):
+        network = PolicyNetwork(V + 1, width=16, sees_truth=True, **options)
+        logits = network(state, batch["tokens"])
+        changed = batch["tokens"].clone()
+        changed[0] = (changed[0] + 1) % V
+        other = network(state, changed)
+        assert (logits[:, 0] - other[:, 0]).abs().max() > 1e-4
+        assert torch.equal(logits[:, 1:], other[:, 1:])
+        padding = torch.where(batch["attention_mask"], batch["tokens"], 10_000)
+        assert torch.equal(network(state, padding), logits)
+        for row in range(4):
+            alone = network(cut(state, batch, row), without_padding(batch, row)["tokens"])
+            mask = batch["attention_mask"][row]
+            torch.testing.assert_close(logits[:, row][:, mask], alone[:, 0], atol=1e-5, rtol=0)
+        every_parameter_gets_gradient(network, logits)
+
+
+def test_a_network_sees_the_truth_only_where_it_was_built_to() -> None:
+    denoiser = MarkovChainDenoiser(V, 0.8, 20)
+    batch = ragged()
+    state = state_of(batch, denoiser, V)
+    with pytest.raises(ValueError, match="^tokens: "):
+        PolicyNetwork(V + 1, width=16)(state, batch["tokens"])
+    with pytest.raises(ValueError, match="^tokens: "):
+        PolicyNetwork(V + 1, width=16, sees_truth=True)(state)
+    with pytest.raises(UserError, match="unknown feature 'likelihood'"):
+        PolicyNetwork(V + 1, features=("likelihood",))
+
+
 def test_policy_starts_at_its_bias_or_at_zero_and_has_the_size_it_says() -> None:
     denoiser = MarkovChainDenoiser(V, 0.8, 20)
     state = state_of(ragged(), denoiser, V)
