@@ -28,7 +28,7 @@ from orderppl.data.gsm8k import augment_programs, load_gsm8k
 from orderppl.data.report import LoadReport
 from orderppl.data.sequences import load_sequences
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer, load_tokenizer
-from orderppl.decoding import PlannedOrder, Policy, StochasticDecision
+from orderppl.decoding import PlannedOrder, Policy, SetSizes, StochasticDecision, make_sizes
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
 from orderppl.experiments.config import RunConfig, setting
@@ -454,6 +454,39 @@ def build_policy_network(
     )
 
 
+# ------------------------------------------------------------------------------------------------------------ set sizes
+
+
+@dataclass(frozen=True)
+class UniformSizesConfig:
+    """Equal sets over the step budget; one position a step when there are as many steps as positions."""
+
+    name: Literal["uniform"] = "uniform"
+
+
+@dataclass(frozen=True)
+class CosineSizesConfig:
+    """Small sets first."""
+
+    name: Literal["cosine"] = "cosine"
+
+
+@dataclass(frozen=True)
+class FractionalSizesConfig:
+    """A given mean number of positions per step."""
+
+    name: Literal["fractional"] = "fractional"
+    mean: float = setting(2.0, "positions per step", at_least=1)
+
+
+SizesConfig = UniformSizesConfig | CosineSizesConfig | FractionalSizesConfig
+
+
+def build_sizes(config: SizesConfig) -> SetSizes:
+    """Schedule of set sizes."""
+    return make_sizes(config.mean if isinstance(config, FractionalSizesConfig) else config.name)
+
+
 # --------------------------------------------------------------------------------------------------------------- priors
 
 
@@ -515,9 +548,26 @@ class LearnedStepsConfig:
     network: SequenceConfig = setting(TableConfig, "network of the plan")
 
 
+@dataclass(frozen=True)
+class LearnedScheduleConfig:
+    """A learned probability of each step, the same for all positions."""
+
+    name: Literal["learned_schedule"] = "learned_schedule"
+
+
+@dataclass(frozen=True)
+class FixedSizesConfig:
+    """Every ordered partition of given set sizes alike."""
+
+    name: Literal["fixed_sizes"] = "fixed_sizes"
+    sizes: SizesConfig = setting(UniformSizesConfig, "positions revealed at each step")
+
+
 FreePriorConfig = (
     UniformStepsConfig
     | CosineStepsConfig
+    | LearnedScheduleConfig
+    | FixedSizesConfig
     | LeftToRightConfig
     | EasyFirstConfig
     | LearnedPolicyConfig
@@ -545,6 +595,10 @@ def build_prior(config: PriorConfig, task: Task, num_steps: int) -> RevealPrior:
             return models.UniformSteps()
         case CosineStepsConfig():
             return models.CosineSteps()
+        case LearnedScheduleConfig():
+            return models.LearnedSchedule(num_steps)
+        case FixedSizesConfig():
+            return models.FixedSizes(build_sizes(config.sizes))
         case LeftToRightConfig():
             return models.LeftToRight(config.temperature)
         case EasyFirstConfig():
@@ -583,6 +637,15 @@ class MeanFieldConfig:
 
 
 @dataclass(frozen=True)
+class PlackettLuceConfig:
+    """Scores ranked and cut into steps of fixed sizes; one position a step is LO-ARM."""
+
+    name: Literal["plackett_luce"] = "plackett_luce"
+    network: SequenceConfig = setting(EncoderConfig, "network of the scores")
+    sizes: SizesConfig = setting(UniformSizesConfig, "positions revealed at each step")
+
+
+@dataclass(frozen=True)
 class PosteriorConfig:
     """Sets that depend on the tokens and on the state on the way."""
 
@@ -607,7 +670,14 @@ class PolicyGuideConfig:
     name: Literal["policy"] = "policy"
 
 
-GuideConfig = RandomGuideConfig | MeanFieldConfig | PosteriorConfig | RenormalisedScoreConfig | PolicyGuideConfig
+GuideConfig = (
+    RandomGuideConfig
+    | MeanFieldConfig
+    | PlackettLuceConfig
+    | PosteriorConfig
+    | RenormalisedScoreConfig
+    | PolicyGuideConfig
+)
 
 
 def build_guide(
@@ -622,6 +692,10 @@ def build_guide(
     if prior.non_empty and not guide.non_empty:
         problem = f"{config.name} may reveal nothing at a step, which this prior gives probability 0: the ELBO is -inf"
         remedy = "choose a guide that never waits (policy, posterior, renormalised_score), or a prior that may wait"
+        raise UserError("guide.name", problem, remedy)
+    if prior.sizes is not None and guide.sizes != prior.sizes:
+        problem = f"{config.name} takes other set sizes than this prior's {prior.sizes}: the ELBO is -inf"
+        remedy = "choose guide=plackett_luce with the sizes of the prior, guide=policy, or another prior"
         raise UserError("guide.name", problem, remedy)
     return guide
 
@@ -641,6 +715,9 @@ def _make_guide(
                 problem = "needs a prior it can share a network with"
                 raise UserError("guide.tied", problem, "set prior=learned_steps and guide.sees_tokens=false")
             return guides.MeanFieldGuide(free.network, num_steps, sees_tokens=False)
+        case PlackettLuceConfig():
+            network = build_sequence_network(config.network, task, 1)
+            return guides.PlackettLuceGuide(network, num_steps, build_sizes(config.sizes))
         case PosteriorConfig():
             network = build_policy_network(config.network, task)
             non_empty = prior.non_empty if config.non_empty is None else config.non_empty

@@ -5,6 +5,7 @@ if __name__ != "orderppl.guides":
 
 from orderppl.guides.guide import PathGuide, RevealGuide
 from orderppl.guides.mean_field import MeanFieldGuide
+from orderppl.guides.plackett_luce import PlackettLuceGuide
 from orderppl.guides.policy import PolicyGuide
 from orderppl.guides.posterior import PosteriorGuide
 from orderppl.guides.random import RandomGuide
@@ -13,6 +14,7 @@ from orderppl.guides.renormalised_score import RenormalisedScoreGuide
 __all__ = [
     "MeanFieldGuide",
     "PathGuide",
+    "PlackettLuceGuide",
     "PolicyGuide",
     "PosteriorGuide",
     "RandomGuide",

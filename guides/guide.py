@@ -7,6 +7,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from orderppl.decoding.schedules import SetSizes
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.distributions import OrderedPartition
 from orderppl.path import RevealPath
@@ -21,9 +22,11 @@ class RevealGuide(PyroModule):
     Attributes:
         non_empty: whether every step reveals something for sure while anything is masked; a guide that may wait has an
             infinite KL to a prior that may not.
+        sizes: the schedule that its set sizes always follow, if there is one.
     """
 
     non_empty = False
+    sizes: SetSizes | None = None
 
     def __init__(self, num_steps: int) -> None:
         super().__init__("guide")  # a root name of its own, see UnmaskingModel

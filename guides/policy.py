@@ -29,6 +29,7 @@ class PolicyGuide(PathGuide):
         super().__init__(denoiser, num_steps)
         self.policy = policy
         self.non_empty = bool(getattr(policy, "non_empty", False))
+        self.sizes = getattr(policy, "sizes", None)
 
     def law(self, path: RevealPath) -> OrderedPartition:
         """The policy's own law of orders."""

@@ -6,7 +6,9 @@ if __name__ != "orderppl.models":
 from orderppl.models.priors import (
     CosineSteps,
     EasyFirst,
+    FixedSizes,
     LearnedPolicy,
+    LearnedSchedule,
     LearnedSteps,
     LeftToRight,
     LogitPrior,
@@ -21,7 +23,9 @@ from orderppl.models.unmasking import SequentialUnmaskingModel, UnmaskingModel
 __all__ = [
     "CosineSteps",
     "EasyFirst",
+    "FixedSizes",
     "LearnedPolicy",
+    "LearnedSchedule",
     "LearnedSteps",
     "LeftToRight",
     "LogitPrior",

@@ -11,7 +11,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from orderppl.distributions import BernoulliSet, OrderedPartition, SequentialReveal, SetLaw, StepwiseReveal
+from orderppl.decoding.heuristics import due_count
+from orderppl.decoding.schedules import SetSizes, make_sizes
+from orderppl.distributions import (
+    BernoulliSet,
+    OrderedPartition,
+    SequentialReveal,
+    SetLaw,
+    StepwiseReveal,
+    UniformSet,
+)
+from orderppl.errors import UserError
 from orderppl.path import RevealPath
 from orderppl.states import UnmaskingState
 
@@ -22,10 +32,15 @@ class RevealPrior(nn.Module):
     """Base: a law of the next reveal set given what is visible, and the law of whole orders that it implies.
 
     Subclasses define `distribution`. Those whose steps do not depend on the tokens also override `forward` with a
-    closed form. `non_empty` says whether every set has at least one position.
+    closed form.
+
+    Attributes:
+        non_empty: whether every set has at least one position.
+        sizes: the schedule that the set sizes always follow, if there is one.
     """
 
     non_empty = False
+    sizes: SetSizes | None = None
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Law of z_t given s_t, batch shape [*], event [L]. The last step's completion is the caller's."""
@@ -84,6 +99,65 @@ class CosineSteps(ScheduledSteps):
 
     def __init__(self) -> None:
         super().__init__(lambda u: torch.cos(u * math.pi / 2))
+
+
+class LearnedSchedule(ScheduledSteps):
+    """A learned schedule: P(r_i = t) = softmax(logits)_t, the same for all positions, whatever the tokens.
+
+    Starts as `UniformSteps`.
+
+    Args:
+        num_steps: step budget T.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__(self._remaining)
+        self.logits = nn.Parameter(torch.zeros(num_steps))
+
+    def _remaining(self, u: Tensor) -> Tensor:
+        """The fraction alpha(u) still masked, linear between the steps."""
+        masked = torch.cat([self.logits.new_ones(1), 1 - self.logits.softmax(-1).cumsum(-1)])  # [T + 1]
+        place = u.to(masked.dtype) * len(self.logits)
+        before = place.long().clamp(max=len(self.logits) - 1)
+        return torch.lerp(masked[before], masked[before + 1], place - before)
+
+    def step_logits(self, num_steps: int, device: torch.device) -> Tensor:
+        """log P(r_i = t), float [T].
+
+        Raises:
+            UserError: another number of steps than was learned.
+        """
+        if num_steps != len(self.logits):
+            problem = f"{num_steps} steps for a schedule learned for {len(self.logits)}"
+            raise UserError("num_steps", problem, "use as many steps as it was learned for")
+        return self.logits.log_softmax(-1)
+
+
+class FixedSizes(RevealPrior):
+    """Uniform over the ordered partitions with k_t positions at step t: one set of k_t after another, all alike.
+
+        p(z_t | M_t) = 1 / C(|M_t|, k_t),      p(r) = prod_t k_t! / L!
+
+    With one position a step it is uniform over the L! orders, the prior of any-order autoregressive models. A guide
+    of other sizes has an infinite KL to it.
+
+    Args:
+        sizes: schedule of the set sizes, or what `make_sizes` reads: "uniform", "cosine" or mean positions per step.
+
+    Raises:
+        UserError: an unknown schedule.
+    """
+
+    non_empty = True
+    sizes: SetSizes
+
+    def __init__(self, sizes: SetSizes | str | float = "uniform") -> None:
+        super().__init__()
+        self.sizes = make_sizes(sizes)
+
+    def distribution(self, state: UnmaskingState) -> SetLaw:
+        """Reveal as many as are due."""
+        return UniformSet(due_count(self.sizes, state), state.masked)
 
 
 class LeftToRight(RevealPrior):
@@ -244,6 +318,7 @@ class StepPrice(RevealPrior):
         self.prior = prior
         self.price = price
         self.non_empty = prior.non_empty
+        self.sizes = prior.sizes
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Same sets as the prior, each step weighed by its price while anything is masked."""

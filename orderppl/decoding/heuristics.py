@@ -88,6 +88,13 @@ def block_window(state: UnmaskingState) -> tuple[Tensor, Tensor, Tensor]:
     return state.attention_mask.sum(-1), state.step, torch.full_like(state.step, state.num_steps)
 
 
+def due_count(sizes: SetSizes, state: UnmaskingState) -> Tensor:
+    """Positions to reveal now: int64 [*], at least 1; a row ahead of or behind its schedule returns to it."""
+    positions, step, num_steps = block_window(state)
+    revealed = positions - state.masked.sum(-1)
+    return (sizes.cumulative(positions, step + 1, num_steps) - revealed).clamp(min=1)
+
+
 # ---- heuristics
 
 
@@ -132,10 +139,8 @@ class RankPolicy(Heuristic):
             raise UserError("ties", f"unknown rule {self.ties!r}", "use leftmost or random")
 
     def choose(self, state: UnmaskingState, last: Tensor | None = None) -> Tensor:
-        """Return the K first masked positions; a row that is ahead of or behind its schedule returns to it."""
-        positions, step, num_steps = block_window(state)
-        revealed = positions - state.masked.sum(-1)
-        count = (self.sizes.cumulative(positions, step + 1, num_steps) - revealed).clamp(min=1)
+        """Return the K first masked positions, K as `due_count` says."""
+        count = due_count(self.sizes, state)
         tie_break = state.noise if self.ties == "random" else None
         return (reveal_rank(self.score(state), state.masked, last, tie_break) < count[..., None]) & state.masked
 

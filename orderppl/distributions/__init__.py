@@ -1,6 +1,7 @@
 """Distributions over reveal sets and over ordered partitions, with closed-form Kullback-Leibler divergences."""
 
 from orderppl.distributions.ordered_partition import OrderedPartition, SequentialReveal
+from orderppl.distributions.plackett_luce import PlackettLuceReveal, PlackettLuceSet, UniformSet
 from orderppl.distributions.renormalised_reveal import RenormalisedReveal
 from orderppl.distributions.reveal_set import BernoulliSet, RenormalisedSet, RevealSet
 from orderppl.distributions.revealed_tokens import RevealedTokens
@@ -10,6 +11,8 @@ from orderppl.distributions.stepwise_reveal import StepwiseReveal
 __all__ = [
     "BernoulliSet",
     "OrderedPartition",
+    "PlackettLuceReveal",
+    "PlackettLuceSet",
     "RenormalisedReveal",
     "RenormalisedSet",
     "RevealSet",
@@ -17,4 +20,5 @@ __all__ = [
     "SequentialReveal",
     "SetLaw",
     "StepwiseReveal",
+    "UniformSet",
 ]

@@ -13,9 +13,11 @@ from torch.distributions import kl_divergence
 sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
 from programs import LENGTH, VOCAB, StateTable, TableDenoiser
 
+from orderppl.decoding import make_sizes
 from orderppl.denoising import Canvas
 from orderppl.distributions import (
     OrderedPartition,
+    PlackettLuceReveal,
     RenormalisedReveal,
     SequentialReveal,
     StepwiseReveal,
@@ -32,11 +34,19 @@ def make_path(masked: Tensor = MASKED, num_steps: int = STEPS, one_step: bool = 
     return RevealPath(Canvas(TableDenoiser(), masked), tokens, num_steps, one_step)
 
 
+def set_sizes(masked: Tensor, num_steps: int, sizes: float | str = "uniform") -> Tensor:
+    return make_sizes(sizes).sizes(masked.sum(-1, keepdim=True), torch.arange(num_steps), num_steps)
+
+
 ORDERS = {
     "stepwise": lambda m, steps: StepwiseReveal(torch.randn(m.shape + (steps,)), m),
     "renormalised": lambda m, steps: RenormalisedReveal(torch.randn(m.shape), 3.0, steps, m),
     "sequential": lambda m, steps: SequentialReveal(
         make_path(m, steps), LearnedPolicy(StateTable(), non_empty=False).distribution
+    ),
+    "plackett_luce": lambda m, steps: PlackettLuceReveal(0.5 * torch.randn(m.shape), set_sizes(m, steps, 2.0), m),
+    "one_a_step": lambda m, steps: PlackettLuceReveal(
+        0.5 * torch.randn(m.shape), set_sizes(m, steps), m, single=steps >= m.shape[-1]
     ),
     "sequential_non_empty": lambda m, steps: SequentialReveal(
         make_path(m, steps), LearnedPolicy(StateTable()).distribution
@@ -121,7 +131,9 @@ def test_set_at_one_step_is_that_of_the_stack(name: str):
     stack = q.reveal_sets(order)
     for t in range(STEPS - 1):
         one = q.set_at(order >= t, torch.full((len(MASKED),), t))
-        assert torch.allclose(one.probs, stack.probs[t], atol=1e-6)
+        values = one.enumerate_support()
+        of_stack = stack.at(torch.tensor([[t]])).log_prob(values.unsqueeze(1)).squeeze(1)
+        assert torch.allclose(one.log_prob(values), of_stack, atol=1e-5)
 
 
 @every_order
@@ -202,6 +214,10 @@ def test_stepwise_divergences_add_up_along_the_chain(name: str):
     may_wait = "stepwise" if name in ("stepwise", "sequential") else name
     q, p = make_order(name), make_order("sequential" if may_wait == "stepwise" else "stepwise")
     values, probs = probs_of_all(q)
+    if name == "plackett_luce":  # sets of several positions have no closed form
+        with pytest.raises(NotImplementedError):
+            kl_divergence(q.reveal_sets(values), p.reveal_sets(values))
+        return
     possible = probs > 0
     log_ratio = (q.log_prob(values) - p.log_prob(values)).masked_fill(~possible, 0.0)
     by_step = kl_divergence(q.reveal_sets(values), p.reveal_sets(values)).sum(0).masked_fill(~possible, 0.0)

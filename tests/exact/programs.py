@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from orderppl.decoding import UniformSizes
 from orderppl.guides import (
     MeanFieldGuide,
+    PlackettLuceGuide,
     PolicyGuide,
     PosteriorGuide,
     RandomGuide,
@@ -16,7 +18,9 @@ from orderppl.guides import (
 from orderppl.models import (
     CosineSteps,
     EasyFirst,
+    FixedSizes,
     LearnedPolicy,
+    LearnedSchedule,
     LearnedSteps,
     LeftToRight,
     ResidualPolicy,
@@ -94,10 +98,14 @@ PRIORS = {
     "may_wait_policy": lambda steps: LearnedPolicy(StateTable(), non_empty=False),
     "residual_policy": lambda steps: ResidualPolicy(EasyFirst(0.5), StateTable(), non_empty=False),
     "learned_steps": lambda steps: LearnedSteps(TokenTable(steps)),
+    "learned_schedule": lambda steps: LearnedSchedule(steps),
+    "fixed_sizes": lambda steps: FixedSizes(2.0),
+    "priced_one_each": lambda steps: StepPrice(FixedSizes(UniformSizes(LENGTH)), 0.7),
     "priced_uniform": lambda steps: StepPrice(UniformSteps(), 0.7),
     "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
+GUIDES += ["plackett_luce", "one_each"]
 
 
 def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps: int) -> RevealGuide:
@@ -113,13 +121,20 @@ def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps
         return RenormalisedScoreGuide(TokenTable(1), num_steps, temperature=1.5)
     if name == "policy":
         return PolicyGuide(prior.prior if isinstance(prior, StepPrice) else prior, denoiser, num_steps)
+    if name == "plackett_luce":
+        return PlackettLuceGuide(TokenTable(1), num_steps, sizes=2.0)
+    if name == "one_each":
+        return PlackettLuceGuide(TokenTable(1), num_steps, sizes=UniformSizes(LENGTH))
     if name == "posterior":
         return PosteriorGuide(PosteriorTable(), denoiser, num_steps, non_empty=prior.non_empty)
     return PolicyGuide(LearnedPolicy(StateTable(), non_empty=prior.non_empty), denoiser, num_steps)
 
 
 def is_finite_pair(guide: str, prior: str) -> bool:
-    """Whether KL(guide || prior) is finite: a guide that may wait does not fit a prior that may not."""
+    """Whether KL(guide || prior) is finite: a guide must not wait or take other sizes where the prior cannot."""
+    same_sizes = {"fixed_sizes": {"plackett_luce", "policy"}, "priced_one_each": {"one_each", "policy"}}
+    if prior in same_sizes:
+        return guide in same_sizes[prior]
     waits = {"random", "mean_field", "plan"}
     never_waits = {"left_to_right", "easy_first", "learned_policy", "priced_policy"}
     return not (guide in waits and prior in never_waits)

@@ -34,6 +34,9 @@ PRIORS = [
     "learned_policy",
     "residual_policy",
     "learned_steps",
+    "learned_schedule",
+    "fixed_sizes",
+    "{name: fixed_sizes, sizes: cosine}",
     "{name: step_price, price: 0.5, prior: residual_policy}",
 ]
 GUIDES = [
@@ -43,6 +46,8 @@ GUIDES = [
     "renormalised_score",
     "policy",
     "posterior",
+    "plackett_luce",
+    "{name: plackett_luce, sizes: cosine}",
 ]
 
 
@@ -54,8 +59,10 @@ def settings(*more: str) -> fit_order.Config:
 @pytest.mark.parametrize("prior", PRIORS)
 def test_every_prior_with_every_guide_is_one_line(prior: str, guide: str) -> None:
     config = settings(f"prior={prior}", f"guide={guide}")
-    never_empty = prior not in ("uniform_steps", "cosine_steps", "learned_steps")
-    if never_empty and isinstance(config.guide, RandomGuideConfig | MeanFieldConfig):
+    may_wait = isinstance(config.guide, RandomGuideConfig | MeanFieldConfig)
+    never_empty = prior not in ("uniform_steps", "cosine_steps", "learned_steps", "learned_schedule")
+    other_sizes = "sizes" in prior and guide not in ("policy", prior.replace("fixed_sizes", "plackett_luce"))
+    if (may_wait and never_empty) or other_sizes:
         with pytest.raises(UserError, match=r"guide.name: .* the ELBO is -inf"):
             build_problem(config)
         return
@@ -78,6 +85,7 @@ def test_every_prior_with_every_guide_is_one_line(prior: str, guide: str) -> Non
         ("{name: step_price, prior: residual_policy}", "policy"),
         ("residual_policy", "renormalised_score"),
         ("learned_policy", "posterior"),
+        ("learned_schedule", "{name: plackett_luce, sizes: {name: fractional, mean: 2.5}}"),
     ],
 )
 def test_a_fit_is_saved_and_read_back(tmp_path: Path, prior: str, guide: str) -> None:
