@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderppl.denoising import Denoiser
+from orderppl.denoising import Canvas, Denoiser
+from orderppl.distributions import RevealedTokens, StepwiseReveal
 from orderppl.errors import UserError
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
+from orderppl.path import RevealPath
 from orderppl.states import enumerate_partitions
 
 
@@ -115,3 +117,16 @@ def test_refuses_longer_canvases_and_no_steps() -> None:
         denoiser.best_order(0)
     with pytest.raises(UserError, match="length: 5"):
         denoiser.best_order(2, length=5)
+
+
+def test_plan_log_likelihood_is_the_sum_over_all_orders() -> None:
+    """Every order of 5 positions in 3 steps, weighed by its probability under the plan."""
+    torch.manual_seed(0)
+    denoiser = MarkovChainDenoiser(3, 0.7, 5)
+    tokens = torch.randint(0, 3, (4, 5))
+    plan = StepwiseReveal(torch.randn(5, 3).expand(4, 5, 3))
+    orders = enumerate_partitions(5, 3).unsqueeze(1).expand(-1, 4, -1)  # [N, B, L]
+    path = RevealPath(Canvas(denoiser, torch.ones(4, 5, dtype=torch.bool)), tokens, 3)
+    log_likelihood = RevealedTokens(path(orders), orders).log_prob(tokens)  # [N, B]
+    expected = (plan.log_prob(orders).exp() * log_likelihood).sum(0)
+    torch.testing.assert_close(denoiser.plan_log_likelihood(tokens, plan.probs).float(), expected, rtol=0, atol=1e-4)
