@@ -37,6 +37,7 @@ EXPERIMENTS = {
     "train-denoiser": "Train a small masked-diffusion transformer on a task.",
     "fit-order": "Fit a guide and a reveal prior to a denoiser; can be interrupted and resumed.",
     "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",
+    "benchmark estimators": "Bias, variance and cost of every gradient estimator, against exact gradients.",
     "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
 }
 """Name on the command line -> one line of help. The module has the same name, with underscores; `benchmark speed`, two
@@ -71,9 +72,7 @@ def build_app(asked_for: str | None = None) -> typer.Typer:
 
 
 def _group(summary: str) -> typer.Typer:
-    group = typer.Typer(
-        help=summary, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False
-    )
+    group = typer.Typer(help=summary, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
     group.callback()(lambda: None)  # keeps a group with a single command a group
     return group
 

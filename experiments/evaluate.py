@@ -125,4 +125,3 @@ def chain_gaps(
         record = {"metric": "gap_nats", "value": interval.value, "low": interval.low, "high": interval.high}
         records.append({**record, "arm": arm, "steps": num_steps, "n": len(gap), "seed": seed, **(labels or {})})
     return records
-

@@ -83,17 +83,28 @@ class Replicates:
         model: the unmasking model.
         guide: its guide.
         batch: arguments of both.
-        parameters: leaves of shape [R, ..]; their gradients are R draws.
     """
 
     model: UnmaskingModel
     guide: RevealGuide
     batch: dict[str, Tensor]
-    parameters: list[nn.Parameter]
 
-    def gradients(self) -> Tensor:
-        """The draws left by a backward pass: float64 [R, P]."""
-        return torch.cat([p.grad.flatten(1) for p in self.parameters if p.grad is not None], 1).double()
+    @property
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable leaves [R, ..] of the `order` (guide and prior) and of the `denoiser`."""
+        denoiser = [p for p in self.model.denoiser.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        every = dict.fromkeys([*self.guide.parameters(), *self.model.parameters()])
+        order = [p for p in every if not any(p is other for other in denoiser)]
+        return {"order": order, "denoiser": denoiser} if denoiser else {"order": order}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The draws that a backward pass left in each group: float64 [R, P]."""
+        return {
+            group: torch.cat(
+                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten(1).double() for p in leaves], 1
+            )
+            for group, leaves in self.parameters.items()
+        }
 
 
 Problem = Callable[[int, bool], Replicates]  # (rows, one_step) -> the pair
@@ -127,9 +138,40 @@ def tiny_problem(guide_name: str, num_steps: int = 3, length: int = 3, vocab_siz
             guide = PolicyGuide(prior, denoiser, num_steps)
         else:
             guide = RenormalisedScoreGuide(RowTable(table(length, 1)), num_steps, temperature=1.0)
-        model = UnmaskingModel(denoiser, prior, num_steps, one_step)
-        parameters = list(dict.fromkeys([*guide.parameters(), *model.parameters()]))
-        return Replicates(model, guide, {"tokens": tokens}, parameters)
+        return Replicates(UnmaskingModel(denoiser, prior, num_steps, one_step), guide, {"tokens": tokens})
+
+    return make
+
+
+class StepPolicy(nn.Module):
+    """Reveal logits by step and position, one table per row.
+
+    Args:
+        table: float [R, T, L].
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, state: UnmaskingState) -> Tensor:
+        """Look up float [*, R, L]."""
+        return self.table[torch.arange(len(self.table), device=state.step.device), state.step]
+
+
+def chain_policy_problem(tokens: Tensor, logits: Tensor) -> Problem:
+    """A policy that is its own guide on one sequence of the exact Markov chain (4 states, stay 0.85).
+
+    Args:
+        tokens: int64 [L], the sequence.
+        logits: float [T, L], reveal logits.
+    """
+
+    def make(rows: int, one_step: bool) -> Replicates:
+        denoiser = MarkovChainDenoiser(num_states=4, stay=0.85, length=len(tokens))
+        prior = LearnedPolicy(StepPolicy(logits.expand((rows,) + logits.shape).clone()))
+        model = UnmaskingModel(denoiser, prior, len(logits), one_step)
+        return Replicates(model, PolicyGuide(prior, denoiser, len(logits)), {"tokens": tokens.repeat(rows, 1)})
 
     return make
 
@@ -147,7 +189,6 @@ def chain_problem(tokens: Tensor, num_steps: int, logits: Tensor) -> Problem:
         denoiser = MarkovChainDenoiser(num_states=4, stay=0.85, length=len(tokens))
         guide = MeanFieldGuide(RowTable(logits.expand((rows,) + logits.shape).clone()), num_steps, sees_tokens=False)
         model = UnmaskingModel(denoiser, UniformSteps(), num_steps, one_step)
-        batch = {"tokens": tokens.expand(rows, len(tokens)).clone()}
-        return Replicates(model, guide, batch, list(guide.parameters()))
+        return Replicates(model, guide, {"tokens": tokens.repeat(rows, 1)})
 
     return make

@@ -45,9 +45,7 @@ def environment(device: str | torch.device = "cpu", dtype: str | torch.dtype = "
     }
 
 
-def write_results(
-    out: str | Path, experiment: str, config: object, records: Iterable[Record], seconds: float
-) -> Path:
+def write_results(out: str | Path, experiment: str, config: object, records: Iterable[Record], seconds: float) -> Path:
     """Write `out/results.json`.
 
     Args:
