@@ -36,7 +36,7 @@ from orderppl.experiments.build import (
 )
 from orderppl.experiments.config import setting
 from orderppl.experiments.evaluate import heuristics
-from orderppl.experiments.fit_order import fit_problem
+from orderppl.experiments.fit_order import fit_problem, save_order
 from orderppl.experiments.results import Record, results_table
 from orderppl.guides import MeanFieldGuide
 from orderppl.inference.checkpoints import write_text
@@ -78,6 +78,7 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     if not resume:  # the same command again replaces its own run
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     fit_problem(config, problem, out, resume=resume)
+    save_order(replace(config, task=task_config), problem, out)
 
     test = list(problem.task.stream("test", 64, shuffle=False, device=config.device).once())
     policies: dict[str, Policy] = {

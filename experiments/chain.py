@@ -22,7 +22,7 @@ from orderppl.errors import UserError
 from orderppl.experiments.build import ChainTask, OrderConfig, OrderProblem, build_problem, learned_policy
 from orderppl.experiments.config import setting
 from orderppl.experiments.evaluate import chain_gaps
-from orderppl.experiments.fit_order import final_kl_weight, fit_problem, held_out_bound
+from orderppl.experiments.fit_order import final_kl_weight, fit_problem, held_out_bound, save_order
 from orderppl.experiments.results import Record, results_table
 from orderppl.models.denoisers import MarkovChainDenoiser
 
@@ -71,7 +71,7 @@ def reference_arms(denoiser: MarkovChainDenoiser, num_steps: int) -> dict[str, P
 
 
 def best_of_starts(config: Config, seed: int, out: Path) -> OrderProblem:
-    """Fit from several random starts and keep the best on validation rows."""
+    """Fit from several random starts and keep the best on validation rows, in the folder of the seed."""
     found: list[tuple[float, OrderProblem]] = []
     brief = replace(config.fit, checkpoint_every=None)  # a fit takes seconds
     for start in range(config.starts):
@@ -82,4 +82,6 @@ def best_of_starts(config: Config, seed: int, out: Path) -> OrderProblem:
         held_out = problem.task.stream("validation", 500, shuffle=False, device=config.device)
         bound = held_out_bound(problem, held_out, final_kl_weight(config))()
         found.append((bound["objective"], problem))
-    return max(found, key=lambda pair: pair[0])[1]
+    best = max(found, key=lambda pair: pair[0])[1]
+    save_order(config, best, out / f"seed-{seed}")
+    return best

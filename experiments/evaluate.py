@@ -22,10 +22,9 @@ from orderppl.decoding import PlannedOrder, Policy, make_policy
 from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
 from orderppl.evaluation import bootstrap_mean, evaluate_policies, path_likelihood
-from orderppl.experiments.build import OrderProblem, build_problem, learned_policy
+from orderppl.experiments.build import OrderConfig, OrderProblem, Task, build_problem, learned_policy
 from orderppl.experiments.config import RunConfig, load_config, setting
-from orderppl.experiments.fit_order import ORDER_FILE, learned_modules
-from orderppl.experiments.fit_order import Config as FitOrderConfig
+from orderppl.experiments.fit_order import ORDER_FILE, ORDER_SETTINGS, learned_modules
 from orderppl.experiments.results import Record, results_table
 from orderppl.inference.checkpoints import load_weights
 from orderppl.models.denoisers import MarkovChainDenoiser
@@ -35,7 +34,7 @@ from orderppl.models.denoisers import MarkovChainDenoiser
 class Config(RunConfig):
     """Settings of evaluate."""
 
-    run: str = setting("runs/fit-order", "folder of a fit-order run", file=True, option="--run")
+    run: str = setting("runs/fit-order", "folder with an order.safetensors", file=True, option="--run")
     split: Literal["train", "validation", "test"] = setting("test", "rows to use", option="--split")
     decision: Literal["mode", "sample", "rank"] = setting(
         "mode", "how the learned probabilities become reveal sets: mode, sample or (plans) rank", option="--decision"
@@ -79,18 +78,39 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     return records
 
 
-def load_order(run: str | Path, device: str = "cpu") -> tuple[FitOrderConfig, OrderProblem]:
-    """Rebuild the objects of a fit-order run and load what it learned.
+def load_settings(folder: str | Path) -> OrderConfig:
+    """Settings of the order that `save_order` kept in a folder.
 
     Raises:
-        UserError: the folder holds no finished run, or one of another architecture.
+        UserError: the folder holds no learned order, or settings of another version.
     """
-    weights = Path(run) / ORDER_FILE
-    if not weights.is_file():
-        raise UserError("run", f"{run} holds no {ORDER_FILE}", "run fit-order there to the end first")
-    config = load_config(FitOrderConfig, Path(run) / "config.yaml")
-    problem = build_problem(config)
-    load_weights(learned_modules(problem), weights)
+    if not (Path(folder) / ORDER_FILE).is_file():
+        raise UserError("run", f"{folder} holds no {ORDER_FILE}", "run fit-order there to the end first")
+    settings = Path(folder) / ORDER_SETTINGS
+    if not settings.is_file():  # runs of fit-order from before there was such a file
+        settings = Path(folder) / "config.yaml"
+    if not settings.is_file():
+        raise UserError("run", f"{folder} holds no {ORDER_SETTINGS}", "run its experiment again with this version")
+    try:
+        return load_config(OrderConfig, settings)
+    except UserError as error:
+        raise UserError(str(settings), f"{error.field}: {error.problem}", error.remedy) from error
+
+
+def load_order(folder: str | Path, device: str = "cpu", task: Task | None = None) -> tuple[OrderConfig, OrderProblem]:
+    """Rebuild the objects of a learned order and load its weights.
+
+    Args:
+        folder: where `save_order` put it: a fit-order or antibodies run, a seed of a chain run, an arm of a gsm8k run.
+        device: where the programs go.
+        task: its data, when they are already there.
+
+    Raises:
+        UserError: the folder holds no learned order, or one of another architecture.
+    """
+    config = load_settings(folder)
+    problem = build_problem(config, task)
+    load_weights(learned_modules(problem), Path(folder) / ORDER_FILE)
     problem.model.to(device)
     problem.guide.to(device)
     return config, problem

@@ -4,13 +4,15 @@
     orderppl fit-order --config chain --out runs/chain-order --resume        # after an interruption
     orderppl fit-order --config chain --set prior=cosine_steps --set guide.network=transformer
 
-The run folder holds order.safetensors (what was learned), log.jsonl (every update), checkpoints, config.yaml and
-results.json; `orderppl evaluate --run` compares the learned policy with the heuristics.
+The run folder holds order.safetensors (what was learned), order.yaml (what rebuilds its objects), log.jsonl (every
+update), checkpoints, config.yaml and results.json; `orderppl evaluate --run` compares the learned policy with the
+heuristics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -27,13 +29,14 @@ from orderppl.experiments.build import (
     build_schedule,
     learned_policy,
 )
+from orderppl.experiments.config import dump_config
 from orderppl.experiments.results import Record, results_table
 from orderppl.inference.batches import BatchStream
-from orderppl.inference.checkpoints import save_weights
+from orderppl.inference.checkpoints import save_weights, write_text
 from orderppl.inference.fit import OrderLoss, fit
 
 CONFIG = "chain"
-ORDER_FILE = "order.safetensors"
+ORDER_FILE, ORDER_SETTINGS = "order.safetensors", "order.yaml"
 METRICS = {"elbo": "elbo", "log_likelihood": "log_likelihood", "kl": "kl", "steps": "mean_steps"}  # ours: reported as
 
 
@@ -45,6 +48,7 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     """Fit, save what was learned, and measure it on the test split."""
     problem = build_problem(config)
     fit_problem(config, problem, out, resume=resume)
+    save_order(config, problem, out)
     test = problem.task.stream("test", config.fit.batch_size, shuffle=False, device=config.device)
     labels = {"task": problem.task.name, "steps": config.num_steps, "seed": config.seed, "split": "test"}
     bound = held_out_bound(problem, test, final_kl_weight(config))
@@ -64,7 +68,7 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
 
 
 def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: bool = False) -> None:
-    """Run the fit that a config describes, with its log and checkpoints in `out`, and save what was learned there."""
+    """Run the fit that a config describes, with its log and checkpoints in `out`; what it learned is not saved yet."""
     settings = config.fit
     held_out = problem.task.stream("validation", settings.batch_size, shuffle=False, device=config.device)
     validate = held_out_bound(problem, held_out, final_kl_weight(config))
@@ -93,7 +97,19 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         checkpoint_every=settings.checkpoint_every,
         resume=resume,
     )
-    save_weights(learned_modules(problem), out / ORDER_FILE)
+
+
+def save_order(config: OrderConfig, problem: OrderProblem, folder: Path) -> None:
+    """Keep a learned order where `load_order` finds it: its weights, and the settings that rebuild their objects.
+
+    Args:
+        config: of the fit; a subclass's own settings are left out, `task` and `seed` must be those of the data.
+        problem: the fitted objects.
+        folder: where the two files go.
+    """
+    settings = OrderConfig(**{item.name: getattr(config, item.name) for item in fields(OrderConfig)})
+    save_weights(learned_modules(problem), folder / ORDER_FILE)
+    write_text(folder / ORDER_SETTINGS, dump_config(settings))
 
 
 def learned_modules(problem: OrderProblem) -> nn.ModuleDict:

@@ -58,7 +58,7 @@ from orderppl.experiments.build import (
     saved_tokenizer,
 )
 from orderppl.experiments.config import RunConfig, config_dict, dump_config, setting
-from orderppl.experiments.fit_order import ORDER_FILE, fit_problem, learned_modules
+from orderppl.experiments.fit_order import ORDER_FILE, fit_problem, learned_modules, save_order
 from orderppl.experiments.fit_order import Config as FitOrderConfig
 from orderppl.experiments.results import Record
 from orderppl.experiments.train_denoiser import Config as TrainDenoiserConfig
@@ -219,7 +219,9 @@ class Study:
         identity = config_dict(settings) | {"denoiser": self._denoiser_hash()}
 
         def work(resume: bool) -> list[Record]:
-            fit_problem(settings, self._problem(arm), self.out / arm.arm, resume=resume)
+            problem = self._problem(arm)
+            fit_problem(settings, problem, self.out / arm.arm, resume=resume)
+            save_order(settings, problem, self.out / arm.arm)
             return []
 
         self._stage(arm.arm, settings, identity, work)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orderppl.experiments import evaluate
 from orderppl.experiments.cli import main
 
 FEW = ["--set", "fit.updates=3", "--set", "fit.kl_weight.updates=2", "--set", "elbo.num_particles=2"]
@@ -49,6 +50,9 @@ def test_chain_measures_every_arm_for_every_seed(tmp_path: Path):
     assert {seed for arm, seed in gaps if arm == "learned"} == {0, 1}
     assert gaps["best fixed order", 0] < 0.15 < 1 < gaps["random", 0] < gaps["left to right", 0]
     assert result["experiment"] == "chain" and result["environment"]["device"]
+    fitted = evaluate.Config(run=str(tmp_path / "c" / "seed-1"))  # kept with the data of the first seed
+    again = {r["arm"]: r["value"] for r in evaluate.run(fitted, tmp_path) if r["metric"] == "gap_nats"}
+    assert again["learned"] == pytest.approx(gaps["learned", 1], abs=1e-6)
 
 
 @needs_weights
