@@ -39,6 +39,7 @@ EXPERIMENTS = {
     "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",
     "benchmark estimators": "Bias, variance and cost of every gradient estimator, against exact gradients.",
     "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
+    "benchmark speed": "Time and memory of an SVI update, beside the same update written by hand in plain torch.",
 }
 """Name on the command line -> one line of help. The module has the same name, with underscores; `benchmark speed`, two
 words, is the command `speed` of the group `benchmark`."""

@@ -10,6 +10,7 @@ from orderppl.guides.policy import PolicyGuide
 from orderppl.guides.posterior import PosteriorGuide
 from orderppl.guides.random import RandomGuide
 from orderppl.guides.renormalised_score import RenormalisedScoreGuide
+from orderppl.guides.sequential import SequentialGuide
 
 __all__ = [
     "MeanFieldGuide",
@@ -20,4 +21,5 @@ __all__ = [
     "RandomGuide",
     "RenormalisedScoreGuide",
     "RevealGuide",
+    "SequentialGuide",
 ]

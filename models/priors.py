@@ -76,7 +76,7 @@ class ScheduledSteps(RevealPrior):
         return (remaining[:-1] - remaining[1:]).log().to(torch.get_default_dtype())
 
     def _steps(self, masked: Tensor, num_steps: int) -> StepwiseReveal:
-        return StepwiseReveal(self.step_logits(num_steps, masked.device).expand(masked.shape + (num_steps,)), masked)
+        return StepwiseReveal(self.step_logits(num_steps, masked.device)[None], masked)
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Reveal by hazard P(r_i = t | r_i >= t)."""
@@ -323,7 +323,7 @@ class StepPrice(RevealPrior):
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Same sets as the prior, each step weighed by its price while anything is masked."""
         executed = state.masked.any(-1)
-        return self.prior.distribution(state).weighted(-self.price * executed.to(torch.get_default_dtype()))
+        return state.law(self.prior.distribution).weighted(-self.price * executed.to(torch.get_default_dtype()))
 
     def select(self, state: UnmaskingState) -> Tensor:
         """Selects as the prior does."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
 from orderppl.denoising import Canvas, Denoiser
-from orderppl.distributions import RevealedTokens
+from orderppl.distributions import HiddenTokens, RevealedTokens, Tracked
 from orderppl.models.priors import RevealPrior
 from orderppl.path import RevealPath
-from orderppl.states import UnmaskingState
+from orderppl.states import UnmaskingState, same_step
 
 
 class UnmaskingModel(PyroModule):
@@ -102,21 +102,28 @@ class SequentialUnmaskingModel(PyroModule):
         if attention_mask is None:
             attention_mask = torch.ones_like(tokens, dtype=torch.bool)
         canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
-        state = torch.where(canvas.attention_mask, canvas.mask_index, tokens)
-        masked = canvas.attention_mask
+        prior, masked = self.prior, canvas.attention_mask
+        state = torch.where(masked, canvas.mask_index, tokens)
         scored = torch.where(masked, tokens, 0)  # padding may hold ids that are no class of the denoiser
+        provenance: frozenset[str] = frozenset()  # of all that was drawn so far; the steps work on plain tensors
         with pyro.plate("batch", len(tokens), dim=-1):
             for t in range(self.num_steps):
-                step = masked.new_full(masked.shape[:-1], t, dtype=torch.int64)
-                seen = UnmaskingState(state, masked, step, self.num_steps, canvas)
-                sets = self.prior.distribution(seen)
+                seen = UnmaskingState(state, masked, same_step(t, masked), self.num_steps, canvas)
+                sets = prior.distribution(seen)
                 if t < self.num_steps - 1:
-                    reveal = pyro.sample(f"reveal_{t}", sets)
+                    reveal = pyro.sample(f"reveal_{t}", Tracked(sets, provenance))
+                    provenance |= get_provenance(reveal)
+                    reveal = detach_provenance(reveal)
                 else:  # no choice is left; the site counts the price of a step
-                    reveal = pyro.sample(f"reveal_{t}", sets.certain(torch.ones_like(step).bool()), obs=masked)
-                likelihood = dist.Categorical(logits=seen.logits).mask(reveal).to_event(1)
+                    reveal = masked
+                    pyro.sample(f"reveal_{t}", Tracked(sets.certain(seen.is_last), provenance), obs=masked)
                 # The sampled value, not `tokens`, builds the next state: it is the generated one under uncondition.
-                value = pyro.sample(f"tokens_{t}", likelihood, obs=scored)
+                value = pyro.sample(f"tokens_{t}", Tracked(HiddenTokens(seen, reveal), provenance), obs=scored)
+                provenance |= get_provenance(value)
+                value = detach_provenance(value)
+                if value is scored:
+                    seen.token_log_prob(scored)
+                    seen.forget_logits()  # or the trace would hold those of all steps
                 state = torch.where(reveal, value, state)
                 masked = masked & ~reveal
-        return state
+        return track_provenance(state, provenance)

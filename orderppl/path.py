@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from orderppl.denoising import Canvas
-from orderppl.states import UnmaskingState, masked_before, partial_state, stacked_steps
+from orderppl.states import FollowedStates, StackedStates, UnmaskingState, masked_before, partial_state, stacked_steps
 
 # Orders that a policy has just been followed along, with the states it met. The guide that drew an order and the model
 # that scores it are two programs with a path each; through this they share the denoiser calls.
@@ -59,9 +59,19 @@ class RevealPath:
             step = stacked_steps(self.num_steps, order).squeeze(-1) if self.steps is None else self.steps
             step = step.reshape(step.shape[:1] + (1,) * (len(shape) - step.dim()) + step.shape[1:])
             step = step.expand(step.shape[:1] + shape[:-1])  # [S, *, B]
-            state = self.state_at(masked_before(order, step.unsqueeze(-1)), step)
-            self._last = reveal_step, state
+            masked = masked_before(order, step.unsqueeze(-1))
+            self._last = reveal_step, self._stack(masked, step) if self.steps is None else self.state_at(masked, step)
         return self._last[1]
+
+    def _stack(self, masked: Tensor, step: Tensor) -> StackedStates:
+        tokens = partial_state(self.tokens, masked, self.canvas.mask_index)
+        return StackedStates(tokens, masked, step, self.num_steps, self.canvas)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no gradient can reach the denoiser."""
+        denoiser = self.canvas.denoiser
+        return not (isinstance(denoiser, torch.nn.Module) and any(p.requires_grad for p in denoiser.parameters()))
 
     def remember(self, reveal_step: Tensor, states: list[UnmaskingState]) -> None:
         """Keep the states met while an order was drawn, so that scoring it needs no further denoiser call.
@@ -70,17 +80,33 @@ class RevealPath:
 
         Args:
             reveal_step: int64 [*, B, L], the order.
-            states: its T states, leading shape [*, B].
+            states: its T states; the first without particles, leading shape [B], the others [*, B].
         """
-        denoiser = self.canvas.denoiser
-        parameters = denoiser.parameters() if isinstance(denoiser, torch.nn.Module) else ()
-        if any(parameter.requires_grad for parameter in parameters):
+        if not self.is_frozen:
             return
-        stacked = self.state_at(torch.stack([s.masked for s in states]), torch.stack([s.step for s in states]))
-        if "logits" in states[0].__dict__:  # a policy that ignores the logits has made no denoiser call worth keeping
-            stacked.logits = torch.stack([s.logits for s in states])
+        was_read = "logits" in states[0].__dict__
+        if was_read:
+            for state in states:
+                state.token_log_prob(self.tokens)  # at the last step, which no policy looks at, too
+                state.__dict__.pop("log_probs", None)  # as large as the logits, and made of them
+        stacked: StackedStates = FollowedStates(states)
+        if not was_read:  # a policy that ignores the logits has made no denoiser call worth keeping
+            stacked = StackedStates(stacked.tokens, stacked.masked, stacked.step, self.num_steps, self.canvas)
         self._last = reveal_step, stacked
         _FOLLOWED[reveal_step] = self.tokens, stacked  # must not hold the key, or it would never be freed
+
+    def adopt(self, reveal_step: Tensor, tokens: Tensor, states: UnmaskingState) -> bool:
+        """Go on with the states of an order that a path of another program has built, if they are the same T states.
+
+        Args:
+            reveal_step: int64 [*, B, L], the order.
+            tokens: int64 [B, L], the clean tokens of the other path.
+            states: its stack.
+        """
+        if self.steps is not None or len(states.step) != self.num_steps or not self._shares(tokens, states):
+            return False
+        self._last = reveal_step, states
+        return True
 
     def _shares(self, tokens: Tensor, state: UnmaskingState) -> bool:
         mine, theirs = self.canvas, state.canvas

@@ -6,8 +6,11 @@ is visible from the start (padding). So `reveal_step >= t` is the set M_t still 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +23,11 @@ VISIBLE = -1  # reveal_step of a position that is never masked
 def stacked_steps(num_steps: int, like: Tensor) -> Tensor:
     """All step indices, ready to broadcast against `like` [*, L] from a new leading dimension: int64 [T, 1.., 1]."""
     return torch.arange(num_steps, device=like.device).reshape((-1,) + (1,) * like.dim())
+
+
+def same_step(step: int, like: Tensor) -> Tensor:
+    """One step index for all rows of `like` [*, L]: int64 [*], expanded from a single number."""
+    return torch.full((1,) * (like.dim() - 1), step, device=like.device).expand(like.shape[:-1])
 
 
 def masked_before(reveal_step: Tensor, step: Tensor | int) -> Tensor:
@@ -64,6 +72,7 @@ class UnmaskingState:
             it depends on the seed, the row and the step only, never on the batch. None when a caller samples by torch.
         memory: tensors with the batch as first dimension that a policy keeps between the steps of one decoding;
             rows leave it as they leave the batch.
+        laws: reveal sets already found here, by the method that gives them, for others that follow the same policy.
     """
 
     tokens: Tensor
@@ -73,6 +82,8 @@ class UnmaskingState:
     canvas: Canvas
     noise: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    laws: dict[Callable[..., Any], Any] = field(default_factory=dict)
+    _scored: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def logits(self) -> Tensor:
@@ -84,6 +95,36 @@ class UnmaskingState:
         """Normalised `logits`, float [*, L, V]."""
         return self.logits.log_softmax(-1)
 
+    def token_log_prob(self, tokens: Tensor) -> Tensor:
+        """l_i(s_t): log-likelihood of every hidden token, float [*, L]; 0 where it is not hidden.
+
+        Args:
+            tokens: int64 [*, L] or [B, L], the clean tokens.
+        """
+        if self._scored is None or self._scored[0] is not tokens:
+            index = torch.where(self.masked, tokens, 0).unsqueeze(-1)
+            if "log_probs" in self.__dict__:
+                chosen = self.log_probs.gather(-1, index).squeeze(-1)
+            else:  # without another tensor of the size of the logits
+                chosen = self.logits.gather(-1, index).squeeze(-1) - self.logits.logsumexp(-1)
+            self._scored = tokens, chosen.masked_fill(~self.masked, 0.0)
+        return self._scored[1]
+
+    def forget_logits(self) -> None:
+        """Let go of what is as large as the logits; asking for it again costs another denoiser call."""
+        for name in ("logits", "log_probs"):
+            self.__dict__.pop(name, None)
+
+    def law(self, distribution: Callable[[UnmaskingState], Any]) -> Any:
+        """`distribution(self)`, or what is already known of it here."""
+        known = self.laws.get(distribution)
+        return distribution(self) if known is None else known
+
+    @cached_property
+    def is_last(self) -> Tensor:
+        """Whether everything left is revealed now, bool [*]."""
+        return self.step == self.num_steps - 1
+
     @property
     def attention_mask(self) -> Tensor:
         """bool [*, L], False at padding."""
@@ -93,3 +134,84 @@ class UnmaskingState:
     def steps_left(self) -> Tensor:
         """Steps still to go, this one included: int64 [*], 1 at the last step."""
         return self.num_steps - self.step
+
+
+class StackedStates(UnmaskingState):
+    """The states before each of the T steps of an order, leading shape [T, *, B].
+
+    The first one hides everything, whatever the order: the denoiser reads it once per sequence, not once per particle.
+    """
+
+    @cached_property
+    def distinct(self) -> UnmaskingState:
+        """The states without those repeats, leading shape [1 + (T - 1) K, B]."""
+        tokens, masked, step = (self._gather(x) for x in (self.tokens, self.masked, self.step))
+        return UnmaskingState(tokens, masked, step, self.num_steps, self.canvas)
+
+    @property
+    def _copies(self) -> int:
+        return prod(self.step.shape[1:-1])
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """[T, *, B, ..] -> [1 + (T - 1) K, B, ..]."""
+        rows = values.reshape((len(values), self._copies) + values.shape[self.step.dim() - 1 :])
+        return torch.cat([rows[0, :1], rows[1:].flatten(0, 1)])
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        """[1 + (T - 1) K, B, ..] -> [T, *, B, ..]."""
+        first = rows[:1].expand((self._copies,) + rows.shape[1:])
+        return torch.cat([first, rows[1:]]).reshape(self.step.shape + rows.shape[2:])
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Denoiser logits at every position, float [T, *, B, L, V]."""
+        return self.canvas.logits(self.tokens) if self._copies == 1 else self._spread(self.distinct.logits)
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """Normalised `logits`, float [T, *, B, L, V]."""
+        return self.logits.log_softmax(-1) if self._copies == 1 else self._spread(self.distinct.log_probs)
+
+    def token_log_prob(self, tokens: Tensor) -> Tensor:
+        """See `UnmaskingState.token_log_prob`; float [T, *, B, L]."""
+        if self._copies == 1 or tokens.dim() > 2:  # tokens of their own for every particle
+            return super().token_log_prob(tokens)
+        if self._scored is None or self._scored[0] is not tokens:
+            self._scored = tokens, self._spread(self.distinct.token_log_prob(tokens))
+        return self._scored[1]
+
+
+class FollowedStates(StackedStates):
+    """Stacked states that were met one by one, and read by the denoiser then.
+
+    Args:
+        met: the T states; the first without particles, leading shape [B], the others [*, B].
+    """
+
+    def __init__(self, met: list[UnmaskingState]) -> None:
+        lead = met[-1].step.shape
+        tokens = torch.stack([state.tokens.expand(lead + state.tokens.shape[-1:]) for state in met])
+        masked = torch.stack([state.masked.expand(lead + state.masked.shape[-1:]) for state in met])
+        step = torch.stack([state.step.expand(lead) for state in met])
+        super().__init__(tokens, masked, step, met[0].num_steps, met[0].canvas)
+        self.met = met
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Denoiser logits at every position, float [T, *, B, L, V]."""
+        lead = self.step.shape[1:]
+        return torch.stack([state.logits.expand(lead + state.logits.shape[-2:]) for state in self.met])
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """Normalised `logits`, float [T, *, B, L, V]."""
+        return self.logits.log_softmax(-1)
+
+    def token_log_prob(self, tokens: Tensor) -> Tensor:
+        """See `UnmaskingState.token_log_prob`; float [T, *, B, L]."""
+        if tokens.dim() > 2:
+            return UnmaskingState.token_log_prob(self, tokens)
+        if self._scored is None or self._scored[0] is not tokens:
+            by_step = [state.token_log_prob(tokens) for state in self.met]
+            self._scored = tokens, torch.stack([x.expand(self.step.shape[1:] + x.shape[-1:]) for x in by_step])
+        return self._scored[1]

@@ -63,7 +63,11 @@ def test_states_of_an_order(lead: tuple[int, ...]):
     assert not state.masked[..., ~path.attention_mask].any()
     assert path.canvas.denoiser.calls == []  # no call before someone asks
     assert state.logits.shape == (STEPS, *order.shape, 4)
-    assert path.canvas.denoiser.calls == [STEPS * order[..., 0].numel()]  # all steps and particles in one call
+    # All steps and particles in one call, in which the first state of a sequence, fully masked, comes only once.
+    sequences, particles = len(path.tokens), order[..., 0].numel() // len(path.tokens)
+    assert path.canvas.denoiser.calls == [sequences * (1 + (STEPS - 1) * particles)]
+    assert torch.equal(state.logits, path.canvas.logits(state.tokens))
+    assert torch.equal(state.log_probs, state.logits.log_softmax(-1))
 
 
 def test_same_order_same_states():

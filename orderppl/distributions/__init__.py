@@ -4,12 +4,14 @@ from orderppl.distributions.ordered_partition import OrderedPartition, Sequentia
 from orderppl.distributions.plackett_luce import PlackettLuceReveal, PlackettLuceSet, UniformSet
 from orderppl.distributions.renormalised_reveal import RenormalisedReveal
 from orderppl.distributions.reveal_set import BernoulliSet, RenormalisedSet, RevealSet
-from orderppl.distributions.revealed_tokens import RevealedTokens
+from orderppl.distributions.revealed_tokens import HiddenTokens, RevealedTokens
 from orderppl.distributions.set_law import SetLaw
 from orderppl.distributions.stepwise_reveal import StepwiseReveal
+from orderppl.distributions.tracked import Tracked
 
 __all__ = [
     "BernoulliSet",
+    "HiddenTokens",
     "OrderedPartition",
     "PlackettLuceReveal",
     "PlackettLuceSet",
@@ -20,5 +22,6 @@ __all__ = [
     "SequentialReveal",
     "SetLaw",
     "StepwiseReveal",
+    "Tracked",
     "UniformSet",
 ]

@@ -11,9 +11,18 @@ from pyro.distributions import constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
+from orderppl.distributions.reveal_set import RevealSet
 from orderppl.distributions.set_law import SetLaw
 from orderppl.path import RevealPath
-from orderppl.states import VISIBLE, enumerate_partitions, masked_before, reveal_set, stacked_steps
+from orderppl.states import (
+    VISIBLE,
+    UnmaskingState,
+    enumerate_partitions,
+    masked_before,
+    reveal_set,
+    same_step,
+    stacked_steps,
+)
 
 
 class OrderedPartition(dist.TorchDistribution):
@@ -42,7 +51,7 @@ class OrderedPartition(dist.TorchDistribution):
         self.masked = masked
         self.num_steps = num_steps
         self.steps = steps
-        self._last: tuple[Tensor, Tensor | None, SetLaw] | None = None
+        self._last: tuple[Tensor, Tensor | None, SetLaw, bool] | None = None
         super().__init__(masked.shape[:-1], masked.shape[-1:], validate_args=validate_args)
 
     def set_at(self, masked: Tensor, step: Tensor) -> SetLaw:
@@ -69,10 +78,38 @@ class OrderedPartition(dist.TorchDistribution):
         Returns:
             A `SetLaw` with batch shape [S, *] and the masked sets M_t of that order.
         """
-        reveal_step = detach_provenance(reveal_step)
-        if self._last is None or self._last[0] is not reveal_step or self._last[1] is not steps:
-            self._last = reveal_step, steps, self._sets_along(reveal_step, steps)
+        reveal_step, with_gradient = detach_provenance(reveal_step), torch.is_grad_enabled()
+        if (
+            self._last is None
+            or self._last[0] is not reveal_step
+            or self._last[1] is not steps
+            or (with_gradient and not self._last[3])
+        ):
+            self._last = reveal_step, steps, self._sets_along(reveal_step, steps), with_gradient
         return self._last[2]
+
+    def looked_at(self, reveal_step: Tensor, steps: Tensor) -> tuple[SetLaw, Tensor]:
+        """The sets met at some steps of an order, and the log-probability of what came before.
+
+        Args:
+            reveal_step: int64 [*, L].
+            steps: int64 [S, *].
+
+        Returns:
+            A `SetLaw` with batch shape [S, *], and sum_{u < t} log p(z_u | M_u), float [S, *].
+        """
+        by_step = self.step_log_prob(reveal_step)  # [T, *]
+        index = steps.expand(steps.shape[:1] + by_step.shape[1:])
+        return self.reveal_sets(reveal_step).at(steps), (by_step.cumsum(0) - by_step).gather(0, index)
+
+    def share(self, reveal_step: Tensor, tokens: Tensor, states: UnmaskingState) -> None:
+        """Let the sets along an order serve all who follow the same policy; nothing to share without one.
+
+        Args:
+            reveal_step: int64 [*, L], the order.
+            tokens: int64 [*, L], the clean tokens.
+            states: the states of the order as another program has built them.
+        """
 
     def _sets_along(self, reveal_step: Tensor, steps: Tensor | None) -> SetLaw:
         step = stacked_steps(self.num_steps, reveal_step).squeeze(-1) if steps is None else steps
@@ -101,8 +138,7 @@ class OrderedPartition(dist.TorchDistribution):
             masked = self.masked.expand(torch.Size(sample_shape) + self.masked.shape)
             reveal_step = torch.full_like(masked, VISIBLE, dtype=torch.int64)
             for t in range(self.num_steps):
-                step = masked.new_full(masked.shape[:-1], t, dtype=torch.int64)
-                reveal = masked if t == self.num_steps - 1 else self.set_at(masked, step).sample()
+                reveal = masked if t == self.num_steps - 1 else self.set_at(masked, same_step(t, masked)).sample()
                 reveal_step = reveal_step.masked_fill(reveal, t)
                 masked = masked & ~reveal
             return reveal_step
@@ -150,19 +186,44 @@ class SequentialReveal(OrderedPartition):
         if steps is not self.path.steps:
             return super()._sets_along(reveal_step, steps)
         state = self.path(reveal_step)  # the likelihood asks for the same states: one denoiser call for both
-        return self.distribution(state).certain(state.step == self.num_steps - 1)
+        return state.law(self.distribution).certain(state.is_last)
+
+    def share(self, reveal_step: Tensor, tokens: Tensor, states: UnmaskingState) -> None:
+        """Read those states, and leave the policy's sets there; see `OrderedPartition.share`."""
+        if self.path.adopt(reveal_step, tokens, states):
+            states.laws[self.distribution] = self.reveal_sets(reveal_step)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draw orders by following the policy, int64 [*sample_shape, *, L]."""
-        with torch.no_grad():
-            masked = self.masked.expand(torch.Size(sample_shape) + self.masked.shape)
-            reveal_step = torch.full_like(masked, VISIBLE, dtype=torch.int64)
-            states = []
+        """Draw orders by following the policy, int64 [*sample_shape, *, L].
+
+        Where no gradient can reach the denoiser, the sets met on the way keep theirs to the policy: scoring the order
+        does not ask the policy again.
+        """
+        lead = torch.Size(sample_shape) + self.masked.shape[:-1]
+        with_gradient = torch.is_grad_enabled() and self.path.is_frozen
+        states: list[UnmaskingState] = []
+        sets: list[SetLaw] = []
+        with torch.set_grad_enabled(with_gradient):
+            masked = self.path.attention_mask  # [B, L]: the first state is that of all particles
+            reveal_step = torch.full(lead + masked.shape[-1:], VISIBLE, device=masked.device)
             for t in range(self.num_steps):
-                state = self.path.state_at(masked, masked.new_full(masked.shape[:-1], t, dtype=torch.int64))
-                reveal = masked if t == self.num_steps - 1 else self.distribution(state).sample()
+                state = self.path.state_at(masked, same_step(t, masked))
+                states.append(state)
+                if t < self.num_steps - 1:
+                    sets.append(self.distribution(state).expand(lead))
+                reveal = masked if t == self.num_steps - 1 else sets[-1].sample()
                 reveal_step = reveal_step.masked_fill(reveal, t)
                 masked = masked & ~reveal
-                states.append(state)
             self.path.remember(reveal_step, states)
-            return reveal_step
+            products = [one for one in sets if isinstance(one, RevealSet)]
+            if with_gradient and products and len(products) == len(sets):
+                self._keep_sets(reveal_step, states[-1], products)
+        return reveal_step
+
+    def _keep_sets(self, reveal_step: Tensor, last: UnmaskingState, sets: list[RevealSet]) -> None:
+        if all(one.is_normalised for one in sets):
+            end = sets[-1].everything(last.masked)  # no choice is left, so there is no need to ask
+        else:
+            end = self.distribution(last).certain(last.is_last)
+        stacked = RevealSet.stack([*sets, end])
+        self._last = reveal_step, None, stacked.certain(self.path(reveal_step).is_last, already=True), True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,42 +52,81 @@ class RevealSet(SetLaw):
         log_weight: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        log_reveal, log_keep, masked = torch.broadcast_tensors(log_reveal, log_keep, masked)
+        masked = masked.expand(torch.broadcast_shapes(log_reveal.shape, log_keep.shape, masked.shape))
         self.log_reveal = log_reveal.masked_fill(~masked, -torch.inf)
         self.log_keep = log_keep.masked_fill(~masked, 0.0)
         self.non_empty = non_empty
-        log_weight = log_keep.new_zeros(masked.shape[:-1]) if log_weight is None else log_weight
+        self._certain_in: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}
         super().__init__(masked, log_weight, validate_args=validate_args)
 
-    def _copy(self, log_reveal: Tensor, log_keep: Tensor, masked: Tensor, log_weight: Tensor) -> RevealSet:
-        return RevealSet(log_reveal, log_keep, masked, self.non_empty, log_weight, validate_args=self._validate_args)
+    def _copy(self, log_reveal: Tensor, log_keep: Tensor, masked: Tensor, log_weight: Tensor | None) -> RevealSet:
+        new = RevealSet.__new__(RevealSet)  # its tensors are already those of masked positions only
+        new.log_reveal, new.log_keep, new.non_empty = log_reveal, log_keep, self.non_empty
+        new._certain_in, new._kept = None, {}
+        SetLaw.__init__(new, masked, log_weight, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def _keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A value that is asked for more than once, unless it was made without the gradient it can have."""
+        found = self._kept.get(name)
+        if found is None:
+            found = make()
+            if torch.is_grad_enabled() or not self.log_keep.requires_grad:
+                self._kept[name] = found
+        return found
+
+    @staticmethod
+    def stack(sets: Sequence[RevealSet]) -> RevealSet:
+        """Sets of one batch shape [*] along a new first dimension."""
+        first, weighted = sets[0], any(one._log_weight is not None for one in sets)
+        return first._copy(
+            torch.stack([one.log_reveal for one in sets]),
+            torch.stack([one.log_keep for one in sets]),
+            torch.stack([one.masked for one in sets]),
+            torch.stack([one.log_weight for one in sets]) if weighted else None,
+        )
 
     def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> RevealSet:
-        log_reveal, log_keep = positions(self.log_reveal), positions(self.log_keep)
-        return self._copy(log_reveal, log_keep, positions(self.masked), rows(self.log_weight))
+        log_weight = None if self._log_weight is None else rows(self._log_weight)
+        return self._copy(positions(self.log_reveal), positions(self.log_keep), positions(self.masked), log_weight)
 
-    def certain(self, where: Tensor) -> RevealSet:
-        """Reveal everything that is masked in the rows `where` (bool [*]), as the last step does."""
-        rows = where.unsqueeze(-1)
-        return self._copy(
-            torch.where(rows, torch.zeros_like(self.log_reveal), self.log_reveal),
-            self.log_keep.masked_fill(rows & self.masked, -torch.inf),
-            self.masked,
-            self.log_weight,
-        )
+    def certain(self, where: Tensor, already: bool = False) -> RevealSet:
+        """Reveal everything that is masked in the rows `where` (bool [*]), as the last step does.
+
+        Args:
+            where: bool [*]; asked again with the same tensor, the sets are returned as they are.
+            already: they are such sets.
+        """
+        if already:
+            self._certain_in = where
+        if self._certain_in is where:
+            return self
+        there = where.unsqueeze(-1) & self.masked
+        log_reveal, log_keep = self.log_reveal.masked_fill(there, 0.0), self.log_keep.masked_fill(there, -torch.inf)
+        new = self._copy(log_reveal, log_keep, self.masked, self._log_weight)
+        new._certain_in = where
+        return new
+
+    def everything(self, masked: Tensor) -> RevealSet:
+        """The set of all positions in `masked` (bool [*, L]), for sure."""
+        log_reveal = torch.zeros_like(masked, dtype=self.log_reveal.dtype).masked_fill(~masked, -torch.inf)
+        return self._copy(log_reveal, torch.zeros_like(log_reveal).masked_fill(masked, -torch.inf), masked, None)
 
     @property
     def log_empty(self) -> Tensor:
         """Log-probability of the empty set before conditioning, float [*]."""
-        return self.log_keep.sum(-1)
+        return self._keep("log_empty", lambda: self.log_keep.sum(-1))
 
     @property
     def log_normaliser(self) -> Tensor:
         """log Z, float [*]; 0 without conditioning."""
         if not self.non_empty:
             return torch.zeros_like(self.log_empty)
-        nothing_masked = ~self.masked.any(-1)
-        return log1mexp(self.log_empty.masked_fill(nothing_masked, -torch.inf))
+        return self._keep(
+            "log_normaliser", lambda: log1mexp(self.log_empty.masked_fill(~self.masked.any(-1), -torch.inf))
+        )
 
     @property
     def probs(self) -> Tensor:
@@ -136,12 +175,12 @@ class RevealSet(SetLaw):
         """Log-probability of a set, bool [*, L] -> float [*]; -inf for sets that leave M."""
         if self._validate_args:
             self._validate_sample(value)
-        value, log_reveal, log_keep = torch.broadcast_tensors(value.bool(), self.log_reveal, self.log_keep)
-        log_prob = torch.where(value, log_reveal, log_keep).sum(-1)
+        value = value.bool()
+        log_prob = torch.where(value, self.log_reveal, self.log_keep).sum(-1)
         if self.non_empty:
             impossible = ~value.any(-1) & self.masked.any(-1)
             log_prob = (log_prob - self.log_normaliser).masked_fill(impossible, -torch.inf)
-        return log_prob + self.log_weight
+        return log_prob if self._log_weight is None else log_prob + self._log_weight
 
     def entropy(self) -> Tensor:
         """Entropy of the normalised set distribution in nats, float [*]."""
@@ -212,6 +251,8 @@ class RenormalisedSet(RevealSet):
 @register_kl(RevealSet, RevealSet)
 def _kl_reveal_set(q: RevealSet, p: RevealSet) -> Tensor:
     """KL(q || p) in nats, float [*], of q against the possibly unnormalised p; infinite where p misses sets of q."""
+    if q.log_reveal is p.log_reveal and q.log_keep is p.log_keep and q.non_empty == p.non_empty:
+        return -p.log_weight  # one policy as guide and prior
     kl = q._cross(q) - q._cross(p) - q.log_normaliser + p.log_normaliser - p.log_weight
     if p.non_empty and not q.non_empty:
         may_be_empty = q.masked.any(-1) & ~torch.isneginf(q.log_empty)

@@ -36,7 +36,6 @@ class RevealedTokens(dist.TorchDistribution):
     ) -> None:
         self.state = state
         self.reveal_step = reveal_step
-        self._last: tuple[Tensor, Tensor] | None = None
         shape = state.masked.shape[1:]
         super().__init__(
             shape[:-1] if batch_shape is None else torch.Size(batch_shape), shape[-1:], validate_args=validate_args
@@ -53,14 +52,7 @@ class RevealedTokens(dist.TorchDistribution):
 
     def token_log_prob(self, tokens: Tensor) -> Tensor:
         """l_i(s_t): log-likelihood of every hidden token at every state, float [S, *, L]; 0 where it is not hidden."""
-        tokens = detach_provenance(tokens)
-        if self._last is not None and self._last[0] is tokens:
-            return self._last[1]
-        logits = self.state.logits  # [S, *, L, V]
-        index = torch.where(self.state.masked, tokens, 0).unsqueeze(-1)
-        chosen = logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
-        self._last = tokens, chosen.masked_fill(~self.state.masked, 0.0)
-        return self._last[1]
+        return self.state.token_log_prob(detach_provenance(tokens))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw each token at the true state that reveals it (posterior predictive), int64 [*sample_shape, *, L]."""
@@ -82,3 +74,43 @@ class RevealedTokens(dist.TorchDistribution):
         by_step = self.token_log_prob(value).masked_fill(~revealed, 0.0).sum(-1)  # [S, *]
         total = by_step.sum(0) * (state.num_steps / by_step.shape[0])
         return track_provenance(total.expand(self.batch_shape), get_provenance(self.reveal_step))
+
+
+class HiddenTokens(dist.TorchDistribution):
+    """Tokens of the positions revealed at one state.
+
+        log p(x_{z_t} | s_t) = sum_{i in z_t} log p(x_i | s_t)
+
+    Args:
+        state: s_t, leading shape [*]; it may lack the particles of `revealed`.
+        revealed: bool [*, L], z_t.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, state: UnmaskingState, revealed: Tensor, validate_args: bool | None = None) -> None:
+        self.state, self.revealed = state, revealed
+        super().__init__(revealed.shape[:-1], revealed.shape[-1:], validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Token ids; positions that are not revealed may hold any id."""
+        return constraints.independent(constraints.nonnegative_integer, 1)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> HiddenTokens:
+        """Return the same distribution at a broader batch shape."""
+        revealed = self.revealed.expand(torch.Size(batch_shape) + self.event_shape)
+        return HiddenTokens(self.state, revealed, validate_args=self._validate_args)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draw a token for every position, int64 [*sample_shape, *, L]."""
+        with torch.no_grad():
+            logits = self.state.logits
+            drawn = torch.distributions.Categorical(logits=logits.expand(self.revealed.shape + logits.shape[-1:]))
+            return drawn.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-likelihood of the revealed tokens, int64 [*, L] -> float [*]."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.state.token_log_prob(value).masked_fill(~self.revealed, 0.0).sum(-1)

@@ -21,7 +21,7 @@ class SetLaw(dist.TorchDistribution):
 
     Args:
         masked: bool [*, L], M.
-        log_weight: float [*], log of an unnormalised factor such as the price of a step.
+        log_weight: float [*], log of an unnormalised factor such as the price of a step; 0 when left out.
 
     Attributes:
         non_empty: whether at least one position is revealed for sure while any is masked.
@@ -31,15 +31,29 @@ class SetLaw(dist.TorchDistribution):
     has_enumerate_support = True
     non_empty = False
 
-    def __init__(self, masked: Tensor, log_weight: Tensor, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, masked: Tensor, log_weight: Tensor | None = None, validate_args: bool | None = None
+    ) -> None:
         self.masked = masked
-        self.log_weight = log_weight
+        self._log_weight = log_weight
         super().__init__(masked.shape[:-1], masked.shape[-1:], validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:
         """Subsets of all positions; those that leave M have probability 0."""
         return constraints.independent(constraints.boolean, 1)
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether there is no unnormalised factor."""
+        return self._log_weight is None
+
+    @property
+    def log_weight(self) -> Tensor:
+        """Log of the unnormalised factor, float [*]."""
+        if self._log_weight is None:
+            return torch.zeros(self.batch_shape, device=self.masked.device)
+        return self._log_weight
 
     def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> Self:
         """The same law with every tensor [*, L] mapped by `positions` and every tensor [*] by `rows`."""
@@ -63,7 +77,8 @@ class SetLaw(dist.TorchDistribution):
     def weighted(self, log_weight: Tensor) -> Self:
         """Multiply the density by exp(log_weight), float [*]."""
         new = copy.copy(self)
-        new.log_weight = self.log_weight + log_weight
+        total = log_weight if self._log_weight is None else self._log_weight + log_weight
+        new._log_weight = total.expand(self.batch_shape)
         return new
 
     def certain(self, where: Tensor) -> Self:

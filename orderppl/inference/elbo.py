@@ -6,12 +6,16 @@ from collections import defaultdict
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import TraceGraph_ELBO
-from pyro.infer.tracegraph_elbo import _construct_baseline
-from pyro.infer.util import MultiFrameTensor
+from pyro.infer.tracegraph_elbo import TrackNonReparam, _construct_baseline
+from pyro.infer.util import MultiFrameTensor, is_validation_enabled
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -101,6 +105,27 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        """Run guide and model; densities of the sites only where they are used, or validated."""
+        if isinstance(poutine.unwrap(guide), Messenger):
+            return super()._get_trace(model, guide, args, kwargs)
+        with TrackNonReparam():
+            guide_trace = poutine.trace(guide, graph_type="dense").get_trace(*args, **kwargs)
+            replayed = poutine.replay(model, trace=guide_trace)
+            model_trace = poutine.trace(replayed, graph_type="dense").get_trace(*args, **kwargs)
+            if is_validation_enabled():
+                check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+            guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+            if _reveal_sites(model_trace, guide_trace) is None or is_validation_enabled():
+                model_trace.compute_log_prob()
+                guide_trace.compute_score_parts()
+        if is_validation_enabled():
+            check_if_enumerated(guide_trace)
+            for site in (*model_trace.nodes.values(), *guide_trace.nodes.values()):
+                if site["type"] == "sample":
+                    check_site_shape(site, self.max_plate_nesting)
+        return model_trace, guide_trace
+
     def _loss_and_surrogate_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
         sites = _reveal_sites(model_trace, guide_trace)
         if sites is None:
@@ -118,12 +143,16 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
         def site_scaled(by_step: Tensor, site: Site) -> Tensor:
             return scale_and_mask(by_step, site["scale"], site["mask"])
 
-        q_sets = q.reveal_sets(order)  # [T, *]
-        q_at = q_sets if len(state.step) == q.num_steps else q_sets.at(state.step)  # [S, *]
-
-        hidden = likelihood.token_log_prob(detach_provenance(sites.tokens["value"]))  # l_i(s_t), [S, *, L]
+        tokens = detach_provenance(sites.tokens["value"])
+        hidden = likelihood.token_log_prob(tokens)  # l_i(s_t), [S, *, L]
         revealed = reveal_set(order, state.step.unsqueeze(-1)) & state.masked
-        probs = _inclusion_probs(q_at)  # [S, *, L]
+        if len(state.step) == q.num_steps:
+            q.share(order, tokens, state)
+            q_at, log_q = q.reveal_sets(order), q.step_log_prob(order)  # [T, *]
+            before = log_q.cumsum(0) - log_q  # log q(z_{<t} | x)
+        else:
+            q_at, before = q.looked_at(order, state.step)  # [S, *]
+            log_q = q_at.log_prob(revealed)
 
         def total(by_position: Tensor) -> Tensor:
             return weight * site_scaled(by_position.sum(-1), sites.tokens)  # [S, *]
@@ -131,17 +160,16 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
         def expected(probs: Tensor) -> Tensor:
             return total(probs * hidden.masked_fill(probs == 0, 0.0))  # [S, *]
 
-        log_q = q.step_log_prob(order)  # [T, *]
-        upto = log_q.cumsum(0)  # log q(z_{<=t} | x)
-        before, upto = (self._at(x, state.step) for x in (upto - log_q, upto))
         reward = total(hidden.masked_fill(~revealed, 0.0))
         credit = self.credit or ("gain" if len(state.step) == q.num_steps else "expected")
+        # Credited with gains, the gradient of the expectation reaches the denoiser only: for a frozen one, spare it.
+        probs = _inclusion_probs(q_at) if credit == "expected" or hidden.requires_grad else None  # [S, *, L]
         if credit == "gain":
-            fit = reward if probs is None else expected(probs.detach())  # its gradient reaches the denoiser only
-            terms = [(reward.flip(0).cumsum(0).flip(0) - total(hidden), self._at(log_q, state.step))]
+            fit = reward if probs is None else expected(probs.detach())
+            terms = [(reward.flip(0).cumsum(0).flip(0) - total(hidden), log_q)]
         elif probs is None:
             fit = reward
-            terms = [(fit, upto)]
+            terms = [(fit, before + log_q)]
         else:
             fit = expected(probs)
             terms = [(fit, before)]
@@ -152,7 +180,8 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
         else:
             by_step, exact = self._step_kl(q_at, p, order, state.step)
             kl = weight * site_scaled(by_step, sites.guide)  # [S, *]
-            terms.append((-self.kl_weight * kl, before if exact else upto))
+            terms.append((-self.kl_weight * kl, before if exact else before + log_q))
+        state.laws.clear()  # a later evaluation may find other parameters
         objective = fit.sum() - self.kl_weight * kl.sum()
         surrogate = objective + sum((self._centred(cost.detach()) * score).sum() for cost, score in terms)
         elbo = (reward.sum() - self.kl_weight * kl.sum()).detach()
@@ -167,13 +196,6 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
             "steps": steps_used(order).float().mean(),
         }
         return elbo, -surrogate
-
-    @staticmethod
-    def _at(by_step: Tensor, step: Tensor) -> Tensor:
-        """Pick the looked-at steps (int64 [S, *]) out of all of them (float [T, *])."""
-        if len(step) == len(by_step):
-            return by_step
-        return by_step.gather(0, step.expand(step.shape[:1] + by_step.shape[1:]))
 
     def _centred(self, cost: Tensor) -> Tensor:
         """Subtract from costs (float [S, K, ..]) the mean over the other particles."""
@@ -223,13 +245,24 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
 
         elbo: Any = 0.0
         surrogate: Any = 0.0
-        costs: dict[str, MultiFrameTensor] = defaultdict(MultiFrameTensor)
-        for site, cost, path in terms:
-            elbo = elbo + detach_provenance(cost.sum()).detach()
+        stacks: dict[tuple[str, ...], Any] = {}  # plates of a site, by their names
+        together: dict[tuple[tuple[str, ...], frozenset[str]], Tensor] = {}  # costs with one origin
+        for site, tracked, path in terms:
+            upstream, cost, path = get_provenance(tracked), detach_provenance(tracked), detach_provenance(path)
+            elbo = elbo + cost.detach().sum()
             if not is_identically_zero(path):
-                surrogate = surrogate + detach_provenance(path.sum())
-            for upstream in get_provenance(cost):
-                costs[upstream].add((site["cond_indep_stack"], detach_provenance(cost).detach()))
+                surrogate = surrogate + path.sum()
+            plates = tuple(frame.name for frame in site["cond_indep_stack"])
+            stacks[plates] = site["cond_indep_stack"]
+            so_far = together.get((plates, upstream))
+            together[plates, upstream] = cost.detach() if so_far is None else so_far + cost.detach()
+        sums: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        for (plates, upstream), cost in together.items():
+            for name in upstream:
+                sums[name, plates] = sums[name, plates] + cost if (name, plates) in sums else cost
+        costs: dict[str, MultiFrameTensor] = defaultdict(MultiFrameTensor)
+        for (name, plates), cost in sums.items():
+            costs[name].add((stacks[plates], cost))
 
         baseline_loss: Any = 0.0
         particles = self.num_particles if self.leave_one_out and self.vectorize_particles else 1
