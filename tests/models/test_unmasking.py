@@ -15,6 +15,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
 from programs import LENGTH, PRIORS, VOCAB, StateTable, TableDenoiser, TokenTable, make_batch
 
+from orderppl.denoising import Canvas
 from orderppl.guides import PolicyGuide, RandomGuide, RenormalisedScoreGuide
 from orderppl.inference import RevealTraceGraph_ELBO, exact_evidence
 from orderppl.inference.exact import all_orders
@@ -22,11 +23,14 @@ from orderppl.models import (
     EasyFirst,
     LearnedPolicy,
     LearnedSteps,
+    LogitPrior,
     RevealPrior,
     SequentialUnmaskingModel,
+    StepPrice,
     UniformSteps,
     UnmaskingModel,
 )
+from orderppl.path import RevealPath
 
 STEPS = 3
 every_prior = pytest.mark.parametrize("name", sorted(PRIORS))
@@ -304,3 +308,59 @@ def test_tied_plan_is_read_without_tokens():
         program(torch.tensor([[1, 2, 3]]), context=torch.tensor([[3]]))
     assert len(seen) >= 2
     assert all(tokens is None and context.tolist() == [[3]] for tokens, context in seen)
+
+
+class CountedPolicy(LogitPrior):
+    """A learned policy that knows how often it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.calls = StateTable(), 0
+
+    def logits(self, state):
+        self.calls += 1
+        return self.network(state)
+
+
+def test_a_tied_policy_is_asked_once_per_choice():
+    """Frozen denoiser: T - 1 times, while the order is drawn. Its KL is 0, or the price of the executed steps."""
+    denoiser, policy, batch = PromptDenoiser().requires_grad_(False), CountedPolicy(), make_batch()
+    guide = PolicyGuide(policy, denoiser, STEPS)
+    for prior, price in ((policy, 0.0), (StepPrice(policy, 0.7), 0.7)):
+        elbo = RevealTraceGraph_ELBO(5)
+        drawn = []
+        handle = guide.register_forward_hook(lambda module, inputs, out, drawn=drawn: drawn.append(out["reveal_step"]))
+        policy.calls = 0
+        with pyro.validation_enabled(False):
+            elbo(UnmaskingModel(denoiser, prior, STEPS), guide)(**batch).backward()
+        handle.remove()
+        assert policy.calls == STEPS - 1
+        executed = (drawn[0].amax(-1) + 1.0).mean()  # a policy that reveals something at every step leaves no gap
+        assert torch.allclose(elbo.metrics["kl"], price * executed, atol=1e-5)
+    assert policy.network.table.grad.abs().sum() > 0
+
+
+def test_an_untied_policy_is_asked_anew():
+    """Sets of another policy, or of the same one after an update, are never taken for its own."""
+    denoiser, batch = PromptDenoiser().requires_grad_(False), make_batch()
+    policy, other = CountedPolicy(), CountedPolicy()
+    elbo, guide = RevealTraceGraph_ELBO(5), PolicyGuide(policy, denoiser, STEPS)
+    elbo(UnmaskingModel(denoiser, other, STEPS), guide)(**batch)
+    assert other.calls > 0
+    assert elbo.metrics["kl"] > 0.01
+    order = guide(**batch)["reveal_step"]
+    path = RevealPath(Canvas(denoiser, batch["attention_mask"]), batch["tokens"], STEPS)
+    before = policy(path).log_prob(order)
+    with torch.no_grad():
+        policy.network.table.add_(torch.randn_like(policy.network.table))
+    assert not torch.allclose(before, policy(path).log_prob(order))
+
+
+def test_a_step_by_step_trace_holds_no_logits():
+    """Once scored, and never those of all steps."""
+    _, sequential = make_programs(EasyFirst(0.5), PromptDenoiser())
+    trace = poutine.trace(sequential).get_trace(**make_batch())
+    states = [trace.nodes[f"tokens_{t}"]["fn"].base.state for t in range(STEPS)]
+    assert not any({"logits", "log_probs"} & vars(state).keys() for state in states)
+    trace.compute_log_prob()
+    assert not any({"logits", "log_probs"} & vars(state).keys() for state in states)
