@@ -40,28 +40,35 @@ def psis(log_weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[
 
 def inference_data(
     groups: Mapping[str, Mapping[str, Array]],
+    extra: Mapping[str, Mapping[str, Array]],
+    *,
     dims: Mapping[str, Sequence[str]],
+    by_group: Mapping[str, Mapping[str, Sequence[str]]],
     coords: Mapping[Hashable, Array],
+    labels: Mapping[str, tuple[Sequence[str], Array]],
     attrs: Mapping[str, Any],
 ) -> InferenceData:
-    """Make an InferenceData; variables of the sampled groups start with the dimensions chain and draw.
+    """Make an InferenceData; variables of sampled groups start with the dimensions chain and draw.
 
     Args:
-        groups: group -> variable -> array.
+        groups: group of arviz's schema -> variable -> array.
+        extra: sampled groups outside the schema.
         dims: variable -> its dimensions after chain and draw.
+        by_group: group -> the same, where a name has other dimensions in one group.
         coords: labels of the dimensions.
+        labels: name -> dimensions and array: coordinates of all groups with these dimensions.
         attrs: attributes of every group.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # more sequences than draws is no mistake here
-        variables: dict[str, Any] = {name: dict(group) for name, group in groups.items()}
-        data = arviz.from_dict(
-            **variables,
-            dims={name: list(of) for name, of in dims.items()},
-            coords=dict(coords),
-        )
-    for name in data.groups():
-        data[name].attrs.update(attrs)
+    data = InferenceData(attrs=dict(attrs))
+    for name, group in {**groups, **extra}.items():
+        fixed = name in ("observed_data", "constant_data")
+        lead: list[str] = [] if fixed else ["chain", "draw"]
+        own = {**dims, **by_group.get(name, {})}
+        dataset = xr.Dataset({key: (lead + list(own[key]), value) for key, value in group.items()}, attrs=dict(attrs))
+        sizes = {"chain": 1, "draw": dataset.sizes.get("draw", 0)}
+        index = {dim: coords[dim] if dim in coords else np.arange(sizes[str(dim)]) for dim in dataset.dims}
+        named = {key: (list(of), value) for key, (of, value) in labels.items() if set(of) <= set(dataset.dims)}
+        data.add_groups({name: dataset.assign_coords(index).assign_coords(named)}, warn_on_custom_groups=False)
     return data
 
 

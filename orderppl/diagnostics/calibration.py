@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor
 
-from orderppl.diagnostics.draws import STATES, Batch, check_batch, score_orders, traced
+from orderppl.diagnostics.draws import STATES, Batch, check_batch, score_orders, seeded, traced
 from orderppl.errors import UserError
 from orderppl.inference.programs import ARGUMENTS, Program, local_parameters, positional
 from orderppl.states import VISIBLE, steps_used
@@ -123,7 +122,7 @@ def calibrate(
         raise UserError("num_draws", f"{num_draws} is not positive", "use e.g. 63")
     functions = default_functions() if functions is None else functions
     rows = torch.arange(num_simulations, device=batch["tokens"].device) % len(batch["tokens"])
-    with _seeded(seed, batch["tokens"].device):
+    with seeded(seed, batch["tokens"].device):
         simulated = {name: value[rows] for name, value in batch.items() if name in ARGUMENTS}
         true_order, tokens = simulate(sequential, simulated)
         simulated["tokens"] = tokens
@@ -186,10 +185,3 @@ def _step_at(order: Tensor, mask: Tensor, share: float) -> Tensor:
     target = (share * (mask.sum(-1) - 1)).floor().long()  # [B]
     position = ((mask.cumsum(-1) - 1 == target.unsqueeze(-1)) & mask).long().argmax(-1)  # [B]
     return order.gather(-1, position.expand(order.shape[:-1]).unsqueeze(-1)).squeeze(-1).double()
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +13,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from orderppl.distributions import OrderedPartition
 from orderppl.errors import UserError
 from orderppl.inference.programs import Program, local_parameters, positional
 
@@ -97,6 +99,22 @@ def scored(guide_trace: Trace, model_trace: Trace) -> OrderDraws:
     return OrderDraws(guide["value"].cpu(), *log_probs)
 
 
+def prior_log_weights(model: Program, batch: Batch, num_samples: int, *, max_states: int = STATES) -> Tensor:
+    """Log-weights p(x, r) / p(r) of orders drawn from the prior itself, float64 [K, B], nats."""
+    check_batch(batch)
+    chunk = max(1, max_states // (len(batch["tokens"]) * int(getattr(model, "num_steps", 1))))
+    sizes = [min(chunk, num_samples - start) for start in range(0, num_samples, chunk)]
+    return torch.cat([prior_log_weight(traced(model, batch, size)) for size in sizes])
+
+
+def prior_log_weight(trace: Trace) -> Tensor:
+    """The log-weights in a trace of the model: log p(x | r), and what an unnormalised prior adds to it."""
+    prior, tokens = _site(trace, "model", "reveal_step"), _site(trace, "model", "tokens")
+    order, law = prior["value"], prior["fn"]
+    factor = law.reveal_sets(order, law.steps).log_weight.sum(0) if isinstance(law, OrderedPartition) else 0.0
+    return (tokens["log_prob"] + factor).expand(order.shape[:-1]).double().cpu()
+
+
 def score_orders(model: Program, batch: Batch, orders: Tensor, *, max_states: int = STATES) -> tuple[Tensor, Tensor]:
     """Compute log p(r) and log p(x | r) of given orders (int64 [K, B, L]): float64 [K, B] each, on the CPU."""
     chunk = max(1, max_states // (len(batch["tokens"]) * int(getattr(model, "num_steps", 1))))
@@ -144,3 +162,11 @@ def _site(trace: Trace, program: str, name: str) -> dict[str, Any]:
         found = ", ".join(k for k, v in trace.nodes.items() if v["type"] == "sample" and k != "draws") or "none"
         raise UserError(program, f"has no site {name!r}, its sample sites: {found}", "give an unmasking program")
     return site
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a seed for a while and leave torch's global random state as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

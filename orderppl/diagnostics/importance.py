@@ -15,6 +15,7 @@ from orderppl.errors import UserError
 Weights = Tensor | xr.DataArray | NDArray[np.float64]
 FEWEST = 25  # draws below which no tail can be fitted: PSIS wants five in the upper fifth
 SAME = 2e-5  # nats; log-weights closer than this differ by rounding in float32
+MISSED = 3.0  # nats of evidence that other draws may find more
 SEEN_OFTEN = 5  # draws of the largest weight that make it an atom instead of the start of a tail
 
 
@@ -23,20 +24,26 @@ def khat_threshold(num_samples: int) -> float:
     return float(min(1 - 1 / np.log10(num_samples), 0.7))
 
 
-def importance_report(log_weight: Weights) -> xr.Dataset:
+def importance_report(log_weight: Weights, reference: Weights | None = None) -> xr.Dataset:
     """PSIS k-hat of every sequence, with a verdict in plain words.
 
     k is the shape of the generalised Pareto distribution fitted to the largest weights: moments of order above 1/k do
-    not exist. Orders are discrete: where the largest weight occurs five times or more there is no tail to fit, and k is
-    -inf, as with the exact posterior. No k-hat can see orders that a guide never draws.
+    not exist. Orders are discrete: where the largest weight occurs five times or more there is no tail to fit and k is
+    -inf; so it is for the exact posterior, and for a guide that always draws the same order. No k-hat can see orders
+    that a guide never draws. The evidence is therefore compared with that of other draws, such as the prior's: the mean
+    weight of any proposal exceeds p(x) by c nats with a probability of at most exp(-c), so where they find 3 nats more
+    than the guide does, the guide misses orders.
 
     Args:
         log_weight: nats, [K, B], or [chain, draw, sequence]; -inf where a draw is outside the model's support.
+        reference: the same for draws of another proposal, see `prior_log_weights`.
 
     Returns:
         Variables over `sequence`: `pareto_k`; `ess`, the effective number of draws 1 / sum_k w_k^2 of the normalised
         raw weights; `log_evidence`, log mean_k w_k in nats, the importance-sampling estimate of log p(x); `elbo`, the
-        mean log-weight in nats; `verdict`. Attributes: `num_samples`, `threshold`, and `summary`, one sentence.
+        mean log-weight in nats; with a reference `missed`, its log-evidence minus that of the guide, nats; `trusted`:
+        k is below its threshold, nothing is missed, and where k is -inf there was a reference to say so; `verdict`.
+        Attributes: `num_samples`, `threshold`, and `summary`, one sentence.
 
     Raises:
         UserError: fewer than 25 draws, or weights that are not numbers.
@@ -50,22 +57,33 @@ def importance_report(log_weight: Weights) -> xr.Dataset:
     log_mean = _log_mean(weights)
     with np.errstate(invalid="ignore"):
         normalised = np.exp(weights - log_mean) / size
-    effective = 1 / (normalised**2).sum(0)
+    found = {
+        "pareto_k": shape,
+        "ess": 1 / (normalised**2).sum(0),
+        "log_evidence": log_mean,
+        "elbo": weights.mean(0),
+    }
+    missed = np.full_like(log_mean, np.nan)
+    if reference is not None:
+        other = _draws_first(reference)
+        if other.shape[1] != weights.shape[1]:
+            problem = f"{other.shape[1]} sequences for {weights.shape[1]}"
+            raise UserError("reference", problem, "draw them for the same batch")
+        missed = found["missed"] = _log_mean(other) - log_mean
+    trusted = (shape <= threshold) & ~(missed > MISSED) & ~(np.isneginf(shape) & np.isnan(missed))
     report = xr.Dataset(
-        {
-            "pareto_k": ("sequence", shape),
-            "ess": ("sequence", effective),
-            "log_evidence": ("sequence", log_mean),
-            "elbo": ("sequence", weights.mean(0)),
-            "verdict": ("sequence", [verdict(k, size) for k in shape]),
+        {name: ("sequence", values) for name, values in found.items()}
+        | {
+            "trusted": ("sequence", trusted),
+            "verdict": ("sequence", [verdict(k, size, gap) for k, gap in zip(shape, missed, strict=True)]),
         },
         attrs={"num_samples": size, "threshold": threshold},
     )
-    fine = int((shape <= threshold).sum())
+    fine, rows = int(trusted.sum()), len(shape)
     report.attrs["summary"] = (
-        f"k-hat is at most {threshold:.2f} for {fine} of {len(shape)} sequences (largest {shape.max():.2f}, "
-        f"{size} draws each): "
-        + ("importance weights can be used." if fine == len(shape) else "do not use weights of the others.")
+        f"importance weights can be used for {fine} of {rows} sequences: k-hat is at most {threshold:.2f} for "
+        f"{int((shape <= threshold).sum())} (largest {shape.max():.2f}, {size} draws each)"
+        + ("" if reference is None else f", other draws find more evidence for {int((missed > MISSED).sum())}")
     )
     return report
 
@@ -92,11 +110,15 @@ def _ties_merged(weights: NDArray[np.float64], top: int) -> tuple[NDArray[np.flo
     return merged, (merged == merged[-1]).sum(0)
 
 
-def verdict(k: float, num_samples: int) -> str:
-    """What a k-hat means, in plain words."""
+def verdict(k: float, num_samples: int, missed: float = float("nan")) -> str:
+    """What a k-hat means, in plain words; `missed` as in `importance_report`, NaN where nothing was compared."""
     threshold = khat_threshold(num_samples)
+    if missed > MISSED:
+        return f"bad: other draws find {missed:.1f} nats more evidence; the guide misses orders the posterior wants"
     if np.isneginf(k):
-        return "good: no tail, the largest weight occurs again and again"
+        if np.isnan(missed):
+            return "unknown: no tail, as with the exact posterior or with a single order; compare with other draws"
+        return "good: no tail, and other draws find no more evidence"
     if k <= 0.5:
         return f"good: k = {k:.2f}, weights of the drawn orders have a finite variance"
     if k <= threshold:

@@ -22,7 +22,7 @@ from programs import (
 )
 
 from orderppl import RevealTraceGraph_ELBO, fit
-from orderppl.diagnostics import bound_curve, draw_orders, importance_report, pareto_k
+from orderppl.diagnostics import bound_curve, draw_orders, importance_report, pareto_k, prior_log_weights
 from orderppl.diagnostics.draws import score_orders
 from orderppl.diagnostics.importance import khat_threshold, verdict
 from orderppl.errors import UserError
@@ -70,10 +70,12 @@ def test_weights_of_the_exact_posterior_are_the_evidence():
     evidence = enumerated_evidence(model, batch)
     draws = draw_orders(model, ExactPosterior(model), batch, 200, max_states=300)
     assert torch.allclose(draws.log_weight, evidence.double().expand(200, -1), atol=1e-4)
-    report = importance_report(draws.log_weight)
+    assert not importance_report(draws.log_weight)["trusted"].any()
+    report = importance_report(draws.log_weight, prior_log_weights(model, batch, 300))
+    assert report["trusted"].all()
     assert np.isneginf(report["pareto_k"]).all()
     assert np.allclose(report["ess"], 200, rtol=1e-3)
-    assert "can be used" in report.attrs["summary"]
+    assert "can be used for 6 of 6" in report.attrs["summary"]
     gap = bound_curve(draws.log_weight, evidence)["gap"]
     assert np.abs(gap).max() < 1e-4
 
@@ -133,7 +135,7 @@ def test_khat_of_known_tails():
     outlier = np.zeros((1000, 1))
     outlier[0] = 20.0  # one draw outweighs all: nothing to fit, and nothing to trust
     assert np.isposinf(pareto_k(outlier)).all()
-    assert "do not use" in importance_report(outlier).attrs["summary"]
+    assert not importance_report(outlier)["trusted"].any()
 
 
 def test_draws_outside_the_support_weigh_nothing():
@@ -149,8 +151,24 @@ def test_draws_outside_the_support_weigh_nothing():
 def test_thresholds_and_words():
     assert khat_threshold(1000) == pytest.approx(2 / 3)
     assert khat_threshold(10**6) == 0.7
-    words = {k: verdict(k, 1000).split(":")[0] for k in (-np.inf, 0.2, 0.6, 0.68, 1.5, np.inf)}
-    assert list(words.values()) == ["good", "good", "usable", "poor", "bad", "bad"]
+    words = [verdict(k, 1000).split(":")[0] for k in (-np.inf, 0.2, 0.6, 0.68, 1.5, np.inf)]
+    assert words == ["unknown", "good", "usable", "poor", "bad", "bad"]
+    assert [verdict(-np.inf, 1000, missed).split(":")[0] for missed in (0.1, 3.1)] == ["good", "bad"]
+    assert verdict(0.2, 1000, 9.0).startswith("bad")
+
+
+@pytest.mark.parametrize("prior", [UniformSteps(), StepPrice(UniformSteps(), 0.5)])
+def test_a_guide_that_draws_one_order_is_not_trusted(prior):
+    """Its weights are all the same and k-hat sees nothing; draws from the prior do."""
+    model, _ = chain_programs(6, 3, prior)
+    batch = chain_batch(4, 6)
+    draws = draw_orders(model, fixed_guide(left_to_right(6, 3), 3, 40.0), batch, 300)
+    reference = prior_log_weights(model, batch, 4000, max_states=500)
+    assert torch.allclose(reference.logsumexp(0) - np.log(4000), enumerated_evidence(model, batch).double(), atol=0.1)
+    report = importance_report(draws.log_weight, reference)
+    assert np.isneginf(report["pareto_k"]).all()
+    assert (report["missed"] > 3).all() and not report["trusted"].any()
+    assert "other draws find more evidence for 4" in report.attrs["summary"]
 
 
 def test_padding_and_chunks_change_no_weight():
@@ -208,5 +226,7 @@ def test_faults_are_named():
         bound_curve(np.zeros(5))
     with pytest.raises(UserError, match="within 1..30"):
         bound_curve(np.zeros((30, 2)), sizes=[31])
+    with pytest.raises(UserError, match="3 sequences for 2"):
+        importance_report(np.zeros((30, 2)), np.zeros((30, 3)))
     with pytest.raises(UserError, match="one number per sequence"):
         bound_curve(np.zeros((30, 2)), np.zeros(3))
