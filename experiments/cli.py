@@ -2,7 +2,8 @@
 
 An experiment is a module with
 
-- `Config`, a frozen dataclass derived from `RunConfig`; a field with `option="--name"` gets that option;
+- `Config`, a frozen dataclass derived from `RunConfig`; a field with `option="--name"` gets that option, one
+  with `option="NAME"` is an argument;
 - `run(config: Config, out: Path) -> Iterable[Record]`, which reads top to bottom, writes its files into `out` and
   returns the records of `results.json`; with a parameter `resume: bool` it gets `--resume`;
 - optionally `CONFIG`, the packaged YAML file it starts from, or `PRESETS`, the files to choose from by `--preset`.
@@ -37,6 +38,7 @@ EXPERIMENTS = {
     "train-denoiser": "Train a small masked-diffusion transformer on a task.",
     "fit-order": "Fit a guide and a reveal prior to a denoiser; can be interrupted and resumed.",
     "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",
+    "diagnose": "Diagnose a fitted run: can its order be trusted, and what is it like?",
     "benchmark estimators": "Bias, variance and cost of every gradient estimator, against exact gradients.",
     "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
     "benchmark speed": "Time and memory of an SVI update, beside the same update written by hand in plain torch.",
@@ -115,8 +117,9 @@ def _command(name: str, module: types.ModuleType) -> Callable[..., None]:
         signature["preset"] = (Annotated[str | None, typer.Option("--preset", help=text)], None)
     hints = typing.get_type_hints(module.Config)
     for key, option in options.items():
-        hint = Annotated[_option_type(hints[key]), typer.Option(option, help=own[key].metadata.get("help"))]  # type: ignore[valid-type]
-        signature[key] = (hint, None)
+        told = own[key].metadata.get("help")
+        kind: Any = typer.Option(option, help=told) if option[0] == "-" else typer.Argument(metavar=option, help=told)
+        signature[key] = (Annotated[_option_type(hints[key]), kind], None)
     if resumes:
         signature["resume"] = (Annotated[bool, typer.Option("--resume", help="go on with the run in --out")], False)
     signature["debug"] = (Annotated[bool, typer.Option("--debug", help="show the traceback of bad input")], False)
@@ -170,6 +173,8 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
     document = dump_config(config)
     if out.exists() and not out.is_dir():
         raise UserError("--out", f"{out} is a file", "give a folder")
+    if (out / "config.yaml").is_file() and hasattr(config, "run") and out.resolve() == Path(config.run).resolve():
+        raise UserError("--out", f"{out} is the run itself", "choose another folder")
     if resume:
         if not saved.is_file():
             raise UserError("--resume", f"{out} holds no run", "leave --resume out to start one")

@@ -2,8 +2,8 @@
 
 Every function takes `reveal_step`, int64 with the dimensions chain, draw, sequence and position, as in the groups
 `posterior` and `prior` of an InferenceData, -1 at padding. Padding never counts: neighbours are neighbouring attended
-positions, and n below is the number of attended positions of a sequence. r_i is the step that reveals position i, z_t the
-set revealed at step t, M_t the positions still masked before it. What is undefined is NaN.
+positions, and n below is the number of attended positions of a sequence. r_i is the step that reveals position i, z_t
+the set revealed at step t, M_t the positions still masked before it. What is undefined is NaN.
 """
 
 from __future__ import annotations

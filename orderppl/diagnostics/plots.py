@@ -1,12 +1,14 @@
 """Figures of an InferenceData with order statistics.
 
-As in arviz, every function takes the data and an `ax`, makes one when there is none, and returns it. Colours are those of
-Okabe and Ito, maps cividis: both can be told apart without red and green. Sizes fit a column of a paper, `COLUMN` inches.
+As in arviz, every function takes the data and an `ax`, makes one when there is none, and returns it. Colours are those
+of Okabe and Ito, maps cividis: both can be told apart without red and green. Sizes fit a column of a paper.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,7 +26,7 @@ COLUMN = 3.4
 HEIGHT = 2.4
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#f0e442")
 MARKERS = "osD^vP*X"
-STYLE = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -34,9 +36,24 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+P = ParamSpec("P")
+
 SHOWN_TOKENS = 32  # with more positions their tokens would overlap
 
 
+def _column_style(function: Callable[P, Axes]) -> Callable[P, Axes]:
+    """Draw in `STYLE` where the function makes the figure, and in the caller's where an `ax` is given."""
+
+    @wraps(function)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Axes:
+        given = any(isinstance(value, Axes) for value in (*args, *kwargs.values()))
+        with plt.rc_context({} if given else STYLE):
+            return function(*args, **kwargs)
+
+    return styled
+
+
+@_column_style
 def plot_order(data: InferenceData, ax: Axes | None = None, *, sequence: int | None = None) -> Axes:
     """Heat map of P(r_i = t).
 
@@ -54,6 +71,7 @@ def plot_order(data: InferenceData, ax: Axes | None = None, *, sequence: int | N
     return ax
 
 
+@_column_style
 def plot_precedence(data: InferenceData, ax: Axes | None = None, *, sequence: int | None = None) -> Axes:
     """Matrix of P(r_i < r_j): row i, column j; see `plot_order`."""
     first, chosen = _one(data, "precedence", sequence)
@@ -67,6 +85,7 @@ def plot_precedence(data: InferenceData, ax: Axes | None = None, *, sequence: in
     return ax
 
 
+@_column_style
 def plot_steps_used(data: InferenceData, ax: Axes | None = None) -> Axes:
     """Histogram of the number of steps that an order uses, over draws and sequences."""
     used = group(data, "sample_stats")["steps_used"].values.ravel()
@@ -79,6 +98,7 @@ def plot_steps_used(data: InferenceData, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@_column_style
 def plot_set_sizes(data: InferenceData, ax: Axes | None = None) -> Axes:
     """Tokens revealed at each step: mean, and where 80% of orders and sequences lie."""
     sizes = group(data, STATISTICS)["set_sizes"].stack(order=(*SAMPLE, "sequence"))
@@ -93,20 +113,23 @@ def plot_set_sizes(data: InferenceData, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@_column_style
 def plot_token_types(data: InferenceData, ax: Axes | None = None) -> Axes:
     """When each kind of token is revealed: mean of (step + 1) / steps used, earliest on top."""
     stats = group(data, STATISTICS)
     place = stats["type_place"].sortby(stats["type_place"], ascending=False)
     ax = _axes(ax)
-    ax.barh(np.arange(place.size), place.values, color=COLOURS[0])
+    ax.barh(np.arange(place.size), place.values, height=0.6, color=COLOURS[0])
     counts = stats["type_tokens"].sel(token_type=place["token_type"]).values
     names = [f"{kind} ({count})" for kind, count in zip(place["token_type"].values, counts, strict=True)]
-    ax.set(yticks=range(place.size), yticklabels=names, xlim=(0, 1), xlabel="mean place in the order, 1 is last")
+    ax.set(yticks=range(place.size), yticklabels=names, xlim=(0, 1), ylim=(-0.7, max(place.size, 3) - 0.3))
+    ax.set(xlabel="mean place in the order, 1 is last")
     return ax
 
 
+@_column_style
 def plot_pareto_k(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """k-hat of every sequence and its threshold; triangles: no tail, filled only where `missed` finds nothing either."""
+    """k-hat of every sequence and its threshold; filled where `trusted`, triangles where k is not finite."""
     weights = group(data, "sample_stats")["log_weight"]
     report = importance_report(weights, group(data, "sample_stats_prior")["log_weight"])
     shape, trusted = report["pareto_k"].values, report["trusted"].values
@@ -121,12 +144,13 @@ def plot_pareto_k(data: InferenceData, ax: Axes | None = None) -> Axes:
             some = chosen & kept
             ax.scatter(places[some], height[some], s=14, marker=mark, edgecolors=colour, facecolors=face)
     ax.axhline(threshold, color=COLOURS[6], linestyle="--", linewidth=1)
-    ax.text(len(shape) - 0.5, threshold, f" {threshold:.2f}", va="bottom", ha="right", fontsize=7)
-    ax.set(xlabel="sequence", ylabel="Pareto k", ylim=(low, high))
+    ax.text(1, threshold, f"{threshold:.2f}", va="bottom", ha="right", fontsize=7, transform=ax.get_yaxis_transform())
+    ax.set(xlabel="sequence", ylabel="Pareto k", ylim=(low, high), xticks=_few(places))
     ax.set_title(f"{int(trusted.sum())} of {len(shape)} trusted (filled)")
     return ax
 
 
+@_column_style
 def plot_elbo_parts(data: InferenceData, ax: Axes | None = None) -> Axes:
     """ELBO, log-likelihood and minus the KL over the updates of a fit, from the group `training`."""
     trace = group(data, "training")
@@ -144,6 +168,7 @@ def plot_elbo_parts(data: InferenceData, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@_column_style
 def plot_gradient(data: InferenceData, ax: Axes | None = None) -> Axes:
     """Standard deviation of the gradient, and the norm of its running mean, from the group `training`."""
     trace = group(data, "training")
@@ -152,13 +177,14 @@ def plot_gradient(data: InferenceData, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     known = trace["grad_variance"].dropna("update")
     mean = trace["grad_mean_norm"].sel(update=known["update"])
-    ax.plot(known["update"], np.sqrt(known), color=COLOURS[5], label="standard deviation", linewidth=1.3)
-    ax.plot(known["update"], mean, color=COLOURS[0], label="norm of the mean", linewidth=1.3)
+    ax.plot(known["update"], np.sqrt(known), color=COLOURS[5], marker=".", label="standard deviation")
+    ax.plot(known["update"], mean, color=COLOURS[0], marker=".", label="norm of the mean")
     ax.set(xlabel="update", ylabel="gradient", yscale="log")
     ax.legend(frameon=False)
     return ax
 
 
+@_column_style
 def plot_frontier(data: InferenceData, ax: Axes | None = None) -> Axes:
     """A metric against denoiser forwards, one line per arm with its interval as a band, from the group `frontier`.
 
@@ -169,7 +195,7 @@ def plot_frontier(data: InferenceData, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, HEIGHT * 1.3)
     for index, arm in enumerate(dict.fromkeys(points["arm"].values.tolist())):
         own = points.isel(point=np.flatnonzero(points["arm"].values == arm)).sortby("forwards")
-        style = {"color": COLOURS[index % 8], "marker": MARKERS[(index + index // 8) % 8]}
+        style: dict[str, Any] = {"color": COLOURS[index % 8], "marker": MARKERS[(index + index // 8) % 8]}
         x, value = own["forwards"].values, own["value"].values
         ax.plot(x, value, label=arm, linewidth=1.1, markersize=3.5, **style)
         if len(x) > 1:
@@ -182,6 +208,7 @@ def plot_frontier(data: InferenceData, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@_column_style
 def plot_bound_curve(curve: xr.Dataset, ax: Axes | None = None) -> Axes:
     """L_K against K with two standard errors, and the evidence where it is known; see `bound_curve`."""
     ax = _axes(ax)
@@ -196,6 +223,7 @@ def plot_bound_curve(curve: xr.Dataset, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@_column_style
 def plot_ranks(calibration: xr.Dataset, function: str, ax: Axes | None = None, *, bins: int = 16) -> Axes:
     """Histogram of one test function's ranks, and where 99% of the bars of a calibrated guide lie; see `calibrate`."""
     from scipy.stats import binom
@@ -215,8 +243,7 @@ def plot_ranks(calibration: xr.Dataset, function: str, ax: Axes | None = None, *
 def _axes(ax: Axes | None, height: float = HEIGHT) -> Axes:
     if ax is not None:
         return ax
-    with plt.rc_context(STYLE):
-        _, made = plt.subplots(figsize=(COLUMN, height), layout="constrained")
+    _, made = plt.subplots(figsize=(COLUMN, height), layout="constrained")
     return made
 
 

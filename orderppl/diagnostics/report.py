@@ -27,7 +27,8 @@ def order_statistics(data: InferenceData, *, k: int = 1) -> xr.Dataset:
         One dataset; each variable is named after its function. Of `agreement`, means over draws: `auroc`, `overlap`,
         `overlap_chance`, `correlation` [score, sequence, step], where the data have states. `kl_step` [sequence, step]
         is the mean KL(guide || prior) of each step, `set_correlation` [sequence, step] the mean of that,
-        `prior_mean_step` what the prior alone would do. Of token types, `type_step`, `type_place` and `type_tokens` [token_type].
+        `prior_mean_step` what the prior alone would do. Of token types, `type_step`, `type_place` and `type_tokens`
+        [token_type].
 
     Raises:
         UserError: a group is missing.
