@@ -22,8 +22,9 @@ from orderppl.errors import UserError
 from orderppl.experiments.build import ChainTask, OrderConfig, OrderProblem, build_problem, learned_policy
 from orderppl.experiments.config import setting
 from orderppl.experiments.evaluate import chain_gaps
-from orderppl.experiments.fit_order import final_kl_weight, fit_problem, held_out_bound, save_order
+from orderppl.experiments.fit_order import LOG_FILE, final_kl_weight, fit_problem, held_out_bound, save_order
 from orderppl.experiments.results import Record, results_table
+from orderppl.inference.checkpoints import write_text
 from orderppl.models.denoisers import MarkovChainDenoiser
 
 CONFIG = "chain"
@@ -72,7 +73,7 @@ def reference_arms(denoiser: MarkovChainDenoiser, num_steps: int) -> dict[str, P
 
 def best_of_starts(config: Config, seed: int, out: Path) -> OrderProblem:
     """Fit from several random starts and keep the best on validation rows, in the folder of the seed."""
-    found: list[tuple[float, OrderProblem]] = []
+    found: list[tuple[float, int, OrderProblem]] = []
     brief = replace(config.fit, checkpoint_every=None)  # a fit takes seconds
     for start in range(config.starts):
         pyro.set_rng_seed(1000 * seed + start)
@@ -81,7 +82,9 @@ def best_of_starts(config: Config, seed: int, out: Path) -> OrderProblem:
         fit_problem(attempt, problem, out / f"seed-{seed}" / f"start-{start}")
         held_out = problem.task.stream("validation", 500, shuffle=False, device=config.device)
         bound = held_out_bound(problem, held_out, final_kl_weight(config))()
-        found.append((bound["objective"], problem))
-    best = max(found, key=lambda pair: pair[0])[1]
-    save_order(config, best, out / f"seed-{seed}")
+        found.append((bound["objective"], start, problem))
+    _, start, best = max(found, key=lambda attempt: attempt[0])
+    folder = out / f"seed-{seed}"
+    save_order(config, best, folder)
+    write_text(folder / LOG_FILE, (folder / f"start-{start}" / LOG_FILE).read_text("utf-8"))
     return best

@@ -3,10 +3,11 @@
     orderppl diagnose runs/fit-order --out runs/fit-order-diagnosis
     orderppl diagnose runs/quickstart/chain --set simulations=320   # simulation-based calibration, too
 
-RUN is the folder of a fit-order, chain, antibodies or gsm8k order run, or a part of a quickstart run. Orders are drawn
-from its guide for held-out sequences. The folder written holds draws.nc (an arviz InferenceData), summary.json
-(numbers, each with the variables of draws.nc that it is made of, and alarms) and the figures. k-hat and calibration ask
-whether the guide is the posterior: a plan that was fitted to be deployed, without the KL, is not, and need not be.
+RUN is the folder of a learned order, or of a run that has learned one: fit-order, chain, antibodies, a part of a
+quickstart, an arm of gsm8k. Orders are drawn from its guide for held-out sequences. The folder written holds draws.nc
+(an arviz InferenceData), summary.json (numbers, each with the variables of draws.nc that it is made of, and alarms) and
+the figures. k-hat and calibration ask whether the guide is the posterior: a plan that was fitted without the KL, to be
+deployed, is not, and need not be.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,6 @@ import matplotlib
 import numpy as np
 import torch
 import xarray as xr
-import yaml
 from rich.console import Console
 from torch import Tensor
 
@@ -41,18 +41,16 @@ from orderppl.diagnostics import (
 )
 from orderppl.errors import UserError
 from orderppl.evaluation import path_likelihood
-from orderppl.experiments import antibodies, chain
-from orderppl.experiments.build import OrderConfig, OrderProblem, Task, build_problem, build_task, learned_policy
-from orderppl.experiments.config import RunConfig, load_config, setting
+from orderppl.experiments.build import OrderProblem, Task, learned_policy
+from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.evaluate import load_order
-from orderppl.experiments.fit_order import ORDER_FILE, final_kl_weight, held_out_bound, learned_modules
-from orderppl.experiments.quickstart import Config as QuickstartConfig
+from orderppl.experiments.fit_order import LOG_FILE, ORDER_FILE
 from orderppl.experiments.results import Record, read_results, results_table
-from orderppl.inference.checkpoints import load_weights, write_text
+from orderppl.inference.checkpoints import write_text
 from orderppl.models import SequentialUnmaskingModel
 from orderppl.models.denoisers import AntibodyDenoiser, MarkovChainDenoiser
 
-DATA_FILE, SUMMARY_FILE, LOG_FILE = "draws.nc", "summary.json", "log.jsonl"
+DATA_FILE, SUMMARY_FILE = "draws.nc", "summary.json"
 FRONTIER_METRICS = ("path_nats", "accuracy")
 
 
@@ -78,7 +76,7 @@ class Fitted:
         problem: its objects, with what was learned.
         num_steps: step budget T.
         grad_clip: of the fit.
-        folder: where its log is.
+        folder: where its weights and its log are.
     """
 
     problem: OrderProblem
@@ -102,6 +100,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     found = alarms(data)
     summary = {
         "run": str(folder),
+        "order": str(fitted.folder / ORDER_FILE),
         "log": str(fitted.folder / LOG_FILE),
         "data": DATA_FILE,
         "alarms": found,
@@ -144,97 +143,23 @@ def run(config: Config, out: Path) -> Iterable[Record]:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def open_run(folder: Path, device: str = "cpu") -> Fitted:
-    """Rebuild the objects of a run and load what it learned.
+def open_run(run: Path, device: str = "cpu") -> Fitted:
+    """Rebuild the objects of a run's only order, or of the order in its folder `run`, and load what it learned.
 
     Raises:
-        UserError: no folder, no run that can be diagnosed, or one of another version or architecture.
+        UserError: no folder, no learned order or several, or one of another version or architecture.
     """
-    if not folder.is_dir():
-        raise UserError("run", f"{folder} is no folder", "give the --out of a fitted run")
-    config = run_config(folder)
-    if isinstance(config, chain.Config):
-        return _best_start(replace(config, device=device), folder)
-    if isinstance(config, antibodies.Config):
-        config = replace(config, device=device)
-        weights = _weights(folder)
-        problem = build_problem(config, _antibody_task(config, folder))
-        return _loaded(problem, weights, config, folder)
-    fitted, problem = load_order(folder, device)
-    return Fitted(problem, fitted.num_steps, fitted.fit.grad_clip, folder)
-
-
-def run_config(folder: Path) -> OrderConfig | None:
-    """The config of a chain or antibodies run; None for one that `load_order` reads.
-
-    Raises:
-        UserError: there is no config, or it is that of another experiment.
-    """
-    own, above = folder / "config.yaml", folder.parent / "config.yaml"
-    if own.is_file():
-        keys = _keys(own)
-        if "starts" in keys:
-            return load_config(chain.Config, own)
-        if "draw" in keys:
-            return load_config(antibodies.Config, own)
-        if {"chain", "antibodies"} <= keys:
-            raise UserError("run", f"{folder} is a quickstart run of two parts", f"give {folder / 'chain'}, say")
-        if not {"guide", "prior", "fit"} <= keys:
-            problem = f"{folder} holds no fitted order; its config has {', '.join(sorted(keys))}"
-            raise UserError("run", problem, "give the folder of a fit-order, chain, antibodies or gsm8k order run")
-        return None
-    if folder.name in ("chain", "antibodies") and above.is_file() and folder.name in _keys(above):
-        whole = load_config(QuickstartConfig, above)
-        shared = {"seed": whole.seed, "device": whole.device, "dtype": whole.dtype}
-        if folder.name == "chain":
-            return replace(whole.chain, **shared)  # type: ignore[arg-type]
-        return replace(whole.antibodies, train=whole.train, test=whole.test, **shared)  # type: ignore[arg-type]
-    raise UserError("run", f"{folder} holds no config.yaml", "give the --out of a fitted run")
-
-
-def _keys(path: Path) -> set[str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("run", f"{path} is not valid YAML", "give the folder of a finished run") from error
-    if not isinstance(content, dict):
-        raise UserError("run", f"{path} holds no settings", "give the folder of a finished run")
-    return {str(key) for key in content}
-
-
-def _weights(folder: Path) -> Path:
-    weights = folder / ORDER_FILE
-    if not weights.is_file():
-        raise UserError("run", f"{folder} holds no {ORDER_FILE}", "let the run finish first")
-    return weights
-
-
-def _loaded(problem: OrderProblem, weights: Path, config: OrderConfig, folder: Path) -> Fitted:
-    load_weights(learned_modules(problem), weights)
-    problem.model.to(config.device)
-    problem.guide.to(config.device)
+    if not run.is_dir():
+        raise UserError("run", f"{run} is no folder", "give the --out of a fitted run")
+    found = [run / ORDER_FILE] if (run / ORDER_FILE).is_file() else sorted(run.rglob(ORDER_FILE))
+    if not found:
+        raise UserError("run", f"{run} holds no {ORDER_FILE}", "give the --out of a run that has fitted an order")
+    if len(found) > 1:
+        folders = ", ".join(str(path.parent) for path in found)
+        raise UserError("run", f"{run} holds {len(found)} orders", f"give the folder of one: {folders}")
+    folder = found[0].parent
+    config, problem = load_order(folder, device)
     return Fitted(problem, config.num_steps, config.fit.grad_clip, folder)
-
-
-def _best_start(config: chain.Config, folder: Path) -> Fitted:
-    """The start of the first seed that the experiment has kept: the best bound on validation rows."""
-    starts = sorted((folder / f"seed-{config.seed}").glob(f"start-*/{ORDER_FILE}"))
-    if not starts:
-        problem = f"{folder} holds no seed-{config.seed}/start-*/{ORDER_FILE}"
-        raise UserError("run", problem, "let the run finish first")
-    found = []
-    for weights in starts:
-        fitted = _loaded(build_problem(config), weights, config, weights.parent)
-        rows = fitted.problem.task.stream("validation", 500, shuffle=False, device=config.device)
-        torch.manual_seed(config.seed)
-        bound = held_out_bound(fitted.problem, rows, final_kl_weight(config))()
-        found.append((bound["objective"], fitted))
-    return max(found, key=lambda pair: pair[0])[1]
-
-
-def _antibody_task(config: antibodies.Config, folder: Path) -> Task:
-    train = config.train or getattr(config.task, "train", None) or str(folder / antibodies.DRAWN_FILE)
-    return build_task(replace(config.task, train=train, test=config.test or config.task.test), config.seed)  # type: ignore
 
 
 # --------------------------------------------------------------------------------------------------- draws and numbers

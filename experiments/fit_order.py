@@ -36,7 +36,7 @@ from orderppl.inference.checkpoints import save_weights, write_text
 from orderppl.inference.fit import OrderLoss, fit
 
 CONFIG = "chain"
-ORDER_FILE, ORDER_SETTINGS = "order.safetensors", "order.yaml"
+ORDER_FILE, ORDER_SETTINGS, LOG_FILE = "order.safetensors", "order.yaml", "log.jsonl"
 METRICS = {"elbo": "elbo", "log_likelihood": "log_likelihood", "kl": "kl", "steps": "mean_steps"}  # ours: reported as
 
 

@@ -1,0 +1,148 @@
+"""Every figure shows the numbers of its data, on the caller's axes or on its own."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+sys.path.insert(0, str(Path(__file__).parent))
+from programs import chain_batch, chain_programs
+
+from orderppl import RevealTraceGraph_ELBO, fit
+from orderppl.diagnostics import (
+    InferenceData,
+    add_order_statistics,
+    bound_curve,
+    calibrate,
+    plots,
+    to_inference_data,
+    training_trace,
+)
+from orderppl.errors import UserError
+from orderppl.guides import MeanFieldGuide
+from orderppl.inference import BatchStream
+from orderppl.models.networks import PositionTable
+
+
+@pytest.fixture(scope="module")
+def data() -> InferenceData:
+    torch.manual_seed(0)
+    model, _ = chain_programs(6, 3)
+    guide = MeanFieldGuide(PositionTable(6, 3, noise=1.0), 3, sees_tokens=False)
+    adam = partial(torch.optim.Adam, lr=0.1)
+    stream = BatchStream(chain_batch(32, 6), batch_size=8)
+    result = fit(
+        model, guide, stream, elbo=RevealTraceGraph_ELBO(2), optimizer=adam, updates=12, log_every=3, progress=False
+    )
+    batch = chain_batch(4, 6)
+    batch["attention_mask"][0, 4:] = False
+    made = add_order_statistics(to_inference_data(model, guide, batch, num_samples=60))
+    arms = ["a", "a", "b"]
+    frontier = xr.Dataset(
+        {
+            "forwards": ("point", [4.0, 2.0, 3.0]),
+            "value": ("point", [1.0, 2.0, 1.5]),
+            "low": ("point", [0.8, 1.7, 1.4]),
+            "high": ("point", [1.2, 2.3, 1.6]),
+        },
+        coords={"arm": ("point", arms)},
+        attrs={"metric": "path_nats"},
+    )
+    groups = {"training": training_trace(result.trace), "frontier": frontier}
+    made.add_groups(groups, warn_on_custom_groups=False)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+FUNCTIONS = (
+    plots.plot_order,
+    plots.plot_precedence,
+    plots.plot_steps_used,
+    plots.plot_set_sizes,
+    plots.plot_token_types,
+    plots.plot_pareto_k,
+    plots.plot_elbo_parts,
+    plots.plot_gradient,
+    plots.plot_frontier,
+)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_figures_take_an_ax_or_make_one(data, function):
+    own = function(data)
+    assert own.figure.get_size_inches()[0] == plots.COLUMN
+    own.figure.canvas.draw()
+    assert own.get_xlabel()
+    assert own.get_ylabel() or function is plots.plot_token_types
+    _, ax = plt.subplots()
+    before = plt.get_fignums()
+    assert function(data, ax=ax) is ax
+    assert plt.get_fignums() == before
+
+
+def test_heat_maps_show_one_sequence_without_padding(data):
+    stats = data["order_statistics"]
+    assert plots.plot_order(data).get_title() == "sequence 1"  # sequence 0 is shorter
+    shown = plots.plot_order(data, sequence=0).images[0].get_array()
+    assert shown.shape == (3, 4)
+    assert np.allclose(shown, stats["step_probs"].values[0, :4].T)
+    matrix = plots.plot_precedence(data, sequence=0).images[0].get_array()
+    assert np.allclose(matrix, stats["precedence"].values[0, :4, :4])
+    labels = [text.get_text() for text in plots.plot_order(data, sequence=0).get_xticklabels()]
+    assert labels == data["posterior"]["token"].values[0, :4].tolist()
+    with pytest.raises(UserError, match="no sequence 9"):
+        plots.plot_order(data, sequence=9)
+
+
+def test_bars_and_lines_are_the_numbers(data):
+    heights = [bar.get_height() for bar in plots.plot_set_sizes(data).patches]
+    assert heights == pytest.approx(data["order_statistics"]["set_sizes"].mean(("chain", "draw", "sequence")).values)
+    shares = [bar.get_height() for bar in plots.plot_steps_used(data).patches]
+    used = data["sample_stats"]["steps_used"].values
+    assert shares == pytest.approx([(used == step).mean() for step in (1, 2, 3)])
+    lines = plots.plot_elbo_parts(data).lines
+    assert np.allclose(lines[0].get_ydata(), data["training"]["elbo"])
+    frontier = plots.plot_frontier(data)
+    assert frontier.lines[0].get_xdata().tolist() == [2, 4]
+    assert len(frontier.collections) == 2  # a band for two points, an error bar for one
+
+
+def test_bound_and_ranks(data):
+    curve = bound_curve(data["sample_stats"]["log_weight"], np.zeros(4))
+    ax = plots.plot_bound_curve(curve)
+    assert np.allclose(ax.lines[0].get_ydata(), curve["mean_bound"])
+    model, sequential = chain_programs(4, 2)
+    guide = MeanFieldGuide(PositionTable(4, 2), 2, sees_tokens=False)
+    ranks = calibrate(model, guide, sequential, chain_batch(2, 4), num_simulations=80, num_draws=15)
+    ax = plots.plot_ranks(ranks, "first_step")
+    assert ax.patches[0].get_data().values.sum() == 80
+
+
+def test_missing_groups_are_named(data):
+    bare = InferenceData(posterior=data["posterior"], sample_stats=data["sample_stats"])
+    for function, name in (
+        (plots.plot_order, "order_statistics"),
+        (plots.plot_pareto_k, "sample_stats_prior"),
+        (plots.plot_elbo_parts, "training"),
+        (plots.plot_frontier, "frontier"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: no such group"):
+            function(bare)
+    sgd = InferenceData(training=data["training"][["loss"]])
+    with pytest.raises(UserError, match="grad_variance"):
+        plots.plot_gradient(sgd)
+    with pytest.raises(UserError, match="none of elbo"):
+        plots.plot_elbo_parts(sgd)
+    assert not plt.get_fignums()
