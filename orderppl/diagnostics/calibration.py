@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from orderppl.diagnostics.draws import STATES, Batch, check_batch, score_orders, seeded, traced
+from orderppl.distributions import SetLaw, Tracked
 from orderppl.errors import UserError
 from orderppl.inference.programs import ARGUMENTS, Program, local_parameters, positional
 from orderppl.states import VISIBLE, steps_used
@@ -70,7 +71,8 @@ def simulate(sequential: Program, batch: Batch) -> tuple[Tensor, Tensor]:
         raise UserError("sequential", problem, "give SequentialUnmaskingModel(model.denoiser, model.prior, num_steps)")
     reveal_step = torch.full_like(batch["tokens"], VISIBLE)
     for name, site in sites.items():
-        if bool((getattr(site["fn"], "log_weight", torch.zeros(())) != 0).any()):
+        law = site["fn"].base if isinstance(site["fn"], Tracked) else site["fn"]
+        if isinstance(law, SetLaw) and bool((law.log_weight != 0).any()):
             raise UserError("model.prior", "is not normalised: it has a price per step", "calibrate without the price")
         reveal_step = torch.where(site["value"].bool(), int(name.removeprefix("reveal_")), reveal_step)
     tokens: Tensor = trace.nodes["_RETURN"]["value"]

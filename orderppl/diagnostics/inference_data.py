@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,12 @@ def to_inference_data(
     - `log_likelihood`: `tokens` [sequence], log p(x | r), nats
     - `sample_stats`: `log_q`, `log_prior`, `log_joint`, `log_weight` (nats) and `steps_used` [sequence]; by step,
       `log_likelihood_step`, the log-likelihood of what the step reveals, and `kl_step`, KL(guide || prior) of the set
-      given what is masked (missing for a guide that is no `OrderedPartition`): the parts of the ELBO
+      given what is masked, or the log-ratio of the drawn set where that has no closed form (missing for a guide that is
+      no `OrderedPartition`): the parts of the ELBO
     - `states`, for the first draws only: what guide, prior and heuristics want in every state [sequence, step,
-      position], NaN where nothing is masked: `guide_prob` and `prior_prob` of revealing, and the score by which each
-      heuristic ranks (`top_prob`, `margin`, `entropy` as minus the entropy, `oracle_margin`, which sees the truth)
+      position], NaN where nothing is masked: `guide_prob` and `prior_prob` of revealing, where the sets have a closed
+      form for it, and the score by which each heuristic ranks (`top_prob`, `margin`, `entropy` as minus the entropy,
+      `oracle_margin`, which sees the truth)
     - `correlation`, on demand: `set_correlation` [sequence, step], see `set_correlation`
     - `constant_data`: `attention_mask`
 
@@ -222,8 +225,12 @@ def _by_step(order: Tensor, q: Any, p: Any, likelihood: RevealedTokens, tokens: 
     revealed = reveal_set(order, likelihood.state.step.unsqueeze(-1))
     found = {"log_likelihood_step": hidden.masked_fill(~revealed, 0.0).sum(-1).movedim(0, -1)}
     if isinstance(q, OrderedPartition) and isinstance(p, OrderedPartition):
-        kl = kl_divergence(q.reveal_sets(order), p.reveal_sets(order, p.steps))
-        found["kl_step"] = kl.expand(found["log_likelihood_step"].movedim(-1, 0).shape).movedim(0, -1)
+        q_sets, p_sets = q.reveal_sets(order), p.reveal_sets(order, p.steps)
+        try:
+            kl = kl_divergence(q_sets, p_sets)
+        except NotImplementedError:  # no closed form for these sets
+            kl = q_sets.log_prob(revealed) - p_sets.log_prob(revealed)
+        found["kl_step"] = kl.expand(revealed.shape[:-1]).movedim(0, -1)
     return found
 
 
@@ -236,8 +243,9 @@ def _states(order: Tensor, kept: int, q: Any, p: Any, likelihood: RevealedTokens
     state.memory[TRUTH] = torch.where(masked, tokens, 0)
     values = {score.name: score.score(state) for score in SCORES}
     for name, law in (("guide_prob", q), ("prior_prob", p)):
-        if isinstance(law, OrderedPartition):
-            values[name] = law.reveal_sets(order).probs.expand(stack.masked.shape)[:, :kept]
+        with suppress(NotImplementedError):  # sets without a closed form
+            if isinstance(law, OrderedPartition):
+                values[name] = law.reveal_sets(order).probs.expand(stack.masked.shape)[:, :kept]
     shown = {name: value.masked_fill(~masked, torch.nan).float() for name, value in values.items()}
     return {name: value.movedim(0, 2) for name, value in {**shown, "masked": masked}.items()}
 
