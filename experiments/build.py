@@ -142,6 +142,12 @@ class Task:
             raise UserError("split", f"{self.name} has no split {split!r}", f"use one of {', '.join(self.splits)}")
         return self.splits.get(split, self.splits["test"])
 
+    def spell(self, token: int) -> str:
+        """One token as text: a piece of the tokeniser, a residue, or the number of a state."""
+        if self.tokenizer is not None:
+            return self.tokenizer.tokens[token]
+        return AntibodyDenoiser.decode(torch.tensor([token])) if self.name == "antibodies" else str(token)
+
     @property
     def longest(self) -> int:
         """Longest response of any split, tokens."""

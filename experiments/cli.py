@@ -6,7 +6,8 @@ An experiment is a module with
   with `option="NAME"` is an argument;
 - `run(config: Config, out: Path) -> Iterable[Record]`, which reads top to bottom, writes its files into `out` and
   returns the records of `results.json`; with a parameter `resume: bool` it gets `--resume`;
-- optionally `CONFIG`, the packaged YAML file it starts from, or `PRESETS`, the files to choose from by `--preset`.
+- optionally `CONFIG`, the packaged YAML file it starts from, or `PRESETS`, the files to choose from by `--preset`;
+- optionally `default_out(config) -> Path`, the folder of its files without `--out`.
 
 Its docstring is the text of `--help`. Only the module that was asked for is imported.
 """
@@ -40,6 +41,7 @@ EXPERIMENTS = {
     "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",
     "diagnose": "Diagnose a fitted run: can its order be trusted, and what is it like?",
     "benchmark estimators": "Bias, variance and cost of every gradient estimator, against exact gradients.",
+    "report": "One HTML file of a run: tables, figures, and a replay of decoding under two policies.",
     "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
     "benchmark speed": "Time and memory of an SVI update, beside the same update written by hand in plain torch.",
 }
@@ -88,7 +90,7 @@ def _command(name: str, module: types.ModuleType) -> Callable[..., None]:
     presets: dict[str, str] = getattr(module, "PRESETS", {})
     resumes = "resume" in inspect.signature(module.run).parameters
 
-    def command(out: Path, config: str | None, assign: list[str] | None, debug: bool, **given: Any) -> None:
+    def command(out: Path | None, config: str | None, assign: list[str] | None, debug: bool, **given: Any) -> None:
         resume = bool(given.pop("resume", False))
         preset = given.pop("preset", None)
         try:
@@ -99,16 +101,16 @@ def _command(name: str, module: types.ModuleType) -> Callable[..., None]:
             source = presets[preset] if preset is not None else config or getattr(module, "CONFIG", None)
             values = {key: value for key, value in given.items() if value is not None and value != []}
             settings = load_config(module.Config, source, assign or (), values)
-            run_experiment(name, module, settings, out, resume=resume)
+            run_experiment(name, module, settings, out or module.default_out(settings), resume=resume)
         except UserError as error:
             if debug:
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
 
-    default_out = Path("runs") / name.replace(" ", "-")
+    default_out = None if hasattr(module, "default_out") else Path("runs") / name.replace(" ", "-")
     signature: dict[str, tuple[Any, Any]] = {
-        "out": (Annotated[Path, typer.Option("--out", help="folder of the run's files")], default_out),
+        "out": (Annotated[Path | None, typer.Option("--out", help="folder of the run's files")], default_out),
         "config": (Annotated[str | None, typer.Option("--config", help="packaged config or YAML file")], None),
         "assign": (Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="change a setting")], None),
     }

@@ -121,6 +121,19 @@ def results_table(
         title: shown above the table.
         digits: decimals of a value.
     """
+    heads, lines = pivot(records, rows, columns, digits)
+    table = Table(title=title, title_justify="left")
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index < len(rows) else "right")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def pivot(
+    records: Iterable[Record], rows: Sequence[str] = ("arm",), columns: Sequence[str] = ("metric",), digits: int = 3
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of the table that `results_table` shows; arguments as there."""
     cells: dict[tuple[str, ...], dict[tuple[str, ...], list[Record]]] = {}
     heads: dict[tuple[str, ...], None] = {}
     for record in records:
@@ -128,14 +141,9 @@ def results_table(
         head = tuple(str(record.get(name, "")) for name in columns)
         heads[head] = None
         cells.setdefault(line, {}).setdefault(head, []).append(record)
-    table = Table(title=title, title_justify="left")
-    for name in rows:
-        table.add_column(name)
-    for head in heads:
-        table.add_column(" ".join(part for part in head if part), justify="right")
-    for line, values in cells.items():
-        table.add_row(*line, *(_cell(values.get(head, []), digits) for head in heads))
-    return table
+    names = [*rows, *(" ".join(part for part in head if part) for head in heads)]
+    lines = [[*line, *(_cell(values.get(head, []), digits) for head in heads)] for line, values in cells.items()]
+    return names, lines
 
 
 def _cell(records: Sequence[Record], digits: int) -> str:

@@ -38,7 +38,7 @@ def test_the_wheel_holds_every_source_file_once_and_no_other(wheel: zipfile.ZipF
     for part in ("orderppl", *PARTS):
         for folder, _, names in os.walk(ROOT / part, followlinks=False):
             inside = Path("" if part == "orderppl" else "orderppl") / Path(folder).relative_to(ROOT)
-            wanted += [(inside / name).as_posix() for name in names if name.endswith((".py", ".yaml"))]
+            wanted += [(inside / name).as_posix() for name in names if name.endswith((".py", ".yaml", ".css", ".js"))]
     assert sorted(packed) == sorted(wanted)
 
 

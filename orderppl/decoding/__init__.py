@@ -1,5 +1,6 @@
 """Decoding: reveal policies, set-size schedules and the one loop that runs them."""
 
+from orderppl.decoding.alternatives import Alternatives, alternatives_at_reveal
 from orderppl.decoding.decode import DecodeOutput, PathOutput, decode, follow
 from orderppl.decoding.heuristics import (
     POLICIES,
@@ -30,6 +31,7 @@ from orderppl.decoding.schedules import CosineSizes, FractionalSizes, SetSizes, 
 
 __all__ = [
     "POLICIES",
+    "Alternatives",
     "Block",
     "CosineSizes",
     "DecodeOutput",
@@ -57,6 +59,7 @@ __all__ = [
     "Threshold",
     "TopProb",
     "UniformSizes",
+    "alternatives_at_reveal",
     "decode",
     "describe_policy",
     "follow",

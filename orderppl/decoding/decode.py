@@ -67,7 +67,7 @@ class PathOutput:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(*objects: object) -> Iterator[None]:
+def evaluation_mode(*objects: object) -> Iterator[None]:
     """Switch modules (also those held by a policy) to evaluation, so that dropout cannot change a result."""
     modules: list[nn.Module] = []
     pending = list(objects)
@@ -243,7 +243,7 @@ def decode(
         noise = uniform_noise(seed, ids[index], int(state.step[0]), longest, TOKENS)
         return sample_categorical(state.logits.double() / temperature, noise)
 
-    with _evaluation_mode(denoiser, policy):
+    with evaluation_mode(denoiser, policy):
         output = _unmask(policy, canvas, max_steps, seed, ids, write, {}, pad_token_id)
     if record_history:
         # Revealed tokens never change, so the states follow from the result.
@@ -297,7 +297,7 @@ def follow(
     # Padding may hold any id, also one the denoiser has no class for.
     readable = tokens.masked_fill(~attention, 0)
     memory = {TRUTH: readable} if getattr(policy, "needs_truth", False) else {}
-    with _evaluation_mode(canvas.denoiser, policy):
+    with evaluation_mode(canvas.denoiser, policy):
         seed = generator_seed(generator)
         output = _unmask(policy, canvas, num_steps, seed, ids, lambda index, state: readable[index], memory)
     return PathOutput(attention, output.nfe, num_steps, output.reveal_step, output.token_log_prob, output.fallback)

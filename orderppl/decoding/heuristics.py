@@ -42,9 +42,7 @@ def prediction_entropy(state: UnmaskingState) -> Tensor:
     return torch.special.entr(state.log_probs.exp()).sum(-1)
 
 
-def reveal_rank(
-    score: Tensor, masked: Tensor, last: Tensor | None = None, tie_break: Tensor | None = None
-) -> Tensor:
+def reveal_rank(score: Tensor, masked: Tensor, last: Tensor | None = None, tie_break: Tensor | None = None) -> Tensor:
     """Rank positions for revealing: 0 is first.
 
     Args:

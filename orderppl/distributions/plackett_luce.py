@@ -248,9 +248,9 @@ class UniformSet(PlackettLuceSet):
     def entropy(self) -> Tensor:
         """log C(|M|, k) in nats, float [*]."""
         total, size = self.masked.sum(-1), self.size
-        return (
-            torch.lgamma(total + 1.0) - torch.lgamma(size + 1.0) - torch.lgamma((total - size) + 1.0)
-        ).to(self.scores.dtype)
+        return (torch.lgamma(total + 1.0) - torch.lgamma(size + 1.0) - torch.lgamma((total - size) + 1.0)).to(
+            self.scores.dtype
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of a set, bool [*, L] -> float [*]; -inf for sets of another size or outside M."""

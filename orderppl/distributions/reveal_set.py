@@ -235,9 +235,7 @@ class RenormalisedSet(RevealSet):
         ValueError: if the temperature is not positive.
     """
 
-    def __init__(
-        self, scores: Tensor, temperature: float, masked: Tensor, validate_args: bool | None = None
-    ) -> None:
+    def __init__(self, scores: Tensor, temperature: float, masked: Tensor, validate_args: bool | None = None) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature: {temperature} is not positive; use a value such as 0.1")
         scores, masked = torch.broadcast_tensors(scores, masked)
