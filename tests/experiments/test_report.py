@@ -22,7 +22,15 @@ from orderppl.experiments.replay import load_parts, record_replays
 from orderppl.experiments.results import write_results
 
 CHAIN = ["task.length=7", "task.train=40", "task.validation=8", "task.test=9", "fit.updates=3", "num_steps=3"]
-TEXT = ["name: arithmetic", "train: 30", "validation: 4", "test: 4", "num_operations: 2"]
+TEXT = [
+    "task={name: arithmetic, train: 30, validation: 4, test: 4, num_operations: 2}",
+    "denoiser={name: transformer, width: 8, layers: 1, heads: 1}",
+    "freeze_denoiser=false",  # so that it is saved with the order
+    "prior=uniform_steps",
+    "guide={name: mean_field, network: table}",
+    "elbo.num_particles=2",
+    "fit={updates: 1, batch_size: 2, validate_every: null}",
+]
 
 
 def call(*arguments: str) -> int:
@@ -133,10 +141,7 @@ def test_every_number_of_the_result_tables_is_in_results_json(run: Path) -> None
 
 def test_text_is_data(tmp_path: Path) -> None:
     """Words, a prompt and an alarm that look like markup; an exact-match verdict for every decoded answer."""
-    config = load_config(fit_order.Config, "arithmetic_order", [
-        f"task={{{', '.join(TEXT)}}}", "denoiser={name: transformer, width: 8, layers: 1, heads: 1}", "fit.updates=1",
-        "fit.batch_size=2", "prior=uniform_steps", "guide={name: mean_field, network: table}", "freeze_denoiser=false", "fit.validate_every=null", "elbo.num_particles=2",
-    ])  # fmt: skip
+    config = load_config(fit_order.Config, "arithmetic_order", TEXT)
     out = tmp_path / "<b>run&"
     out.mkdir()
     records = list(fit_order.run(config, out))
