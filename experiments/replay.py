@@ -6,6 +6,7 @@ tokens of the row (teacher forcing), whose nats are those of the tables.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
 from orderppl.evaluation.answers import exact_match
 from orderppl.evaluation.path_likelihood import batch_canvas
-from orderppl.experiments.build import Gsm8kTask, OrderConfig, Task, learned_policy
+from orderppl.experiments.build import Gsm8kTask, OrderConfig, OrderProblem, Task, learned_policy
 from orderppl.experiments.chain import reference_arms
 from orderppl.experiments.config import config_dict
 from orderppl.experiments.evaluate import heuristics, load_order, load_settings
@@ -77,41 +78,42 @@ def load_parts(run: Path, device: str, threshold: float) -> list[Part]:
         device: where the programs go.
         threshold: confidence of the threshold policy.
     """
-    folders = find_orders(run)
-    settings = {folder: load_settings(folder) for folder in folders}
-    groups: dict[str, list[Path]] = {}
-    for folder, config in settings.items():
-        key = (config_dict(config.task), config_dict(config.denoiser), config.seed, config.num_steps)
-        groups.setdefault(repr(key), []).append(folder)
+    tasks: dict[str, Task] = {}
+    members: dict[str, list[tuple[Path, OrderProblem]]] = {}
     parts: dict[str, Part] = {}
-    for members in groups.values():
-        config = settings[members[0]]
-        name = _part_name(config)
-        if name in parts:
-            name = f"{name} ({members[0].relative_to(run)})"
-        part: Part | None = None
-        for folder in members:
-            _, problem = load_order(folder, device, None if part is None else part.task)
-            part = part or Part(name, config, problem.task)
-            denoiser = problem.model.denoiser
-            learned = "learned" if len(members) == 1 else f"learned ({folder.name})"
-            policies = {
-                learned: learned_policy(problem, "mode"),
-                f"{learned}, sampled": learned_policy(problem, "sample"),
-            }
-            if isinstance(policies[learned], PlannedOrder):
-                policies[f"{learned}, ranked"] = learned_policy(problem, "rank")
-            source = str((folder / ORDER_FILE).relative_to(run))
-            part.arms |= {arm: Arm(policy, denoiser, source) for arm, policy in policies.items()}
-        assert part is not None
+    for folder in find_orders(run):
+        config = load_settings(folder)
+        data = repr((config_dict(config.task), config_dict(config.denoiser), config.seed))
+        _, problem = load_order(folder, device, tasks.get(data))
+        tasks[data] = problem.task
+        key = repr(
+            (data, config.num_steps, None if config.freeze_denoiser else folder)
+        )  # a trained denoiser is its own
+        members.setdefault(key, []).append((folder, problem))
+        parts.setdefault(key, Part(_part_name(config), config, problem.task))
+    names = Counter(part.name for part in parts.values())
+    for key, part in parts.items():
+        first, problem = members[key][0]
+        if names[part.name] > 1:
+            part.name = f"{part.name} ({first.relative_to(run)})"
+        for folder, fitted in members[key]:
+            name = "learned" if len(members[key]) == 1 else f"learned ({folder.name})"
+            for arm, policy in _decisions(name, fitted).items():
+                part.arms[arm] = Arm(policy, fitted.model.denoiser, str((folder / ORDER_FILE).relative_to(run)))
         fixed: Mapping[str, Policy]
-        if isinstance(denoiser, MarkovChainDenoiser):
-            fixed = reference_arms(denoiser, config.num_steps)
+        if isinstance(problem.denoiser, MarkovChainDenoiser):
+            fixed = reference_arms(problem.denoiser, part.settings.num_steps)
         else:
             fixed = heuristics(("uniform",), threshold)
-        part.arms |= {arm: Arm(policy, denoiser) for arm, policy in fixed.items()}
-        parts[name] = part
+        part.arms |= {arm: Arm(policy, problem.model.denoiser) for arm, policy in fixed.items()}
     return list(parts.values())
+
+
+def _decisions(name: str, problem: OrderProblem) -> dict[str, Policy]:
+    """What was learned, by every decision it allows."""
+    policy = learned_policy(problem, "mode")
+    found = {name: policy, f"{name}, sampled": learned_policy(problem, "sample")}
+    return found | ({f"{name}, ranked": learned_policy(problem, "rank")} if isinstance(policy, PlannedOrder) else {})
 
 
 def _part_name(config: OrderConfig) -> str:
