@@ -31,9 +31,7 @@ class SetLaw(dist.TorchDistribution):
     has_enumerate_support = True
     non_empty = False
 
-    def __init__(
-        self, masked: Tensor, log_weight: Tensor | None = None, validate_args: bool | None = None
-    ) -> None:
+    def __init__(self, masked: Tensor, log_weight: Tensor | None = None, validate_args: bool | None = None) -> None:
         self.masked = masked
         self._log_weight = log_weight
         super().__init__(masked.shape[:-1], masked.shape[-1:], validate_args=validate_args)

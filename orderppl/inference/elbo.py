@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
@@ -19,21 +19,13 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import OrderedPartition, RevealedTokens, SetLaw
-from orderppl.states import reveal_set, steps_used
-
-Site = dict[str, Any]
-
-
-class RevealSites(NamedTuple):
-    """The sites of a (model, guide) pair that the closed forms apply to."""
-
-    guide: Site  # q(r | x), an OrderedPartition
-    prior: Site  # p(r), an OrderedPartition
-    tokens: Site  # p(x | r), RevealedTokens
+from orderppl.distributions import OrderedPartition, SetLaw
+from orderppl.inference.objective import Objective
+from orderppl.inference.sites import RevealSites, Site, order_metrics, reveal_sites
+from orderppl.states import reveal_set
 
 
-class RevealTraceGraph_ELBO(TraceGraph_ELBO):
+class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
     """TraceGraph_ELBO for unmasking programs.
 
     With q_t = q(z_t | M_t, x), factorised over the masked positions, and l_i(s_t) = log p(x_i | s_t, c),
@@ -58,8 +50,6 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
     log q_t - log p_t for KL_t, both with the score of the step's own set as well.
     Any other pair of programs is handled as `TraceGraph_ELBO` does (score function restricted to downstream costs,
     Pyro's baselines), with registered KLs in closed form and the leave-one-out baseline.
-
-    Adds `differentiable_loss`, so that `elbo(model, guide)` is a module that any `torch.optim` optimiser can train.
 
     Args:
         num_particles: orders drawn per sequence, K.
@@ -88,22 +78,17 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
         credit: Literal["gain", "expected"] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_particles, max_plate_nesting, vectorize_particles=vectorize_particles, **kwargs)
-        self.kl_weight = kl_weight
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles, kl_weight=kl_weight, **kwargs)
         self.analytic_kl = analytic_kl
         self.leave_one_out = leave_one_out
         self.credit = credit
-        self.metrics: dict[str, Tensor] = {}
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Return -ELBO summed over the batch (0-dim) with the surrogate's gradient; does not wait for the device."""
+    def value_and_surrogate(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """See `Objective`."""
         elbo, surrogate_loss = self._loss_and_surrogate_loss(model, guide, args, kwargs)
-        return surrogate_loss + (-elbo - surrogate_loss).detach()
-
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Return -ELBO summed over the batch, nats, without keeping a graph."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+        return elbo, -surrogate_loss
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         """Run guide and model; densities of the sites only where they are used, or validated."""
@@ -116,7 +101,7 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
             if is_validation_enabled():
                 check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
             guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-            if _reveal_sites(model_trace, guide_trace) is None or is_validation_enabled():
+            if reveal_sites(model_trace, guide_trace) is None or is_validation_enabled():
                 model_trace.compute_log_prob()
                 guide_trace.compute_score_parts()
         if is_validation_enabled():
@@ -127,7 +112,7 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
         return model_trace, guide_trace
 
     def _loss_and_surrogate_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
-        sites = _reveal_sites(model_trace, guide_trace)
+        sites = reveal_sites(model_trace, guide_trace)
         if sites is None:
             return self._traced(model_trace, guide_trace)
         return self._by_step(sites)
@@ -186,15 +171,7 @@ class RevealTraceGraph_ELBO(TraceGraph_ELBO):
         surrogate = objective + sum((self._centred(cost.detach()) * score).sum() for cost, score in terms)
         elbo = (reward.sum() - self.kl_weight * kl.sum()).detach()
 
-        drawn = order[..., 0].numel()
-        log_likelihood = reward.detach().sum() / drawn
-        divergence = kl.detach().sum() / drawn
-        self.metrics = {
-            "elbo": log_likelihood - divergence,
-            "log_likelihood": log_likelihood,
-            "kl": divergence,
-            "steps": steps_used(order).float().mean(),
-        }
+        self.metrics = order_metrics(reward.sum(), kl.sum(), order)
         return elbo, -surrogate
 
     def _centred(self, cost: Tensor) -> Tensor:
@@ -286,17 +263,3 @@ def _inclusion_probs(law: SetLaw) -> Tensor | None:
         return law.probs
     except NotImplementedError:
         return None
-
-
-def _reveal_sites(model_trace: Trace, guide_trace: Trace) -> RevealSites | None:
-    """The three sites of an unmasking program, or None when the pair has another shape."""
-    latent = [s for s in guide_trace.nodes.values() if s["type"] == "sample"]
-    observed = [s for s in model_trace.nodes.values() if s["type"] == "sample" and s["is_observed"]]
-    if len(latent) != 1 or len(observed) != 1 or latent[0]["name"] not in model_trace.nodes:
-        return None
-    guide, tokens = latent[0], observed[0]
-    prior = model_trace.nodes[guide["name"]]
-    kinds = ((guide, OrderedPartition), (prior, OrderedPartition), (tokens, RevealedTokens))
-    if not all(isinstance(site["fn"], kind) for site, kind in kinds):
-        return None
-    return RevealSites(guide, prior, tokens)

@@ -1,46 +1,34 @@
-"""Fit a generation order: maximise the ELBO of an unmasking model under a guide."""
+"""Fit a generation order: maximise an objective of an unmasking model and its guide."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import pyro
 from pyro.infer import ELBO
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from orderppl.inference.annealing import Anneal
 from orderppl.inference.batches import BatchStream
+from orderppl.inference.objective import as_objective
 from orderppl.inference.optimise import FitResult, optimise
-
-ARGUMENTS = ("tokens", "attention_mask", "context", "context_mask")  # of every model and guide, in order
-
-
-def _make_local(program: nn.Module) -> None:
-    """Let a program built under either value of `module_local_params` run under True.
-
-    Pyro 1.9 gives a module the place for local parameters when it is made, and fails later when that is missing.
-    """
-    for module in program.modules():
-        if isinstance(module, PyroModule) and not hasattr(module._pyro_context, "param_state"):
-            module._pyro_context.param_state = {"params": {}, "constraints": {}}
+from orderppl.inference.programs import local_parameters, make_local, positional
 
 
 class OrderLoss(nn.Module):
-    """Negative ELBO per sequence of a batch.
+    """Negative objective per sequence of a batch.
 
     Args:
         model: program with a `reveal_step` latent, called as `model(**batch)`.
         guide: program with the same call signature and latent sites.
-        elbo: a Pyro ELBO with `differentiable_loss`, such as `RevealTraceGraph_ELBO`.
+        elbo: any objective of this package, or Pyro's `Trace_ELBO`, `TraceGraph_ELBO`, `RenyiELBO`.
     """
 
     def __init__(self, model: nn.Module, guide: nn.Module, elbo: ELBO) -> None:
         super().__init__()
         for program in (model, guide):
-            _make_local(program)
-        self.objective = elbo(model, guide)
+            make_local(program)
+        self.objective = as_objective(elbo)(model, guide)
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -52,9 +40,8 @@ class OrderLoss(nn.Module):
         """Differentiable loss in nats per sequence; `tokens` int64 [B, L] gives the number of sequences."""
         # Networks live in the programs, not in Pyro's global store: two programs cannot collide by name, and any
         # torch optimiser works. The setting is local because SVI needs the opposite one.
-        with pyro.settings.context(module_local_params=True):
-            # By position: Pyro's effect handlers have an argument of their own called `context`.
-            loss: Tensor = self.objective(*(batch.get(name) for name in ARGUMENTS)) / batch["tokens"].shape[0]
+        with local_parameters():
+            loss: Tensor = self.objective(*positional(batch)) / batch["tokens"].shape[0]
         return loss
 
 
@@ -85,7 +72,7 @@ def fit(
         model: the unmasking model.
         guide: posterior over `reveal_step`.
         stream: batches with `tokens`, `attention_mask` and, where there is a prompt, `context`, `context_mask`.
-        elbo: the bound.
+        elbo: any objective of this package, or Pyro's `Trace_ELBO`, `TraceGraph_ELBO`, `RenyiELBO`.
         kl_weight: dial `elbo.kl_weight`, weight of the KL term.
         temperature: dial `guide.temperature`.
         step_price: dial `model.prior.price`, nats per executed step.

@@ -157,3 +157,23 @@ def make_batch(padded: bool = True) -> dict[str, Tensor]:
     if padded:
         attention_mask[-1, -1] = False
     return {"tokens": tokens, "attention_mask": attention_mask}
+
+
+def learned(*programs: nn.Module) -> list[Tensor]:
+    """Parameters of some programs that require a gradient, shared ones once."""
+    found = dict.fromkeys(p for program in programs for p in program.parameters())
+    return [p for p in found if p.requires_grad]
+
+
+def flat_gradient(value: Tensor, over: list[Tensor]) -> Tensor:
+    """Gradient as one vector; 0 where the value does not depend on a parameter."""
+    grads = torch.autograd.grad(value, over, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, over, strict=True)])
+
+
+def largest_z(draws: Tensor, exact: Tensor) -> float:
+    """Largest |z| of the mean of independent gradients (float [R, P]); coordinates without spread must be equal."""
+    error, spread = draws.mean(0) - exact, draws.std(0)
+    certain = spread < 1e-5
+    assert not certain.any() or error[certain].abs().max() < 2e-3
+    return (error / (spread / len(draws) ** 0.5))[~certain].abs().max().item() if (~certain).any() else 0.0
