@@ -20,9 +20,10 @@ class ImportanceWeightedELBO(Objective, Trace_ELBO):
 
         L_K = log (1/K) sum_k w_k,      w_k = p(x, r_k) / q(r_k | x),   r_k ~ q
 
-    K = 1 is the ELBO; E[L_K] grows with K to log p(x), or to log of the part of p(x) that q reaches (a renormalised score
-    guide never leaves its best position out, a policy that must reveal something never waits). With normalised weights v_k = w_k / sum_j w_j and L_{-k} the
-    bound in which w_k is replaced by the geometric mean of the other weights (VIMCO),
+    K = 1 is the ELBO; E[L_K] grows with K to log p(x), or to log of the part of p(x) that q reaches (a renormalised
+    score guide never leaves its best position out, a policy that must reveal something never waits). With normalised
+    weights v_k = w_k / sum_j w_j and L_{-k} the bound in which w_k is replaced by the geometric mean of the other
+    weights (VIMCO),
 
         surrogate = sum_k [ stop(v_k) log w_k + stop(L_K - L_{-k}) log q(r_k | x) ]
 

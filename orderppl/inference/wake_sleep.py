@@ -23,9 +23,10 @@ class SequenceWakeSleep(Objective, Trace_ELBO):
 
     wake-theta: the gradient for the model is unbiased for that of E[L_K] (`ImportanceWeightedELBO`) at a fixed guide.
     wake-phi: the gradient for the guide is that of -KL(p(r | x) || q), **biased** at finite K (self-normalised
-    weights, O(1/K)) and consistent as K grows; p(r | x) is restricted to the orders that q can draw. Value: L_K, the importance-weighted bound; it is not what the guide
-    climbs. `pyro.infer.ReweightedWakeSleep` gives one weight to a whole batch, which leaves one sequence of it with a
-    useful weight; here every sequence has weights of its own. No sleep phase: the stacked program cannot dream.
+    weights, O(1/K)) and consistent as K grows; p(r | x) is restricted to the orders that q can draw. Value: L_K, the
+    importance-weighted bound; it is not what the guide climbs. `pyro.infer.ReweightedWakeSleep` gives one weight to a
+    whole batch, which leaves one sequence of it with a useful weight; here every sequence has weights of its own. No
+    sleep phase: the stacked program cannot dream.
 
     Reference: Bornschein & Bengio, arXiv 1406.2751; Le et al., arXiv 1805.10469, eq. 5-6.
 

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import ExactPosterior, chain_batch, chain_programs, fixed_guide, left_to_right
+from chain_programs import ExactPosterior, chain_batch, chain_programs, fixed_guide, left_to_right
 
 from orderppl.diagnostics import calibrate, simulate
 from orderppl.diagnostics.calibration import _ranks, _step_at, default_functions, uniformity

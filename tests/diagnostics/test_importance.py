@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import (
+from chain_programs import (
     ExactPosterior,
     chain_batch,
     chain_programs,

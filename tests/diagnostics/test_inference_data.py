@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import chain_batch, chain_programs, fixed_guide, left_to_right
+from chain_programs import chain_batch, chain_programs, fixed_guide, left_to_right
 
 from orderppl.diagnostics import (
     InferenceData,

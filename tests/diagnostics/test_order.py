@@ -11,7 +11,7 @@ import xarray as xr
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import chain_batch, chain_programs, fixed_guide
+from chain_programs import chain_batch, chain_programs, fixed_guide
 
 from orderppl.diagnostics import order, to_inference_data
 from orderppl.errors import UserError

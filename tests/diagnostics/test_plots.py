@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import chain_batch, chain_programs
+from chain_programs import chain_batch, chain_programs
 
 from orderppl import RevealTraceGraph_ELBO, fit
 from orderppl.diagnostics import (
