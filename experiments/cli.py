@@ -61,18 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def build_app(asked_for: str | None = None) -> typer.Typer:
     """The typer application; only the experiment `asked_for` is imported, the others are listed."""
     app = _group("Learn the generation order of masked language models.")
-    groups = {word: _group(summary) for word, summary in GROUPS.items()}
+    groups = {group: _group(summary) for group, summary in GROUPS.items()}
     for name, summary in EXPERIMENTS.items():
-        *word, command = name.split()
-        parent = groups[word[0]] if word else app
+        *words, command = name.split()
+        parent = groups[words[0]] if words else app
         if name == asked_for:
             module = import_module(f"orderppl.experiments.{re.sub('[ -]', '_', name)}")
             text = re.sub(r"^ {4}", "$ ", inspect.getdoc(module) or summary, flags=re.MULTILINE)  # typer drops indents
             parent.command(command, help=text, short_help=summary)(_command(name, module))
         else:
             parent.command(command, help=summary)(lambda: None)
-    for word, group in groups.items():
-        app.add_typer(group, name=word)
+    for group, commands in groups.items():
+        app.add_typer(commands, name=group)
     return app
 
 
