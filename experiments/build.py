@@ -28,7 +28,7 @@ from orderppl.data.gsm8k import augment_programs, load_gsm8k
 from orderppl.data.report import LoadReport
 from orderppl.data.sequences import load_sequences
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer, load_tokenizer
-from orderppl.decoding import PlannedOrder, Policy, SetSizes, StochasticDecision, make_sizes
+from orderppl.decoding import PlannedOrder, Policy, SetSizes, StochasticDecision, make_policy, make_sizes
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
 from orderppl.experiments.config import RunConfig, setting
@@ -493,6 +493,55 @@ def build_sizes(config: SizesConfig) -> SetSizes:
     return make_sizes(config.mean if isinstance(config, FractionalSizesConfig) else config.name)
 
 
+# ----------------------------------------------------------------------------------------------------------- heuristics
+
+
+@dataclass(frozen=True)
+class HeuristicConfig:
+    """A decoding policy without parameters, and the options that it has."""
+
+    policy: Literal[
+        "random",
+        "top_prob",
+        "margin",
+        "entropy",
+        "left_to_right",
+        "threshold",
+        "factor",
+        "entropy_bound",
+        "klass",
+        "oracle_margin",
+        "greedy_oracle",
+    ] = setting("top_prob", "the decoding policy")
+    sizes: SizesConfig | None = setting(None, "ranking policies: positions revealed at each step; null: uniform")
+    ties: Literal["leftmost", "random"] | None = setting(None, "ranking policies: first of equally good positions")
+    tau: float | None = setting(None, "threshold, klass: confidence", at_least=0, at_most=1)
+    factor: float | None = setting(None, "factor: f", above=0)
+    gamma: float | None = setting(None, "entropy_bound: nats", at_least=0)
+    eps: float | None = setting(None, "klass: bound of the KL of two predictions in a row, nats", above=0)
+    stable_steps: int | None = setting(None, "klass: predictions in a row", at_least=1)
+    block_size: int | None = setting(None, "semi-autoregressive blocks of so many positions", at_least=1)
+    eos_aware: bool = setting(False, "text tasks: rank predicted ends and padding behind all others")
+
+
+def build_heuristic(config: HeuristicConfig, task: Task) -> Policy:
+    """Decoding policy, in the wrappers asked for.
+
+    Raises:
+        UserError: an option that the policy does not have, or end tokens of a task without text.
+    """
+    names = ("ties", "tau", "factor", "gamma", "eps", "stable_steps")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.sizes is not None:
+        options["sizes"] = build_sizes(config.sizes)
+    policy = make_policy(config.policy, **options)
+    if config.eos_aware:
+        if task.tokenizer is None:
+            raise UserError("eos_aware", f"{task.name} has no end token", "leave it out")
+        policy = make_policy("eos_aware", policy=policy, token_ids=(task.tokenizer.eos_index, task.tokenizer.pad_index))
+    return policy if config.block_size is None else make_policy("block", policy=policy, size=config.block_size)
+
+
 # --------------------------------------------------------------------------------------------------------------- priors
 
 
@@ -569,11 +618,21 @@ class FixedSizesConfig:
     sizes: SizesConfig = setting(UniformSizesConfig, "positions revealed at each step")
 
 
+@dataclass(frozen=True)
+class HeuristicPriorConfig(HeuristicConfig):
+    """What a decoding policy selects, some decisions flipped."""
+
+    name: Literal["heuristic"] = "heuristic"
+    smoothing: float = setting(0.05, "probability of a flip", above=0, below=0.5)
+    non_empty: bool = setting(True, "reveal at least one position at every step")
+
+
 FreePriorConfig = (
     UniformStepsConfig
     | CosineStepsConfig
     | LearnedScheduleConfig
     | FixedSizesConfig
+    | HeuristicPriorConfig
     | LeftToRightConfig
     | EasyFirstConfig
     | LearnedPolicyConfig
@@ -605,6 +664,8 @@ def build_prior(config: PriorConfig, task: Task, num_steps: int) -> RevealPrior:
             return models.LearnedSchedule(num_steps)
         case FixedSizesConfig():
             return models.FixedSizes(build_sizes(config.sizes))
+        case HeuristicPriorConfig():
+            return models.HeuristicPrior(build_heuristic(config, task), config.smoothing, config.non_empty)
         case LeftToRightConfig():
             return models.LeftToRight(config.temperature)
         case EasyFirstConfig():
@@ -630,6 +691,15 @@ class RandomGuideConfig:
     """The control: nothing is learned."""
 
     name: Literal["random"] = "random"
+
+
+@dataclass(frozen=True)
+class HeuristicGuideConfig(HeuristicConfig):
+    """What a decoding policy selects along the true tokens; nothing is learned."""
+
+    name: Literal["heuristic"] = "heuristic"
+    smoothing: float = setting(0.0, "probability of a flipped decision", at_least=0, below=0.5)
+    non_empty: bool | None = setting(None, "reveal at least one position at every step; null: as the prior does")
 
 
 @dataclass(frozen=True)
@@ -678,6 +748,7 @@ class PolicyGuideConfig:
 
 GuideConfig = (
     RandomGuideConfig
+    | HeuristicGuideConfig
     | MeanFieldConfig
     | PlackettLuceConfig
     | PosteriorConfig
@@ -709,14 +780,18 @@ def build_guide(
 def _make_guide(
     config: GuideConfig, prior: RevealPrior, denoiser: nn.Module, task: Task, num_steps: int
 ) -> guides.RevealGuide:
+    free = prior.prior if isinstance(prior, models.StepPrice) else prior  # a guide is a normalised law
     match config:
         case RandomGuideConfig():
             return guides.RandomGuide(num_steps)
+        case HeuristicGuideConfig():
+            policy = build_heuristic(config, task)
+            non_empty = prior.non_empty if config.non_empty is None else config.non_empty
+            return guides.HeuristicGuide(policy, _as_denoiser(denoiser), num_steps, config.smoothing, non_empty)
         case MeanFieldConfig():
             if not config.tied:
                 network = build_sequence_network(config.network, task, num_steps)
                 return guides.MeanFieldGuide(network, num_steps, sees_tokens=config.sees_tokens)
-            free = prior.prior if isinstance(prior, models.StepPrice) else prior
             if not isinstance(free, models.LearnedSteps) or config.sees_tokens:
                 problem = "needs a prior it can share a network with"
                 raise UserError("guide.tied", problem, "set prior=learned_steps and guide.sees_tokens=false")
@@ -732,7 +807,7 @@ def _make_guide(
             network = build_sequence_network(config.network, task, 1)
             return guides.RenormalisedScoreGuide(network, num_steps, config.temperature)
         case PolicyGuideConfig():
-            return guides.PolicyGuide(prior, _as_denoiser(denoiser), num_steps)
+            return guides.PolicyGuide(free, _as_denoiser(denoiser), num_steps)
 
 
 def _as_denoiser(module: nn.Module) -> Denoiser:

@@ -11,13 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from orderppl.decoding.decode import first_memory, or_best
 from orderppl.decoding.heuristics import due_count
+from orderppl.decoding.policy import Policy
 from orderppl.decoding.schedules import SetSizes, make_sizes
 from orderppl.distributions import (
     BernoulliSet,
+    HeuristicReveal,
     OrderedPartition,
+    PricedReveal,
     SequentialReveal,
     SetLaw,
+    SmoothedSet,
     StepwiseReveal,
     UniformSet,
 )
@@ -301,6 +306,52 @@ class LearnedSteps(RevealPrior):
         return self._plan(path.attention_mask, path.canvas.context, path.canvas.context_mask)
 
 
+class HeuristicPrior(RevealPrior):
+    """The set that a decoding policy selects, each position's decision flipped with probability `smoothing`.
+
+        p(z_t | s_t) = prod_{i in M_t} (1 - smoothing)^[z_ti = d_ti] smoothing^[z_ti != d_ti],     d_t = policy(s_t)
+
+    divided by Z when `non_empty`. The flips keep every KL finite; the fewer, the closer to the heuristic. Policies that
+    keep a memory are followed step by step along each order.
+
+    Args:
+        policy: any object with `select(state)` that reads neither noise nor the true tokens.
+        smoothing: probability of a flip, above 0 and below 1/2.
+        non_empty: condition every set on revealing something.
+
+    Raises:
+        UserError: smoothing outside (0, 1/2), or a policy that no prior can be made of.
+    """
+
+    def __init__(self, policy: Policy, smoothing: float = 0.05, non_empty: bool = True) -> None:
+        super().__init__()
+        if not 0 < smoothing < 0.5:
+            raise UserError("smoothing", f"{smoothing} is not in (0, 0.5)", "give a number such as 0.05")
+        if getattr(policy, "needs_truth", False):
+            raise UserError("policy", "reads the true tokens, which a prior cannot see", "use it in a HeuristicGuide")
+        if getattr(policy, "needs_noise", False):
+            problem = "draws its sets: its law is not that of single decisions"
+            raise UserError("policy", problem, "use FixedSizes for random sets, and leftmost ties")
+        self.policy = policy
+        self.smoothing = smoothing
+        self.non_empty = non_empty
+
+    def distribution(self, state: UnmaskingState) -> SetLaw:
+        """Flip what the policy decides; its memory is that of the state."""
+        flat = state.flat()
+        rows = torch.arange(state.masked.shape[-2], device=state.masked.device).expand(state.masked.shape[:-1])
+        for key, kept in (first_memory(self.policy, rows.flatten()) | state.memory).items():
+            copies = len(flat.step) // len(kept)  # particles may come in after the first step of a program
+            state.memory[key] = kept.repeat((copies,) + (1,) * (kept.dim() - 1))
+        flat.noise, flat.memory = state.noise, state.memory
+        decided = or_best(self.policy, flat, self.policy.select(flat)).reshape(state.masked.shape)
+        return SmoothedSet(decided, state.masked, self.smoothing, self.non_empty)
+
+    def forward(self, path: RevealPath) -> OrderedPartition:
+        """Follow the policy along an order."""
+        return HeuristicReveal(path, self.policy, self.smoothing, self.non_empty)
+
+
 class StepPrice(RevealPrior):
     """Any prior times exp(-price) per executed step: a geometric prior on the number of steps, up to a constant.
 
@@ -319,6 +370,10 @@ class StepPrice(RevealPrior):
         self.price = price
         self.non_empty = prior.non_empty
         self.sizes = prior.sizes
+
+    def forward(self, path: RevealPath) -> OrderedPartition:
+        """The law of the prior, priced."""
+        return PricedReveal(self.prior(path), self.price)
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Same sets as the prior, each step weighed by its price while anything is masked."""

@@ -104,11 +104,12 @@ class SequentialUnmaskingModel(PyroModule):
         canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
         prior, masked = self.prior, canvas.attention_mask
         state = torch.where(masked, canvas.mask_index, tokens)
+        memory: dict[str, Tensor] = {}  # of a prior that looks back
         scored = torch.where(masked, tokens, 0)  # padding may hold ids that are no class of the denoiser
         provenance: frozenset[str] = frozenset()  # of all that was drawn so far; the steps work on plain tensors
         with pyro.plate("batch", len(tokens), dim=-1):
             for t in range(self.num_steps):
-                seen = UnmaskingState(state, masked, same_step(t, masked), self.num_steps, canvas)
+                seen = UnmaskingState(state, masked, same_step(t, masked), self.num_steps, canvas, memory=memory)
                 sets = prior.distribution(seen)
                 if t < self.num_steps - 1:
                     reveal = pyro.sample(f"reveal_{t}", Tracked(sets, provenance))

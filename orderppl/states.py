@@ -135,6 +135,41 @@ class UnmaskingState:
         """Steps still to go, this one included: int64 [*], 1 at the last step."""
         return self.num_steps - self.step
 
+    def part(self, index: int) -> UnmaskingState:
+        """The states at an index of the first leading dimension, such as one step; shares the denoiser call."""
+        return self._view(lambda x: x[index], self.canvas)
+
+    def expand(self, lead: torch.Size) -> UnmaskingState:
+        """The same states for all particles, leading shape `lead` in place of its last dimensions; shares the call."""
+        now = self.masked.dim() - 1
+        return self._view(lambda x: x.expand(lead + x.shape[now:]), self.canvas)
+
+    def flat(self) -> UnmaskingState:
+        """All states as the rows of one batch, for policies that know no other leading shape; shares the denoiser call.
+
+        Row n of [*, B] stands on row n % B of the canvas.
+        """
+        lead = self.masked.shape[:-1]
+        rows = torch.arange(lead[-1], device=self.masked.device).expand(lead).flatten()
+        canvas = self.canvas if len(lead) == 1 else self.canvas.rows(rows)
+        return self._view(lambda x: x.flatten(0, len(lead) - 1), canvas)
+
+    def _view(self, pick: Callable[[Tensor], Tensor], canvas: Canvas) -> UnmaskingState:
+        view = _View(pick(self.tokens), pick(self.masked), pick(self.step), self.num_steps, canvas)
+        view.source, view.pick = self, pick
+        return view
+
+
+class _View(UnmaskingState):
+    """Rows of other states, whose denoiser output it takes its own from."""
+
+    source: UnmaskingState
+    pick: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.pick(self.source.logits)
+
 
 class StackedStates(UnmaskingState):
     """The states before each of the T steps of an order, leading shape [T, *, B].

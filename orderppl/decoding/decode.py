@@ -86,6 +86,27 @@ def evaluation_mode(*objects: object) -> Iterator[None]:
             module.training = True
 
 
+def first_memory(policy: Policy, rows: Tensor, truth: Tensor | None = None) -> dict[str, Tensor]:
+    """What the memory of a policy holds before the first step.
+
+    Args:
+        policy: finds the truth only if it declares `needs_truth`.
+        rows: int64 [B], index of each row in the batch that the policy's own tensors belong to.
+        truth: int64 [B, L], true tokens that the denoiser has a class for.
+    """
+    memory = {ROW: rows}
+    if truth is not None and getattr(policy, "needs_truth", False):
+        memory[TRUTH] = truth
+    return memory
+
+
+def or_best(policy: Policy, state: UnmaskingState, selected: Tensor) -> Tensor:
+    """What a policy selected (bool [B, L]); in rows where that is nothing, the masked position it scores highest."""
+    selected = selected & state.masked
+    best = (reveal_rank(policy_score(policy, state), state.masked) == 0) & state.masked
+    return torch.where(selected.any(-1, keepdim=True), selected, best)
+
+
 def _unmask(
     policy: Policy,
     canvas: Canvas,
@@ -93,7 +114,7 @@ def _unmask(
     seed: int,
     row_ids: Tensor,
     write: Callable[[Tensor, UnmaskingState], Tensor],
-    memory: dict[str, Tensor],
+    truth: Tensor | None,
     pad_token_id: int = 0,
 ) -> DecodeOutput:
     """Unmask all rows; `write` gives the tokens int64 [b, L] of the rows `index` int64 [b] still in the batch.
@@ -113,7 +134,7 @@ def _unmask(
 
     index = torch.arange(batch, device=device)
     tokens, masked = sequences, attention
-    memory = {**memory, ROW: index}
+    memory = first_memory(policy, index, truth)
     for step in range(num_steps):
         unfinished = masked.any(-1)
         if not bool(unfinished.all()):
@@ -132,8 +153,7 @@ def _unmask(
             reveal = policy.select(state) & masked
             empty = ~reveal.any(-1)
             if bool(empty.any()):
-                best = reveal_rank(policy_score(policy, state), masked) == 0
-                reveal = torch.where(empty[:, None], best, reveal)
+                reveal = or_best(policy, state, reveal)
                 fallback[index] += empty.long()
         written = write(index, state)  # [b, L]
         gained = log_probs.gather(-1, written[..., None])[..., 0].double()
@@ -244,7 +264,7 @@ def decode(
         return sample_categorical(state.logits.double() / temperature, noise)
 
     with evaluation_mode(denoiser, policy):
-        output = _unmask(policy, canvas, max_steps, seed, ids, write, {}, pad_token_id)
+        output = _unmask(policy, canvas, max_steps, seed, ids, write, None, pad_token_id)
     if record_history:
         # Revealed tokens never change, so the states follow from the result.
         executed = int(output.reveal_step.max()) + 1 if output.reveal_step.numel() else 0
@@ -296,8 +316,7 @@ def follow(
     policy = _blocks(policy, block_size, longest, num_steps)
     # Padding may hold any id, also one the denoiser has no class for.
     readable = tokens.masked_fill(~attention, 0)
-    memory = {TRUTH: readable} if getattr(policy, "needs_truth", False) else {}
     with evaluation_mode(canvas.denoiser, policy):
         seed = generator_seed(generator)
-        output = _unmask(policy, canvas, num_steps, seed, ids, lambda index, state: readable[index], memory)
+        output = _unmask(policy, canvas, num_steps, seed, ids, lambda index, state: readable[index], readable)
     return PathOutput(attention, output.nfe, num_steps, output.reveal_step, output.token_log_prob, output.fallback)

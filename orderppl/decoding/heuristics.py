@@ -101,10 +101,14 @@ class Heuristic(ABC):
 
     Attributes:
         needs_truth: whether it reads the true tokens, which only path evaluation can give.
+        needs_noise: whether it reads the noise of the state.
+        remembers: whether it reads what it kept in the memory at earlier steps.
     """
 
     name: str
     needs_truth = False
+    needs_noise = False
+    remembers = False
 
     @abstractmethod
     def score(self, state: UnmaskingState) -> Tensor:
@@ -136,6 +140,11 @@ class RankPolicy(Heuristic):
         if self.ties not in ("leftmost", "random"):
             raise UserError("ties", f"unknown rule {self.ties!r}", "use leftmost or random")
 
+    @property
+    def needs_noise(self) -> bool:  # type: ignore[override]
+        """Whether ties are broken at random."""
+        return self.ties == "random"
+
     def choose(self, state: UnmaskingState, last: Tensor | None = None) -> Tensor:
         """Return the K first masked positions, K as `due_count` says."""
         count = due_count(self.sizes, state)
@@ -148,6 +157,7 @@ class Random(RankPolicy):
     """K masked positions drawn uniformly without replacement: score = uniform noise."""
 
     name = "random"
+    needs_noise = True
 
     def score(self, state: UnmaskingState) -> Tensor:
         """Return the noise of the state, or torch's when it has none."""
@@ -303,6 +313,7 @@ class Klass(Heuristic):
     eps: float = 0.01
     stable_steps: int = 1
     name = "klass"
+    remembers = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:
@@ -377,6 +388,16 @@ class GreedyOracle(OracleRank):
 # ---- wrappers
 
 
+def needs_noise(policy: Policy) -> bool:
+    """Whether a policy reads `state.noise`; a policy that does not say so may."""
+    return bool(getattr(policy, "needs_noise", True))
+
+
+def remembers(policy: Policy) -> bool:
+    """Whether a policy reads what it kept in `state.memory` at earlier steps; a policy that does not say so may."""
+    return bool(getattr(policy, "remembers", True))
+
+
 def policy_score(policy: Policy, state: UnmaskingState) -> Tensor:
     """What a fallback ranks by: the policy's own score or inclusion probabilities, else confidence; float [*, L]."""
     score = getattr(policy, "score", None)
@@ -422,6 +443,7 @@ class Block(Heuristic):
     policy: Policy
     size: int
     name = "block"
+    remembers = True
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -431,6 +453,11 @@ class Block(Heuristic):
     def needs_truth(self) -> bool:  # type: ignore[override]
         """Whether the wrapped policy reads the true tokens."""
         return bool(getattr(self.policy, "needs_truth", False))
+
+    @property
+    def needs_noise(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped policy reads the noise."""
+        return needs_noise(self.policy)
 
     def _enter(self, state: UnmaskingState) -> tuple[UnmaskingState, Tensor]:
         """State of the current block, and whether this is its last step (bool [B])."""
@@ -489,6 +516,16 @@ class EosAware(Heuristic):
         """Whether the wrapped policy reads the true tokens."""
         return bool(getattr(self.policy, "needs_truth", False))
 
+    @property
+    def needs_noise(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped policy reads the noise."""
+        return needs_noise(self.policy)
+
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped policy reads its memory."""
+        return remembers(self.policy)
+
     def _last(self, state: UnmaskingState) -> Tensor:
         predicted = state.logits.argmax(-1)  # [*, L]
         return torch.isin(predicted, torch.tensor(list(self.token_ids), device=predicted.device))
@@ -529,6 +566,16 @@ class StochasticDecision:
     decision: str = "mode"
     beta: float = 1.0
     name = "stochastic"
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether it samples."""
+        return self.decision == "sample"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the wrapped policy reads its memory."""
+        return remembers(self.policy)
 
     def __post_init__(self) -> None:
         _check_decision(self.decision, ("mode", "sample"))
@@ -583,6 +630,12 @@ class PlannedOrder:
     plan: Tensor | Callable[[Canvas], Tensor]
     decision: str = "sample"
     name = "planned"
+    remembers = True
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether it samples its plan."""
+        return self.decision == "sample" and not isinstance(self.plan, Tensor)
 
     def __post_init__(self) -> None:
         _check_decision(self.decision, ("sample", "mode", "rank"))

@@ -201,24 +201,32 @@ class SequentialReveal(OrderedPartition):
         """
         lead = torch.Size(sample_shape) + self.masked.shape[:-1]
         with_gradient = torch.is_grad_enabled() and self.path.is_frozen
-        states: list[UnmaskingState] = []
         sets: list[SetLaw] = []
+
+        def law(state: UnmaskingState) -> SetLaw:
+            sets.append(self.distribution(state).expand(lead))
+            return sets[-1]
+
         with torch.set_grad_enabled(with_gradient):
-            masked = self.path.attention_mask  # [B, L]: the first state is that of all particles
-            reveal_step = torch.full(lead + masked.shape[-1:], VISIBLE, device=masked.device)
-            for t in range(self.num_steps):
-                state = self.path.state_at(masked, same_step(t, masked))
-                states.append(state)
-                if t < self.num_steps - 1:
-                    sets.append(self.distribution(state).expand(lead))
-                reveal = masked if t == self.num_steps - 1 else sets[-1].sample()
-                reveal_step = reveal_step.masked_fill(reveal, t)
-                masked = masked & ~reveal
-            self.path.remember(reveal_step, states)
+            reveal_step, states = self._play(law, lead)
             products = [one for one in sets if isinstance(one, RevealSet)]
             if with_gradient and products and len(products) == len(sets):
                 self._keep_sets(reveal_step, states[-1], products)
         return reveal_step
+
+    def _play(self, law: Callable[[UnmaskingState], SetLaw], lead: torch.Size) -> tuple[Tensor, list[UnmaskingState]]:
+        """Draw orders by following a law of sets with batch shape `lead`; also the states before each step."""
+        states: list[UnmaskingState] = []
+        masked = self.path.attention_mask  # [B, L]: the first state is that of all particles
+        reveal_step = torch.full(lead + masked.shape[-1:], VISIBLE, device=masked.device)
+        for t in range(self.num_steps):
+            state = self.path.state_at(masked, same_step(t, masked))
+            states.append(state)
+            reveal = masked if t == self.num_steps - 1 else law(state).sample()
+            reveal_step = reveal_step.masked_fill(reveal, t)
+            masked = masked & ~reveal
+        self.path.remember(reveal_step, states)
+        return reveal_step, states
 
     def _keep_sets(self, reveal_step: Tensor, last: UnmaskingState, sets: list[RevealSet]) -> None:
         if all(one.is_normalised for one in sets):

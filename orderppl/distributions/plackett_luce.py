@@ -142,12 +142,11 @@ class PlackettLuceSet(SetLaw):
         self.single = single
         count = masked.sum(-1)
         self.size = torch.minimum(size.clamp(min=1).expand(count.shape), count)
-        log_weight = self.scores.new_zeros(count.shape) if log_weight is None else log_weight
         super().__init__(masked, log_weight, validate_args=validate_args)
 
     def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> PlackettLuceSet:
         scores, masked = positions(self.scores), positions(self.masked)
-        size, log_weight = rows(self.size), rows(self.log_weight)
+        size, log_weight = rows(self.size), None if self._log_weight is None else rows(self._log_weight)
         return PlackettLuceSet(scores, size, masked, self.single, log_weight, validate_args=self._validate_args)
 
     def certain(self, where: Tensor) -> PlackettLuceSet:
@@ -237,7 +236,8 @@ class UniformSet(PlackettLuceSet):
         super().__init__(scores, size, masked, log_weight=log_weight, validate_args=validate_args)
 
     def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> UniformSet:
-        return UniformSet(rows(self.size), positions(self.masked), rows(self.log_weight), self._validate_args)
+        log_weight = None if self._log_weight is None else rows(self._log_weight)
+        return UniformSet(rows(self.size), positions(self.masked), log_weight, self._validate_args)
 
     @property
     def probs(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -217,6 +218,32 @@ class BernoulliSet(RevealSet):
         self, logits: Tensor, masked: Tensor, non_empty: bool = False, validate_args: bool | None = None
     ) -> None:
         super().__init__(logsigmoid(logits), logsigmoid(-logits), masked, non_empty, validate_args=validate_args)
+
+
+class SmoothedSet(RevealSet):
+    """A decided set with each position's decision flipped with probability `smoothing`; a point mass at 0.
+
+        q_i = 1 - smoothing if i is in the decided set, else smoothing
+
+    Args:
+        decided: bool [*, L], the set of a deterministic policy.
+        masked: bool [*, L].
+        smoothing: probability of a flip, at least 0 and below 1/2.
+        non_empty: condition on at least one revealed position.
+    """
+
+    def __init__(
+        self,
+        decided: Tensor,
+        masked: Tensor,
+        smoothing: float,
+        non_empty: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
+        flip = math.log(smoothing) if smoothing > 0 else -math.inf
+        stay = torch.full(decided.shape, math.log1p(-smoothing), device=decided.device)
+        log_reveal, log_keep = stay.masked_fill(~decided, flip), stay.masked_fill(decided, flip)
+        super().__init__(log_reveal, log_keep, masked, non_empty, validate_args=validate_args)
 
 
 class RenormalisedSet(RevealSet):

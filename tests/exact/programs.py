@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from orderppl.decoding import UniformSizes
+from orderppl.decoding import (
+    EosAware,
+    FractionalSizes,
+    GreedyOracle,
+    Klass,
+    Threshold,
+    TopProb,
+    UniformSizes,
+)
+from orderppl.decoding import LeftToRight as FixedLeftToRight
 from orderppl.guides import (
+    HeuristicGuide,
     MeanFieldGuide,
     PlackettLuceGuide,
     PolicyGuide,
@@ -19,6 +29,7 @@ from orderppl.models import (
     CosineSteps,
     EasyFirst,
     FixedSizes,
+    HeuristicPrior,
     LearnedPolicy,
     LearnedSchedule,
     LearnedSteps,
@@ -100,12 +111,15 @@ PRIORS = {
     "learned_steps": lambda steps: LearnedSteps(TokenTable(steps)),
     "learned_schedule": lambda steps: LearnedSchedule(steps),
     "fixed_sizes": lambda steps: FixedSizes(2.0),
+    "heuristic": lambda steps: HeuristicPrior(TopProb(), 0.3),
+    "looking_back": lambda steps: HeuristicPrior(Klass(0.3, eps=0.5), 0.2, non_empty=False),
+    "priced_looking_back": lambda steps: StepPrice(HeuristicPrior(Klass(0.3, eps=0.5), 0.2), 0.7),
     "priced_one_each": lambda steps: StepPrice(FixedSizes(UniformSizes(LENGTH)), 0.7),
     "priced_uniform": lambda steps: StepPrice(UniformSteps(), 0.7),
     "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
-GUIDES += ["plackett_luce", "one_each"]
+GUIDES += ["plackett_luce", "one_each", "point", "oracle", "smoothed", "klass"]
 
 
 def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps: int) -> RevealGuide:
@@ -121,6 +135,15 @@ def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps
         return RenormalisedScoreGuide(TokenTable(1), num_steps, temperature=1.5)
     if name == "policy":
         return PolicyGuide(prior.prior if isinstance(prior, StepPrice) else prior, denoiser, num_steps)
+    if name == "point":
+        return HeuristicGuide(FixedLeftToRight(FractionalSizes(2.0)), denoiser, num_steps)
+    if name == "oracle":
+        return HeuristicGuide(GreedyOracle(UniformSizes(2)), denoiser, num_steps)
+    if name == "smoothed":
+        policy = EosAware(Threshold(0.5), (0,))
+        return HeuristicGuide(policy, denoiser, num_steps, smoothing=0.2, non_empty=prior.non_empty)
+    if name == "klass":
+        return HeuristicGuide(Klass(0.3, eps=0.5), denoiser, num_steps, smoothing=0.1, non_empty=prior.non_empty)
     if name == "plackett_luce":
         return PlackettLuceGuide(TokenTable(1), num_steps, sizes=2.0)
     if name == "one_each":
@@ -132,11 +155,11 @@ def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps
 
 def is_finite_pair(guide: str, prior: str) -> bool:
     """Whether KL(guide || prior) is finite: a guide must not wait or take other sizes where the prior cannot."""
-    same_sizes = {"fixed_sizes": {"plackett_luce", "policy"}, "priced_one_each": {"one_each", "policy"}}
+    same_sizes = {"fixed_sizes": {"plackett_luce", "point", "policy"}, "priced_one_each": {"one_each", "policy"}}
     if prior in same_sizes:
         return guide in same_sizes[prior]
     waits = {"random", "mean_field", "plan"}
-    never_waits = {"left_to_right", "easy_first", "learned_policy", "priced_policy"}
+    never_waits = {"left_to_right", "easy_first", "learned_policy", "priced_policy", "heuristic", "priced_looking_back"}
     return not (guide in waits and prior in never_waits)
 
 

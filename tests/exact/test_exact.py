@@ -21,7 +21,8 @@ from orderppl.inference.exact import all_orders
 PAIRS = [(prior, guide) for prior in PRIORS for guide in GUIDES if is_finite_pair(guide, prior)]
 # The gradient of every pair is checked; by default, of the later guides and priors with some of the others.
 BRIEF = {"uniform", "learned_policy", "fixed_sizes", "priced_one_each", "random", "policy", "one_each"}
-LATER = {"posterior", "plackett_luce", "learned_schedule"}
+LATER = {"posterior", "plackett_luce", "learned_schedule", "point", "oracle", "smoothed", "klass", "heuristic"}
+LATER |= {"looking_back", "priced_looking_back"}
 GRADIENT_PAIRS = [
     pytest.param(*pair, marks=[pytest.mark.slow] if LATER & {*pair} and not BRIEF & {*pair} else []) for pair in PAIRS
 ]
@@ -95,6 +96,7 @@ def test_gradient_is_unbiased(prior: str, guide: str):
         ("learned_steps", "plan"),
         ("learned_policy", "plackett_luce"),
         ("uniform", "one_each"),
+        ("looking_back", "klass"),
     ],
 )
 @pytest.mark.parametrize("kind", ["one_step", "expected", "sampled_kl", "tempered", "one_particle", "stock"])

@@ -35,6 +35,7 @@ PRIORS = [
     "residual_policy",
     "learned_steps",
     "learned_schedule",
+    "{name: heuristic, policy: klass, tau: 0.6, smoothing: 0.1}",
     "fixed_sizes",
     "{name: fixed_sizes, sizes: cosine}",
     "{name: step_price, price: 0.5, prior: residual_policy}",
@@ -48,6 +49,8 @@ GUIDES = [
     "posterior",
     "plackett_luce",
     "{name: plackett_luce, sizes: cosine}",
+    "{name: heuristic, policy: greedy_oracle, sizes: cosine}",
+    "{name: heuristic, policy: random, smoothing: 0.1, block_size: 2}",
 ]
 
 
@@ -61,7 +64,10 @@ def test_every_prior_with_every_guide_is_one_line(prior: str, guide: str) -> Non
     config = settings(f"prior={prior}", f"guide={guide}")
     may_wait = isinstance(config.guide, RandomGuideConfig | MeanFieldConfig)
     never_empty = prior not in ("uniform_steps", "cosine_steps", "learned_steps", "learned_schedule")
-    other_sizes = "sizes" in prior and guide not in ("policy", prior.replace("fixed_sizes", "plackett_luce"))
+    sizes = "cosine" if "cosine}" in prior else "uniform"
+    cosine, smoothed = "sizes: cosine" in guide, "smoothing" in guide
+    ranked = ("plackett_luce" in guide or "oracle" in guide) and not smoothed and cosine == (sizes == "cosine")
+    other_sizes = "fixed_sizes" in prior and guide != "policy" and not ranked
     if (may_wait and never_empty) or other_sizes:
         with pytest.raises(UserError, match=r"guide.name: .* the ELBO is -inf"):
             build_problem(config)
@@ -85,6 +91,8 @@ def test_every_prior_with_every_guide_is_one_line(prior: str, guide: str) -> Non
         ("{name: step_price, prior: residual_policy}", "policy"),
         ("residual_policy", "renormalised_score"),
         ("learned_policy", "posterior"),
+        ("{name: heuristic, policy: threshold}", "{name: posterior, network: {features: []}}"),
+        ("learned_policy", "{name: heuristic, policy: greedy_oracle}"),
         ("learned_schedule", "{name: plackett_luce, sizes: {name: fractional, mean: 2.5}}"),
     ],
 )
@@ -116,6 +124,11 @@ def test_a_tied_guide_shares_the_network_of_its_prior() -> None:
     ("change", "field"),
     [
         ("denoiser=antibody", "denoiser.name"),
+        ("guide={name: heuristic, policy: factor, tau: 0.5}", "policy"),
+        ("guide={name: heuristic, eos_aware: true}", "eos_aware"),
+        ("guide={name: heuristic, smoothing: 0.5}", "guide.smoothing"),
+        ("prior={name: heuristic, policy: greedy_oracle}", "policy"),
+        ("prior={name: heuristic, policy: random}", "policy"),
         ("task={name: antibodies}", "task.train"),
         ("denoiser={name: saved, run: /no/such}", "denoiser.run"),
         ("fit.temperature={start: 1.0, end: 0.1, updates: 5}", "fit.temperature"),

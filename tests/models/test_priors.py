@@ -6,25 +6,44 @@ import math
 import sys
 from pathlib import Path
 
+import pyro
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
 from programs import LENGTH, PRIORS, TableDenoiser, TokenTable, make_batch
 
+from orderppl.decoding import (
+    Block,
+    EosAware,
+    Factor,
+    GreedyOracle,
+    Klass,
+    Random,
+    StochasticDecision,
+    Threshold,
+    TopProb,
+    decode,
+)
 from orderppl.decoding.policy import Policy
 from orderppl.denoising import Canvas
 from orderppl.distributions import StepwiseReveal
+from orderppl.errors import UserError
 from orderppl.models import (
     CosineSteps,
     EasyFirst,
+    FixedSizes,
+    HeuristicPrior,
     LearnedPolicy,
+    LearnedSchedule,
     LearnedSteps,
     LeftToRight,
     ResidualPolicy,
     ScheduledSteps,
+    SequentialUnmaskingModel,
     StepPrice,
     UniformSteps,
 )
@@ -195,6 +214,103 @@ def test_step_price_counts_executed_steps(base):
     assert priced.non_empty is base.non_empty
 
 
+def test_fixed_sizes_is_uniform_over_orders_of_its_sizes():
+    """p(r) = prod_t k_t! / n! for each row's own n, and no other order is possible."""
+    batch = make_batch()
+    path = RevealPath(Canvas(TableDenoiser(), batch["attention_mask"]), batch["tokens"], STEPS)
+    law = FixedSizes(2.0)(path)
+    possible = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, -1]])
+    by_hand = torch.tensor([2 / 6, 2 / 6, 2 / 6, 2 / 2]).log()
+    assert torch.allclose(law.log_prob(possible), by_hand, atol=1e-6)
+    for impossible in ([0, 1, 2], [0, 0, 0], [1, 1, 0]):
+        assert (law.log_prob(torch.tensor([impossible] * 4))[:3] == -torch.inf).all()
+    one_each = FixedSizes()(path).log_prob(torch.tensor([[2, 0, 1], [0, 1, 2], [1, 0, 2], [1, 0, -1]]))
+    assert torch.allclose(one_each, -torch.tensor([6.0, 6.0, 6.0, 2.0]).log(), atol=1e-6)
+
+
+def test_fixed_sizes_decodes_with_the_noise_of_the_state():
+    """A policy like any other: as many as are due, drawn by the decoder's noise, so that batching changes nothing."""
+    denoiser = TableDenoiser()
+    for seed in range(5):
+        noise = torch.Generator().manual_seed(seed)
+        out = decode(
+            denoiser, StochasticDecision(FixedSizes(2.0), "sample"), length=LENGTH, max_steps=STEPS, generator=noise
+        )
+        assert sorted(out.reveal_step[0].tolist()) == [0, 0, 1]
+
+
+def test_learned_schedule_starts_uniform_and_follows_its_logits():
+    prior = LearnedSchedule(STEPS)
+    state = make_state([[True, False, True]], 1)
+    assert torch.allclose(prior.distribution(state).probs, UniformSteps().distribution(state).probs)
+    with torch.no_grad():
+        prior.logits.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]).log())
+    assert torch.allclose(prior.step_logits(STEPS, torch.device("cpu")).exp(), torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    alpha = prior.alpha(torch.tensor([0.0, 0.25, 0.5, 0.625, 0.75, 1.0]))
+    assert torch.allclose(alpha, torch.tensor([1.0, 0.9, 0.7, 0.55, 0.4, 0.0]), atol=1e-6)
+    prior.distribution(state).probs[0, 0].backward()
+    assert prior.logits.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="num_steps: 3 steps for a schedule learned for 4"):
+        prior.distribution(make_state([[True]], 0, num_steps=3))
+
+
+def test_heuristic_prior_flips_decisions():
+    """Two of three masked positions are the most confident: revealed with 1 - eps, the third with eps, given any."""
+    state = make_state([[True, True, True, False]], denoiser=Confidence([0.6, 0.9, 0.8, 0.99]))
+    policy = Threshold(0.75)
+    loose = HeuristicPrior(policy, 0.1, non_empty=False)
+    assert torch.allclose(loose.distribution(state).probs, torch.tensor([[0.1, 0.9, 0.9, 0.0]]))
+    given = HeuristicPrior(policy, 0.1).distribution(state).probs
+    assert torch.allclose(given, torch.tensor([[0.1, 0.9, 0.9, 0.0]]) / (1 - 0.9 * 0.1 * 0.1), atol=1e-6)
+    assert loose.select(state).tolist() == [[False, True, True, False]]
+    stacked = make_state(state.masked.expand(3, 2, 1, 4), denoiser=Confidence([0.6, 0.9, 0.8, 0.99]))
+    assert torch.equal(loose.distribution(stacked).probs, loose.distribution(state).probs.expand(3, 2, 1, 4))
+
+
+@pytest.mark.parametrize(
+    "policy", [Klass(0.3, eps=0.5), Block(TopProb(), 2), EosAware(TopProb(), (1,)), Threshold(0.5), Factor(1.0)]
+)
+def test_heuristic_prior_decodes_as_its_policy(policy):
+    """With the decoder's memory; also where rows of several lengths leave the batch."""
+    denoiser, lengths = TableDenoiser(), torch.tensor([3, 2, 3, 1, 3, 3])
+    prior = HeuristicPrior(policy, 0.2)
+    theirs, ours = (decode(denoiser, p, length=lengths, max_steps=STEPS) for p in (policy, prior))
+    assert torch.equal(ours.reveal_step, theirs.reveal_step)
+
+
+def test_sequential_program_gives_a_prior_its_memory():
+    """log p(r) by sites equals that of the stacked law, for a policy that looks back."""
+    prior, denoiser, batch = HeuristicPrior(Klass(0.3, eps=0.5), 0.2), TableDenoiser(), make_batch()
+    law = prior(RevealPath(Canvas(denoiser, batch["attention_mask"]), batch["tokens"], STEPS))
+    order = law.sample((5,))
+    data = {f"reveal_{t}": order == t for t in range(STEPS - 1)}
+    with poutine.trace() as tracer, poutine.condition(data=data), pyro.plate("particles", 5, dim=-2):
+        SequentialUnmaskingModel(denoiser, prior, STEPS)(**batch)
+    tracer.trace.compute_log_prob()
+    by_site = sum(tracer.trace.nodes[f"reveal_{t}"]["log_prob"] for t in range(STEPS))
+    assert torch.allclose(by_site, law.log_prob(order), atol=1e-5)
+    assert law.log_prob(order).unique().numel() > 5
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: HeuristicPrior(TopProb(), 0.0), "smoothing"),
+        (lambda: HeuristicPrior(TopProb(), 0.5), "smoothing"),
+        (lambda: HeuristicPrior(GreedyOracle()), "policy"),
+        (lambda: HeuristicPrior(EosAware(GreedyOracle(), (0,))), "policy"),
+        (lambda: HeuristicPrior(Random()), "policy"),
+        (lambda: HeuristicPrior(Block(TopProb(ties="random"), 2)), "policy"),
+        (lambda: FixedSizes("linear"), "sizes"),
+        (lambda: FixedSizes(0.5), "mean"),
+    ],
+)
+def test_settings_no_prior_can_have_are_refused(build, field: str):
+    with pytest.raises(UserError) as error:
+        build()
+    assert error.value.field == field
+
+
 @pytest.mark.parametrize(
     ("build", "field"),
     [
@@ -227,7 +343,7 @@ def test_every_prior_is_a_policy(name: str):
         assert not (chosen & ~masked).any()
         if prior.non_empty:
             assert torch.equal(chosen.any(-1), masked.any(-1))
-        q = prior.distribution(state)
+        q = prior.distribution(make_state(masked, t, denoiser=denoiser))  # a policy may keep a memory in the state
         assert torch.equal(q.masked, masked)
         assert q.non_empty == prior.non_empty
         alone = prior.distribution(make_state(masked[1:2], t, denoiser=denoiser))
@@ -243,7 +359,9 @@ def test_law_of_orders_is_the_chain_of_the_policy(name: str):
     law = prior(path)
     order = law.sample()
     total = torch.zeros(len(order))
+    memory: dict[str, Tensor] = {}
     for t in range(STEPS - 1):
         state = path.state_at(order >= t, torch.full((len(order),), t))
+        state.memory = memory
         total = total + prior.distribution(state).log_prob(order == t)
     assert torch.allclose(law.log_prob(order), total, atol=1e-5)
