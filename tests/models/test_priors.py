@@ -289,7 +289,7 @@ def test_sequential_program_gives_a_prior_its_memory():
     tracer.trace.compute_log_prob()
     by_site = sum(tracer.trace.nodes[f"reveal_{t}"]["log_prob"] for t in range(STEPS))
     assert torch.allclose(by_site, law.log_prob(order), atol=1e-5)
-    assert law.log_prob(order).unique().numel() > 5
+    assert law.log_prob(order)[:, 0].unique().numel() > 1  # particles went different ways
 
 
 @pytest.mark.parametrize(
