@@ -15,6 +15,7 @@ relative to all steps of all particles, so that an estimator that looks at one s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from statistics import median
 import matplotlib
 import pyro
 import torch
-from pyro.infer import ELBO, TraceGraph_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
 from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,7 +37,16 @@ from orderppl.distributions import StepwiseReveal
 from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.replicates import Problem, Replicates, chain_policy_problem, chain_problem, tiny_problem
 from orderppl.experiments.results import Record, results_table
-from orderppl.inference import OrderLoss, RevealTraceGraph_ELBO, all_orders, exact_elbo
+from orderppl.inference import (
+    EnumeratedELBO,
+    ExactTerms,
+    ImportanceWeightedELBO,
+    OrderLoss,
+    RevealTraceGraph_ELBO,
+    SequenceWakeSleep,
+    all_orders,
+    exact_terms,
+)
 from orderppl.models.denoisers import MarkovChainDenoiser
 
 
@@ -59,12 +69,14 @@ class Estimator:
         one_step: whether the model looks at one random step per sequence.
         target: what its gradient is compared with, a key of `EXACT`.
         unbiased: whether it claims that gradient in expectation.
+        small: for enumerable problems only.
     """
 
     make: Callable[[int], ELBO]
     one_step: bool = False
     target: str = "elbo"
     unbiased: bool = True
+    small: bool = False
 
 
 def _stock(kind: type[ELBO], particles: int) -> ELBO:
@@ -78,6 +90,10 @@ ESTIMATORS = {
     "without leave-one-out": Estimator(partial(RevealTraceGraph_ELBO, leave_one_out=False)),
     "sampled KL": Estimator(partial(RevealTraceGraph_ELBO, analytic_kl=False)),
     "stock TraceGraph": Estimator(partial(_stock, TraceGraph_ELBO)),
+    "stock Trace": Estimator(partial(_stock, Trace_ELBO)),
+    "enumerated": Estimator(lambda particles: EnumeratedELBO(), small=True),
+    "importance weighted": Estimator(ImportanceWeightedELBO, target="importance weighted"),
+    "wake-sleep": Estimator(SequenceWakeSleep, target="wake-sleep", unbiased=False),
 }
 STOCK = "stock TraceGraph"
 
@@ -107,7 +123,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
         measured = {
             name: measure(estimator, case, config)
             for name, estimator in tqdm(ESTIMATORS.items(), desc=f"{case.task}, {case.point}")
-            if estimator.target in case.exact
+            if estimator.target in case.exact and (case.task == "tiny" or not estimator.small)
         }
         for name, groups in measured.items():
             for group, numbers in groups.items():
@@ -144,7 +160,7 @@ def make_cases(config: Config) -> list[Case]:
     cases = []
     for guide in ("mean_field", "policy", "renormalised"):
         problem = tiny_problem(guide, seed=config.seed)
-        cases.append(Case("tiny", guide, problem, enumerated_gradients(problem)))
+        cases.append(Case("tiny", guide, problem, enumerated_gradients(problem, config.particles)))
     num_steps, length = 4, 16
     sequences = tensors(sample_chains(65, length=length, seed=config.seed))["tokens"]
     tokens, rest = sequences[0], sequences[1:]
@@ -157,12 +173,51 @@ def make_cases(config: Config) -> list[Case]:
     return cases
 
 
-def enumerated_gradients(problem: Problem) -> dict[str, dict[str, Tensor]]:
-    """Sums over all orders of one row."""
-    one = problem(1, False)
-    orders = all_orders(one.guide, **one.batch)
-    exact_elbo(one.model, one.guide, orders, **one.batch).sum().backward()
-    return {"elbo": {group: gradient[0] for group, gradient in one.gradients().items()}}
+def enumerated_gradients(problem: Problem, particles: int | None = None) -> dict[str, dict[str, Tensor]]:
+    """Sums over all orders of one row, or over all tuples of orders for the bounds of several particles.
+
+    Args:
+        problem: what makes the row.
+        particles: K of the bounds of several particles; without it only the ELBO.
+    """
+    targets = {"elbo": _elbo}
+    if particles is not None:
+        targets["importance weighted"] = partial(_importance_weighted, particles=particles)
+        targets["wake-sleep"] = partial(_wake_sleep, particles=particles)
+    exact = {}
+    for name, objective in targets.items():
+        one = problem(1, False)
+        terms = exact_terms(one.model, one.guide, all_orders(one.guide, **one.batch), **one.batch)
+        objective(terms).backward()
+        exact[name] = {group: gradient[0] for group, gradient in one.gradients().items()}
+    return exact
+
+
+def _elbo(terms: ExactTerms) -> Tensor:
+    return terms.elbo().sum()
+
+
+def _importance_weighted(terms: ExactTerms, particles: int) -> Tensor:
+    """E[ log mean_k w_k ] over all K-tuples of the orders that the guide can draw."""
+    possible = terms.log_guide[:, 0] > -torch.inf
+    log_q = terms.log_guide[possible, 0].double()
+    return _expected_bound(log_q, terms.log_joint()[possible, 0].double() - log_q, particles)
+
+
+def _expected_bound(log_q: Tensor, log_weight: Tensor, particles: int) -> Tensor:
+    probability, summed = log_q, log_weight  # of tuples, one dimension per particle
+    for _ in range(particles - 1):
+        probability = probability.unsqueeze(-1) + log_q
+        summed = torch.logaddexp(summed.unsqueeze(-1), log_weight)
+    return (probability.exp() * (summed - math.log(particles))).sum()
+
+
+def _wake_sleep(terms: ExactTerms, particles: int) -> Tensor:
+    """Where wake-sleep points as K grows: E_posterior[log q] for the guide; the bound of K particles for the model."""
+    possible = terms.log_guide[:, 0] > -torch.inf
+    log_q, log_joint = terms.log_guide[possible, 0].double(), terms.log_joint()[possible, 0].double()
+    fixed = log_q.detach()
+    return (log_joint.detach().softmax(0) * log_q).sum() + _expected_bound(fixed, log_joint - fixed, particles)
 
 
 def chain_gradient(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -273,6 +328,7 @@ def time_estimators(config: Config, batch_size: int = 16, num_steps: int = 4) ->
     steps = {
         name: _updater(problem(batch_size, estimator.one_step), estimator, config.particles)
         for name, estimator in ESTIMATORS.items()
+        if not estimator.small
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(config.rounds + 2):
