@@ -96,6 +96,7 @@ ESTIMATORS = {
     "wake-sleep": Estimator(SequenceWakeSleep, target="wake-sleep", unbiased=False),
 }
 STOCK = "stock TraceGraph"
+SHOWN = ("bias_z", "bias", "denoiser_rows", "gradient_variance", "variance_ratio")
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,11 @@ def run(config: Config, out: Path) -> Iterable[Record]:
                 numbers["variance_ratio"] = numbers["gradient_variance"] / stock
                 records += [{"metric": metric, "value": value, **labels} for metric, value in numbers.items()]
     records += time_estimators(config)
-    console = Console(width=160)
-    for metric in ("bias_z", "bias", "gradient_variance", "variance_ratio"):
-        shown = [record for record in records if record["metric"] == metric]
-        console.print(results_table(shown, rows=("estimator",), columns=("task", "point", "gradient"), title=metric))
+    console = Console()
+    for task, point in dict.fromkeys((record["task"], record["point"]) for record in records if "point" in record):
+        shown = [record for record in records if (record["task"], record.get("point")) == (task, point)]
+        shown = [record for record in shown if record["metric"] in SHOWN]
+        console.print(results_table(shown, rows=("estimator", "gradient"), title=f"{task}, {point}"))
     costs = [record for record in records if record["metric"] in ("seconds_per_update", "time_ratio")]
     console.print(results_table(costs, rows=("estimator",), title="One update of a mean-field plan on the chain"))
     plot_variance(records, out / "variance.png")
