@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from orderppl.data.chains import sample_chains
 from orderppl.data.collate import tensors
 from orderppl.distributions import StepwiseReveal
+from orderppl.experiments.benchmark_speed import denoiser_rows, peak_bytes
 from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.replicates import Problem, Replicates, chain_policy_problem, chain_problem, tiny_problem
 from orderppl.experiments.results import Record, results_table
@@ -96,6 +97,7 @@ ESTIMATORS = {
     "wake-sleep": Estimator(SequenceWakeSleep, target="wake-sleep", unbiased=False),
 }
 STOCK = "stock TraceGraph"
+COSTS = ("seconds_per_update", "time_ratio", "peak_megabytes", "memory_ratio")
 SHOWN = ("bias_z", "bias", "denoiser_rows", "gradient_variance", "variance_ratio")
 
 
@@ -148,7 +150,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
         shown = [record for record in records if (record["task"], record.get("point")) == (task, point)]
         shown = [record for record in shown if record["metric"] in SHOWN]
         console.print(results_table(shown, rows=("estimator", "gradient"), title=f"{task}, {point}"))
-    costs = [record for record in records if record["metric"] in ("seconds_per_update", "time_ratio")]
+    costs = [record for record in records if record["metric"] in COSTS]
     console.print(results_table(costs, rows=("estimator",), title="One update of a mean-field plan on the chain"))
     plot_variance(records, out / "variance.png")
     return records
@@ -257,7 +259,6 @@ def measure(estimator: Estimator, case: Case, config: Config) -> dict[str, dict[
     pair = case.problem(config.rows, estimator.one_step)
     update = _updater(pair, estimator, config.particles)
     pyro.set_rng_seed(config.seed)
-    spent = _Rows(pair)
     calls = -(-config.draws // config.rows)
     means: dict[str, list[Tensor]] = {group: [] for group in pair.parameters}
     squares: dict[str, list[Tensor]] = {group: [] for group in pair.parameters}
@@ -267,8 +268,8 @@ def measure(estimator: Estimator, case: Case, config: Config) -> dict[str, dict[
             draws = -gradient * config.rows  # of the bound of each row, [R, P]
             means[group].append(draws.mean(0))
             squares[group].append(draws.square().mean(0))
-    spent.stop()
-    rows = spent.count / (calls * config.rows)
+    assert isinstance(pair.model.denoiser, torch.nn.Module)
+    rows = denoiser_rows(pair.model.denoiser, update) / config.rows
     numbers = {}
     for group, exact in case.exact[estimator.target].items():
         compared = _compare(torch.stack(means[group]), torch.stack(squares[group]), exact)
@@ -307,24 +308,8 @@ def _updater(pair: Replicates, estimator: Estimator, particles: int) -> Callable
     return step
 
 
-class _Rows:
-    """Counts the sequences that go through a pair's denoiser."""
-
-    def __init__(self, pair: Replicates) -> None:
-        self.count = 0
-        denoiser = pair.model.denoiser
-        assert isinstance(denoiser, torch.nn.Module)
-        self._handle = denoiser.register_forward_pre_hook(self._add)
-
-    def _add(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.count += len(inputs[0])
-
-    def stop(self) -> None:
-        self._handle.remove()
-
-
 def time_estimators(config: Config, batch_size: int = 16, num_steps: int = 4) -> list[Record]:
-    """Time one update of every estimator, in turns: median over rounds, and its ratio to the default's."""
+    """Time and memory of one update of every estimator, taken in turns, and their ratios to the default's."""
     tokens = tensors(sample_chains(1, seed=config.seed))["tokens"][0]
     problem = chain_problem(tokens, num_steps, torch.zeros(len(tokens), num_steps))
     steps = {
@@ -339,12 +324,17 @@ def time_estimators(config: Config, batch_size: int = 16, num_steps: int = 4) ->
             step()
             if turn >= 2:  # the first turns pay for first times
                 seconds[name].append(time.perf_counter() - begin)
+    memory = {name: peak_bytes(step, torch.device("cpu")) for name, step in steps.items()}
     records: list[Record] = []
     for name, times in seconds.items():
         labels = {"estimator": name, "task": "chain", "particles": config.particles, "batch": batch_size}
         ratio = median(a / b for a, b in zip(times, seconds["default"], strict=True))
-        records.append({"metric": "seconds_per_update", "value": median(times), **labels})
-        records.append({"metric": "time_ratio", "value": ratio, "of": "default", **labels})
+        records += [
+            {"metric": "seconds_per_update", "value": median(times), **labels},
+            {"metric": "time_ratio", "value": ratio, "of": "default", **labels},
+            {"metric": "peak_megabytes", "value": memory[name] / 2**20, **labels},
+            {"metric": "memory_ratio", "value": memory[name] / memory["default"], "of": "default", **labels},
+        ]
     return records
 
 
