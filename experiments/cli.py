@@ -6,6 +6,7 @@ An experiment is a module with
   with `option="NAME"` is an argument;
 - `run(config: Config, out: Path) -> Iterable[Record]`, which reads top to bottom, writes its files into `out` and
   returns the records of `results.json`; with a parameter `resume: bool` it gets `--resume`;
+- optionally `DISTRIBUTED = True`, when `torchrun` may start it: every process calls `run`, the first one writes;
 - optionally `CONFIG`, the packaged YAML file it starts from, or `PRESETS`, the files to choose from by `--preset`;
 - optionally `default_out(config) -> Path`, the folder of its files without `--out`.
 
@@ -15,6 +16,7 @@ Its docstring is the text of `--help`. Only the module that was asked for is imp
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -105,7 +107,8 @@ def _command(name: str, module: types.ModuleType) -> Callable[..., None]:
         except UserError as error:
             if debug:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            if _is_first_process() or hasattr(error, "__notes__"):  # a note: of one process only, say so
+                typer.echo("; ".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
             raise typer.Exit(2) from None
 
     default_out = None if hasattr(module, "default_out") else Path("runs") / name.replace(" ", "-")
@@ -145,10 +148,16 @@ def _option_type(hint: Any) -> Any:
     return (options[0] if options else hint) | None
 
 
+def _is_first_process() -> bool:
+    """Whether this process speaks for all of a `torchrun` or `accelerate launch`; known without importing torch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
+
+
 def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, resume: bool = False) -> Path:
     """Run an experiment in its folder: config.yaml first, results.json last.
 
-    A folder that bad input leaves with nothing but the config is removed again.
+    A folder that bad input leaves with nothing but the config is removed again. Launched by `torchrun` or `accelerate
+    launch`, all processes run the module, which must have `DISTRIBUTED = True`; the first one writes and talks.
 
     Args:
         name: the experiment, as on the command line.
@@ -166,11 +175,15 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
 
     from orderppl.experiments.results import write_results
     from orderppl.inference.checkpoints import write_text
+    from orderppl.inference.processes import Processes
 
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError("device", f"cannot use {config.device!r}", "choose cpu or a device of this machine") from error
+    processes = Processes.join(config.device)
+    if processes.size > 1 and not getattr(module, "DISTRIBUTED", False):
+        raise UserError(name, f"runs in one process, not in {processes.size}", "start it without a launcher")
     saved = out / "config.yaml"
     document = dump_config(config)
     if out.exists() and not out.is_dir():
@@ -181,10 +194,11 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
         if not saved.is_file():
             raise UserError("--resume", f"{out} holds no run", "leave --resume out to start one")
         _same_config(load_config(type(config), saved), config)
-    is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").unlink(missing_ok=True)
-    write_text(saved, document)
+    is_new = not out.exists() and processes.is_first
+    if processes.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").unlink(missing_ok=True)
+        write_text(saved, document)
     pyro.set_rng_seed(config.seed)
     pyro.clear_param_store()
     default_dtype = torch.get_default_dtype()
@@ -193,6 +207,8 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
     try:
         with pyro.validation_enabled(False):  # a third of a small update; the tests keep it on
             records = module.run(config, out, resume=True) if resume else module.run(config, out)
+        if not processes.is_first:
+            return out / "results.json"
         results = write_results(out, name, config, records, time.perf_counter() - begin)
     except UserError:
         if is_new and [path.name for path in out.iterdir()] == [saved.name]:

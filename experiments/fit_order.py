@@ -3,6 +3,7 @@
     orderppl fit-order --config chain --out runs/chain-order
     orderppl fit-order --config chain --out runs/chain-order --resume        # after an interruption
     orderppl fit-order --config chain --set prior=cosine_steps --set guide.network=transformer
+    torchrun --nproc_per_node 2 -m orderppl.experiments.cli fit-order --config chain --out runs/chain-order
 
 The run folder holds order.safetensors (what was learned), order.yaml (what rebuilds its objects), log.jsonl (every
 update), checkpoints, config.yaml and results.json; `orderppl evaluate --run` compares the learned policy with the
@@ -34,8 +35,10 @@ from orderppl.experiments.results import Record, results_table
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import save_weights, write_text
 from orderppl.inference.fit import OrderLoss, fit
+from orderppl.inference.processes import Processes
 
 CONFIG = "chain"
+DISTRIBUTED = True
 ORDER_FILE, ORDER_SETTINGS, LOG_FILE = "order.safetensors", "order.yaml", "log.jsonl"
 METRICS = {"elbo": "elbo", "log_likelihood": "log_likelihood", "kl": "kl", "steps": "mean_steps"}  # ours: reported as
 
@@ -48,6 +51,8 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     """Fit, save what was learned, and measure it on the test split."""
     problem = build_problem(config)
     fit_problem(config, problem, out, resume=resume)
+    if not Processes.join(config.device).is_first:
+        return []
     save_order(config, problem, out)
     test = problem.task.stream("test", config.fit.batch_size, shuffle=False, device=config.device)
     labels = {"task": problem.task.name, "steps": config.num_steps, "seed": config.seed, "split": "test"}

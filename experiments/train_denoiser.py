@@ -3,6 +3,7 @@
     orderppl train-denoiser --out runs/arithmetic-denoiser
     orderppl train-denoiser --config arithmetic_denoiser --set task.variant=dual --set fit.updates=6000
     orderppl train-denoiser --out runs/arithmetic-denoiser --resume          # after an interruption
+    torchrun --nproc_per_node 2 -m orderppl.experiments.cli train-denoiser --out runs/arithmetic-denoiser
 
 The run folder holds denoiser.safetensors with its architecture in denoiser.json and the tokeniser, which
 `denoiser: {name: saved, run: ...}` of fit-order reads, besides log.jsonl, checkpoints, config.yaml and results.json.
@@ -32,9 +33,11 @@ from orderppl.experiments.build import (
 from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.results import Record, results_table
 from orderppl.inference.checkpoints import save_weights
+from orderppl.inference.processes import Processes
 from orderppl.models.denoisers import masked_diffusion_nelbo, train_denoiser
 
 CONFIG = "arithmetic_denoiser"
+DISTRIBUTED = True
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     task = build_task(config.task, config.seed)
     denoiser = build_denoiser(config.denoiser, task, config.task)
     fit_denoiser(config, task, denoiser, out, resume=resume)
+    if not Processes.join(config.device).is_first:
+        return []
     test = task.stream("test", config.fit.batch_size, shuffle=False, device=config.device)
     bound = masked_diffusion_nelbo(denoiser, test, draws=8)
     labels = {"task": task.name, "split": "test", "seed": config.seed, "n": test.num_sequences}
@@ -114,6 +119,8 @@ def fit_denoiser(config: Config, task: Task, denoiser: nn.Module, out: Path, res
         checkpoint_every=settings.checkpoint_every,
         resume=resume,
     )
+    if not Processes.join(config.device).is_first:
+        return
     save_weights(denoiser, out / DENOISER_FILE)
     if task.tokenizer is not None:
         save_tokenizer(task.tokenizer, out)

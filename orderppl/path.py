@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from orderppl.denoising import Canvas
+from orderppl.randomness import stratified_uniform
 from orderppl.states import FollowedStates, StackedStates, UnmaskingState, masked_before, partial_state, stacked_steps
 
 # Orders that a policy has just been followed along, with the states it met. The guide that drew an order and the model
@@ -116,6 +117,5 @@ class RevealPath:
 
 def _one_step_each(num_sequences: int, num_steps: int, device: torch.device) -> Tensor:
     """One uniform step per sequence, int64 [1, B]; the sequences of a batch spread evenly over the steps."""
-    offset = torch.rand(num_sequences, device=device)
-    slot = torch.randperm(num_sequences, device=device)
-    return ((slot + offset) / num_sequences * num_steps).long().clamp_max(num_steps - 1).unsqueeze(0)
+    part = stratified_uniform(num_sequences, device)
+    return (part * num_steps).long().clamp_max(num_steps - 1).unsqueeze(0)

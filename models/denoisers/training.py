@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.optimise import FitResult, optimise
+from orderppl.randomness import stratified_uniform, uniform
 from orderppl.states import partial_state
 
 
@@ -34,10 +35,9 @@ def random_masking(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     rows = len(attention_mask)
     device = attention_mask.device
     size = attention_mask.sum(-1)  # [B]
-    stratum = torch.randperm(rows, device=device)
-    ratio = (stratum + torch.rand(rows, device=device)) / rows  # [B]
+    ratio = stratified_uniform(rows, device)  # [B]
     count = torch.minimum((ratio * size).long() + 1, size)  # uniform on 1..n
-    score = torch.rand(attention_mask.shape, device=device).masked_fill(~attention_mask, 2.0)
+    score = uniform(attention_mask.shape, device).masked_fill(~attention_mask, 2.0)
     rank = score.argsort(-1).argsort(-1)
     masked = (rank < count[:, None]) & attention_mask
     return masked, size / count.clamp(min=1)
@@ -58,6 +58,7 @@ class MaskedDiffusionLoss(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.metrics: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
 
     def nelbo(
         self,
@@ -89,6 +90,7 @@ class MaskedDiffusionLoss(nn.Module):
         count = mask.sum() if mask is not None else torch.tensor(batch["tokens"].numel(), device=nelbo.device)
         loss = nelbo.sum() / count
         self.metrics = {"nelbo": nelbo.detach().mean(), "nats_per_token": loss.detach()}
+        self.counts = {"loss": count, "nats_per_token": count}
         return loss
 
 

@@ -25,9 +25,9 @@ from orderppl.decoding.heuristics import (
     describe_policy,
     make_policy,
 )
-from orderppl.decoding.noise import uniform_noise
 from orderppl.decoding.policy import Policy, ScoredPolicy, StochasticPolicy
 from orderppl.decoding.schedules import CosineSizes, FractionalSizes, SetSizes, UniformSizes, make_sizes
+from orderppl.randomness import uniform_noise
 
 __all__ = [
     "POLICIES",

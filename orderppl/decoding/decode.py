@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from orderppl.decoding.heuristics import ROW, TRUTH, Block, policy_score, reveal_rank
-from orderppl.decoding.noise import SELECTION, TOKENS, generator_seed, sample_categorical, uniform_noise
 from orderppl.decoding.policy import Policy
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
+from orderppl.randomness import SELECTION, TOKENS, generator_seed, sample_categorical, uniform_noise
 from orderppl.states import VISIBLE, UnmaskingState, partial_state
 
 

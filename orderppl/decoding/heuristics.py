@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orderppl.decoding.noise import sample_categorical
 from orderppl.decoding.policy import Policy, StochasticPolicy
 from orderppl.decoding.schedules import SetSizes, UniformSizes, make_sizes
 from orderppl.denoising import Canvas
 from orderppl.errors import UserError
+from orderppl.randomness import sample_categorical, uniform
 from orderppl.states import UnmaskingState
 
 WINDOW = "window"  # memory key: (positions, step, num_steps) of the block a row is in, int64 [B, 3]
@@ -163,7 +163,7 @@ class Random(RankPolicy):
         """Return the noise of the state, or torch's when it has none."""
         if state.noise is not None:
             return state.noise
-        return torch.rand(state.masked.shape, dtype=torch.float64, device=state.masked.device)
+        return uniform(state.masked.shape, state.masked.device, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -593,7 +593,7 @@ class StochasticDecision:
             return (distribution.probs > 0.5) & state.masked
         noise = state.noise
         if noise is None:
-            noise = torch.rand(state.masked.shape, dtype=torch.float64, device=state.masked.device)
+            noise = uniform(state.masked.shape, state.masked.device, torch.float64)
         return distribution.draw(noise, self.beta) & state.masked
 
 
@@ -654,7 +654,7 @@ class PlannedOrder:
         if self.decision == "sample":
             noise = state.noise
             if noise is None:
-                noise = torch.rand(state.masked.shape, dtype=torch.float64, device=logits.device)
+                noise = uniform(state.masked.shape, logits.device, torch.float64)
             return sample_categorical(logits, noise)
         probs = logits.double().softmax(-1)
         attended = state.attention_mask

@@ -12,18 +12,19 @@ from torch.distributions.kl import register_kl
 from orderppl.distributions.ordered_partition import OrderedPartition
 from orderppl.distributions.reveal_set import RevealSet, _weighted
 from orderppl.distributions.set_law import SetLaw
+from orderppl.randomness import uniform
 from orderppl.states import VISIBLE
 
 
-def _perturbed(scores: Tensor, uniform: Tensor) -> Tensor:
+def _perturbed(scores: Tensor, noise: Tensor) -> Tensor:
     """Scores plus the standard Gumbel noise that uniform noise in (0, 1) stands for: float [*, L]."""
-    return scores - torch.log(-torch.log(uniform))
+    return scores - torch.log(-torch.log(noise))
 
 
 def _uniform(shape: torch.Size, like: Tensor) -> Tensor:
     """Uniform noise in (0, 1), 0 left out."""
     tiny = torch.finfo(torch.float32).tiny
-    return torch.rand(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device).clamp(min=tiny)
+    return uniform(shape, like.device, torch.promote_types(like.dtype, torch.float32)).clamp(min=tiny)
 
 
 def _rank(keys: Tensor, masked: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributions.kl import register_kl
 from torch.nn.functional import logsigmoid
 
 from orderppl.distributions.set_law import SetLaw
+from orderppl.randomness import sample_categorical, uniform
 
 
 def log1mexp(log_p: Tensor) -> Tensor:
@@ -147,14 +148,15 @@ class RevealSet(SetLaw):
         """Draw sets, bool [*sample_shape, *, L]; exact under conditioning, without rejection."""
         with torch.no_grad():
             shape = torch.Size(sample_shape) + self.masked.shape
-            reveal = torch.rand(shape, device=self.masked.device) < self.log_reveal.exp()
+            reveal = uniform(shape, self.masked.device) < self.log_reveal.exp()
             if not self.non_empty:
                 return reveal
             # The first revealed position f has p(f) = q_f prod_{i<f} (1 - q_i) / Z; later positions stay independent.
             log_before = torch.nn.functional.pad(self.log_keep[..., :-1], (1, 0)).cumsum(-1)  # may reach -inf
-            first_probs = (self.log_reveal + log_before).exp()
-            first_probs = torch.where(self.masked.any(-1, keepdim=True), first_probs, torch.ones_like(first_probs))
-            first = torch.distributions.Categorical(probs=first_probs).sample(sample_shape).unsqueeze(-1)
+            first_log_prob = self.log_reveal + log_before
+            first_log_prob = first_log_prob.masked_fill(~self.masked.any(-1, keepdim=True), 0.0)
+            noise = uniform(shape[:-1] + (1,), self.masked.device).squeeze(-1)
+            first = sample_categorical(first_log_prob, noise).unsqueeze(-1)
             position = torch.arange(shape[-1], device=first.device)
             return ((position == first) | (reveal & (position > first))) & self.masked
 

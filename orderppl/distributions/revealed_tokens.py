@@ -10,6 +10,7 @@ from pyro.distributions import constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
+from orderppl.randomness import sample_categorical, uniform
 from orderppl.states import UnmaskingState
 
 
@@ -63,7 +64,7 @@ class RevealedTokens(dist.TorchDistribution):
                 raise ValueError("one_step: tokens cannot be drawn from a single step; use one_step=False")
             index = step.expand(logits.shape[1:-1])[None, ..., None].expand((1,) + logits.shape[1:])
             chosen = logits.gather(0, index).squeeze(0).expand(torch.Size(self.batch_shape) + logits.shape[-2:])
-            return torch.distributions.Categorical(logits=chosen).sample(sample_shape)
+            return sample_categorical(chosen, uniform(torch.Size(sample_shape) + chosen.shape[:-1], chosen.device))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-likelihood of the tokens, int64 [*, L] -> float [*]."""
@@ -105,9 +106,8 @@ class HiddenTokens(dist.TorchDistribution):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw a token for every position, int64 [*sample_shape, *, L]."""
         with torch.no_grad():
-            logits = self.state.logits
-            drawn = torch.distributions.Categorical(logits=logits.expand(self.revealed.shape + logits.shape[-1:]))
-            return drawn.sample(sample_shape)
+            noise = uniform(torch.Size(sample_shape) + self.revealed.shape, self.revealed.device)
+            return sample_categorical(self.state.logits, noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-likelihood of the revealed tokens, int64 [*, L] -> float [*]."""

@@ -11,6 +11,7 @@ from torch.distributions.kl import register_kl
 
 from orderppl.distributions.ordered_partition import OrderedPartition
 from orderppl.distributions.reveal_set import RevealSet, _weighted
+from orderppl.randomness import sample_categorical, uniform
 from orderppl.states import VISIBLE, masked_before, stacked_steps
 
 
@@ -106,7 +107,8 @@ class StepwiseReveal(OrderedPartition):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw orders, int64 [*sample_shape, *, L]."""
         with torch.no_grad():
-            draw = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(sample_shape)
+            shape = torch.Size(sample_shape) + self.masked.shape
+            draw = sample_categorical(self.logits, uniform(shape, self.masked.device))
             return draw.masked_fill(~self.masked, VISIBLE)
 
     def entropy(self) -> Tensor:

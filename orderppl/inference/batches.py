@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orderppl.errors import UserError
+from orderppl.randomness import BatchKeys
 
 MASK_OF = {"attention_mask": "tokens", "context_mask": "context"}  # mask -> the tensor it covers
 
@@ -18,7 +20,8 @@ class BatchStream:
     """An endless stream of shuffled batches that can be stopped and continued exactly.
 
     Every epoch is a fresh permutation drawn from `(seed, epoch)` alone, so the batches do not depend on the global
-    random state, on the device or on how often the stream was interrupted.
+    random state, on the device or on how often the stream was interrupted. Several processes (`share`) go through the
+    same batches, each with its own rows of every batch; `batch_size` is that of the whole batch.
 
     Args:
         tensors: tensors with the same first dimension N; keys are the keyword arguments of a model.
@@ -82,7 +85,37 @@ class BatchStream:
                 total += self.tensors[name].sum(-1)
         self._length = total.numpy()  # attended tokens of each row
         self.epoch, self.position = 0, 0
+        self.process, self.num_processes = 0, 1
         self._batches = self._permutation()
+        self._keys: BatchKeys | None = None
+
+    def share(self, process: int, num_processes: int) -> None:
+        """Give out every `num_processes`-th row of each batch from now on, beginning at row `process`.
+
+        A process for which a short batch has no row gets the batch's first one; `weight` says that it does not count.
+        The checkpointed position does not depend on the processes.
+        """
+        self.process, self.num_processes = process, num_processes
+
+    @property
+    def keys(self) -> BatchKeys:
+        """Identity of the rows of the last batch, on the stream's device; what `keyed_draws` needs."""
+        if self._keys is None:
+            raise UserError("stream", "no batch has been drawn yet", "call next on it first")
+        return self._keys
+
+    @property
+    def weight(self) -> int:
+        """1, or 0 where the last batch had no row for this process."""
+        return int(self.process < len(self.keys.rows))
+
+    def checksum(self) -> str:
+        """Digest of the data and of what decides the batches: equal on processes that go through the same ones."""
+        digest = hashlib.blake2b(repr(sorted(self._identity().items())).encode(), digest_size=8)
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def batches_per_epoch(self) -> int:
@@ -117,7 +150,12 @@ class BatchStream:
             self.epoch, self.position = self.epoch + 1, 0
             self._batches = self._permutation()
         self.position += 1
-        return self.batch(self._batches[self.position - 1])
+        rows = self._batches[self.position - 1]
+        mine = torch.arange(len(rows))[self.process :: self.num_processes]
+        if not len(mine):
+            mine = torch.zeros(1, dtype=torch.long)
+        self._keys = BatchKeys(self.epoch, *self._moved({"rows": rows, "mine": mine}).values())
+        return self.batch(rows[mine])
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """The rows `index` (int64 [B], on the host) as one trimmed batch on the stream's device."""
@@ -127,6 +165,9 @@ class BatchStream:
             for name in (mask, MASK_OF[mask]):
                 if name in rows:
                     rows[name] = rows[name][:, :width].contiguous()
+        return self._moved(rows)
+
+    def _moved(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.device is None or self.device.type == "cpu":
             return rows
         if self.device.type == "cuda":

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
@@ -23,6 +24,8 @@ from orderppl.errors import UserError
 from orderppl.inference.annealing import Anneal, set_dial
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import TEMPORARY, CheckpointFolder
+from orderppl.inference.processes import Processes
+from orderppl.randomness import keyed_draws
 
 VALIDATION_SEED = 20_260_228  # validations use common random numbers and leave the training stream untouched
 
@@ -62,10 +65,10 @@ class FitResult:
 
 
 class _Log:
-    """Records of a run, one JSON object per line, kept in step with the checkpoints."""
+    """Records of a run, one JSON object per line, kept in step with the checkpoints; one process `writes` them."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def restart(self, update: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Forget everything after `update` (records a killed run wrote past its last checkpoint); return the rest."""
@@ -80,15 +83,16 @@ class _Log:
                     break
                 if record["update"] <= update:
                     kept.append(record)
-        temporary = self.path.with_name(TEMPORARY + self.path.name)
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        if self.writes:
+            temporary = self.path.with_name(TEMPORARY + self.path.name)
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
         trace = [record for record in kept if "validation" not in record]
         validations = [{"update": r["update"], **r["validation"]} for r in kept if "validation" in r]
         return trace, validations
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        if self.path is not None:
+        if self.path is not None and self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -131,7 +135,10 @@ def _mean_gradient_norm(optimizer: Optimizer) -> Tensor | None:
     return nn.utils.get_total_norm([state["exp_avg"] for state in states]) / (1 - decay ** states[0]["step"])
 
 
-def _parameters(loss: nn.Module) -> list[nn.Parameter]:
+def _parameters(loss: nn.Module, stream: BatchStream) -> list[nn.Parameter]:
+    if any(is_lazy(parameter) for parameter in loss.parameters()):  # get their shapes from a first look at the data
+        with torch.no_grad():
+            loss(**stream.batch(torch.arange(1)))
     found = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     if not found:
         raise UserError("loss", "has no parameter that requires a gradient", "unfreeze a network or skip the fit")
@@ -208,14 +215,24 @@ def optimise(
 ) -> FitResult:
     """Minimise `loss(**batch)` over the parameters that require a gradient.
 
-    On the CPU an interrupted and resumed run is bit-equal to an uninterrupted one: random numbers come from torch's
-    global generator, whose state is part of the checkpoint, and batches from the stream's own. The host waits for
-    the device only at log, validation and checkpoint points; the log still holds every update. With `ema_decay` the
-    module is validated with, and carries at the end, the averaged parameters.
+    Random orders, steps and maskings are functions of (seed, epoch, row of the data set) alone (`keyed_draws`), where
+    the seed is one draw from torch's global generator at the start. On the CPU an interrupted and resumed run is
+    bit-equal to an uninterrupted one: that seed and the generator's state, for losses that draw by torch themselves,
+    are part of the checkpoint, and batches come from the stream. The host waits for the device only at log, validation
+    and checkpoint points; the log still holds every update. With `ema_decay` the module is validated with, and carries
+    at the end, the averaged parameters.
+
+    Launched by `torchrun` or `accelerate launch`, the same call trains on all processes: each takes its rows of every
+    batch, gradients and logged numbers are means over the whole batch, the first process validates, logs and saves
+    (into a folder that all can read), and all end with the same parameters. They, and the losses, are those of one
+    process up to rounding, whatever the number of processes, also after a resume on another number. What a loss draws
+    by torch's own functions (dropout, say) does differ. Every process has to make the same data and call.
 
     Args:
-        loss: module whose call returns a differentiable scalar; an attribute `metrics`, a dict of 0-dim tensors of the
-            last call, is logged when present.
+        loss: module whose call returns a differentiable scalar, a mean over the sequences of the batch; an attribute
+            `metrics`, a dict of 0-dim tensors of the last call, is logged when present. An attribute `counts`, a dict,
+            says for `loss` and metrics that are no mean over sequences how many items they are a mean over (tokens,
+            say), so that several processes can weigh them.
         stream: batches, as keyword arguments of `loss`.
         updates: total number of updates, those before a resume included.
         optimizer: makes the optimiser from the trainable parameters, e.g. `partial(torch.optim.Adam, lr=0.1)`.
@@ -231,7 +248,8 @@ def optimise(
         monitor_mode: whether small (`min`) or large (`max`) is good.
         restore_best: load the best validated module at the end; by default when `patience` is set.
         ema_decay: decay of an exponential moving average of the parameters (shorter at the start of training).
-        device: where to train; the module and the batches are moved there.
+        device: where to train; the module and the batches are moved there. With several processes on CUDA, each takes
+            the GPU of its local rank.
         autocast_dtype: run the loss under autocast in this dtype (bfloat16).
         out: folder for `log.jsonl` and `checkpoints/`.
         checkpoint_every: updates between two checkpoints; the last update is always saved when `out` is given.
@@ -243,7 +261,8 @@ def optimise(
         The trace and what was found.
 
     Raises:
-        UserError: a wrong option, a loss or gradient that is not finite, or a checkpoint of another run.
+        UserError: a wrong option, a loss or gradient that is not finite, a checkpoint of another run, or processes that
+            hold different data.
     """
     for name, value in {
         "updates": updates,
@@ -268,9 +287,16 @@ def optimise(
     restore_best = patience is not None if restore_best is None else restore_best
 
     where = torch.device(device if device is not None else next(loss.parameters()).device)
+    processes = Processes.join(where)
+    if processes.size > 1 and where.type == "cuda":
+        where = torch.device("cuda", torch.cuda.current_device())
     loss.to(where)
     stream.device = where
-    parameters: list[Tensor] = list(_parameters(loss))
+    processes.check_same("stream", stream.checksum(), "make the data and the stream from fixed seeds on every process")
+    parameters: list[Tensor] = list(_parameters(loss, stream))
+    shared_loss = processes.wrapped(loss)
+    seed = int(torch.randint(2**62, ()))
+    seed = processes.from_first(lambda: seed)
     opt = optimizer(parameters)
     schedule = None if scheduler is None else scheduler(opt)
     average = None if ema_decay is None else [parameter.detach().clone() for parameter in parameters]
@@ -285,7 +311,7 @@ def optimise(
         if not resume and checkpoints.latest() is not None:
             raise UserError("out", f"{result.out} already holds a run", "resume it or choose another folder")
         result.out.mkdir(parents=True, exist_ok=True)
-        log = _Log(result.out / "log.jsonl")
+        log = _Log(result.out / "log.jsonl", processes.is_first)
         loaded = checkpoints.load(loss, where) if resume else None
         if loaded is not None:
             state, best_weights = loaded
@@ -299,14 +325,16 @@ def optimise(
                 average = [saved.to(where) for saved in state["average"]]
             result.updates, result.seconds = state["update"], state["seconds"]
             result.best, stale, result.stopped_early = state["best"], state["stale"], state["stopped_early"]
+            seed = state.get("seed", seed)
             _set_rng_state(state["rng"], where)
         result.trace, result.validations = log.restart(result.updates)
 
     def save() -> None:
-        if checkpoints is None:
+        if checkpoints is None or not processes.is_first:
             return
         state = {
             "update": result.updates,
+            "seed": seed,
             "optimizer": opt.state_dict(),
             "scheduler": None if schedule is None else schedule.state_dict(),
             "average": average,
@@ -320,7 +348,8 @@ def optimise(
         checkpoints.save(result.updates, loss, state, best_weights)
 
     pending = _Pending()
-    bar = tqdm(total=updates, initial=result.updates, desc=description, disable=not progress, dynamic_ncols=True)
+    silent = not (progress and processes.is_first)
+    bar = tqdm(total=updates, initial=result.updates, desc=description, disable=silent, dynamic_ncols=True)
 
     def flush() -> None:
         records = pending.flush()
@@ -332,13 +361,16 @@ def optimise(
             shown = {name: f"{last[name]:.4g}" for name in ("loss", "elbo", "steps") if name in last}
             bar.set_postfix(shown | {"s/update": f"{result.seconds_per_update:.3g}"}, refresh=False)
 
+    def measured() -> dict[str, float]:
+        assert validate is not None
+        return {name: float(value) for name, value in validate().items()}
+
     def run_validation() -> None:
         nonlocal stale, best_weights
-        assert validate is not None
         devices = [where] if where.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), _swapped(parameters, average):
             torch.manual_seed(VALIDATION_SEED)
-            numbers = {name: float(value) for name, value in validate().items()}
+            numbers = processes.from_first(measured)
             if monitor not in numbers:
                 raise UserError(
                     "monitor", f"validation gives {', '.join(numbers)}, not {monitor!r}", "name one of them"
@@ -357,6 +389,9 @@ def optimise(
         if patience is not None and stale >= patience:
             result.stopped_early = True
 
+    stream.share(processes.rank, processes.size)
+    if not processes.is_first:  # losses that draw by torch should not draw the same for other rows
+        torch.manual_seed(seed ^ (processes.rank << 40) ^ result.updates)
     try:
         started = time.perf_counter() - result.seconds
         while result.updates < updates and not result.stopped_early:
@@ -366,11 +401,22 @@ def optimise(
             batch = next(stream)
             opt.zero_grad(set_to_none=True)
             try:
-                with torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-                    objective = loss(**batch)
+                with (
+                    keyed_draws(seed, stream.keys),
+                    torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
+                ):
+                    objective = shared_loss(**batch)
+                values = {"loss": objective, **getattr(loss, "metrics", {})}
+                if processes.size > 1:
+                    counts = dict.fromkeys(values, len(next(iter(batch.values())))) | getattr(loss, "counts", {})
+                    counts = {name: count * stream.weight for name, count in counts.items()}
+                    values, factors = processes.means(values, counts)
+                    objective = objective * factors["loss"].to(objective.dtype)
                 objective.backward()
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError) as error:
                 flush()  # an earlier update that was not finite is the cause, not what a sampler says about it now
+                if processes.size > 1:
+                    error.add_note(f"in process {processes.rank} of {processes.size}, update {result.updates + 1}")
                 raise
             if grad_clip is not None:
                 norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
@@ -390,7 +436,7 @@ def optimise(
             log_due = last or result.updates % log_every == 0
             mean_norm = _mean_gradient_norm(opt) if log_due else None
             extra = {} if mean_norm is None else {"grad_mean_norm": mean_norm}
-            pending.add(record, {"loss": objective, **getattr(loss, "metrics", {}), "grad_norm": norm, **extra})
+            pending.add(record, {**values, "grad_norm": norm, **extra})
             bar.update()
 
             due = validate is not None and (last or (validate_every and result.updates % validate_every == 0))
@@ -404,7 +450,10 @@ def optimise(
         flush()
     finally:
         bar.close()
+        stream.share(0, 1)
 
+    if processes.size > 1:  # what the script draws next is the same everywhere; by then the files are written, too
+        _set_rng_state(processes.from_first(lambda: _rng_state(where)), where)
     with torch.no_grad():
         if restore_best and best_weights is not None:
             loss.load_state_dict(best_weights)

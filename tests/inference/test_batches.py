@@ -114,3 +114,35 @@ def test_refuses_the_position_of_another_stream() -> None:
     stream = BatchStream(ragged(), 4, seed=0)
     with pytest.raises(UserError, match="batch_size: the checkpoint was written with 4, this run has 5"):
         BatchStream(ragged(), 5, seed=0).load_state_dict(stream.state_dict())
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_share_every_batch_row_by_row(processes: int) -> None:
+    whole = BatchStream(ragged(), 4, seed=3, group=2)  # 23 rows: the short batch has 3
+    shares = [BatchStream(ragged(), 4, seed=3, group=2) for _ in range(processes)]
+    for process, share in enumerate(shares):
+        share.share(process, processes)
+    for _ in range(9):
+        rows = rows_of(next(whole))
+        assert whole.keys.rows.tolist() == rows
+        assert whole.weight == 1
+        seen: list[int] = []
+        for share in shares:
+            mine = rows_of(next(share))
+            assert share.keys.rows.tolist() == rows
+            assert share.keys.rows[share.keys.mine].tolist() == mine
+            assert share.keys.epoch == whole.epoch
+            assert share.weight == 1 or mine == rows[:1]
+            seen += mine * share.weight
+        assert sorted(seen) == sorted(rows)
+    assert shares[-1].state_dict() == whole.state_dict()
+
+
+def test_the_checksum_tells_data_and_batches_apart() -> None:
+    first = BatchStream(ragged(), 4)
+    assert first.checksum() == BatchStream(ragged(), 4).checksum()
+    changed = ragged()
+    changed["tokens"][3, 0] += 1
+    assert len({s.checksum() for s in (first, BatchStream(ragged(), 5), BatchStream(changed, 4))}) == 3
+    with pytest.raises(UserError, match="stream: no batch has been drawn yet"):
+        _ = first.keys
