@@ -413,7 +413,7 @@ def optimise(
                     values, factors = processes.means(values, counts)
                     objective = objective * factors["loss"].to(objective.dtype)
                 objective.backward()
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, Warning) as error:
                 flush()  # an earlier update that was not finite is the cause, not what a sampler says about it now
                 if processes.size > 1:
                     error.add_note(f"in process {processes.rank} of {processes.size}, update {result.updates + 1}")
