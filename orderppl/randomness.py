@@ -116,6 +116,10 @@ class _KeyedDraws:
         bits = _absorb(bits, torch.arange(shape[-1], device=bits.device))  # [particles, B, L]
         return _unit(bits).reshape(tuple(shape))
 
+    def row_ids(self) -> Tensor:
+        """int64 [B]; see `random_row_ids`."""
+        return self._next(self.rows[self.mine])
+
     def stratified(self) -> Tensor:
         """float64 [B]; see `stratified_uniform`."""
         slot = self._next(self.rows).argsort()  # a permutation of the global batch, the same on all processes
@@ -177,6 +181,14 @@ def stratified_uniform(num_sequences: int, device: torch.device) -> Tensor:
         return draws.stratified()
     slot = uniform((num_sequences,), device).argsort()
     return (slot + uniform((num_sequences,), device)) / num_sequences
+
+
+def random_row_ids(num_sequences: int, device: torch.device) -> Tensor:
+    """Draw an identity for each sequence, from which `uniform_noise` makes as much noise as wanted: int64 [B]."""
+    draws = _DRAWS.get()
+    if draws is not None and num_sequences == len(draws.mine):
+        return draws.row_ids()
+    return (uniform((num_sequences,), device, torch.float64) * 2.0**52).long()
 
 
 def sample_categorical(log_weights: Tensor, noise: Tensor) -> Tensor:

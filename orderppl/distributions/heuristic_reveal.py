@@ -10,13 +10,13 @@ from torch import Tensor
 
 from orderppl.decoding.decode import first_memory, or_best
 from orderppl.decoding.heuristics import needs_noise, remembers
-from orderppl.decoding.noise import uniform_noise
 from orderppl.decoding.policy import Policy
 from orderppl.distributions.ordered_partition import SequentialReveal
 from orderppl.distributions.reveal_set import SmoothedSet
 from orderppl.distributions.set_law import SetLaw
 from orderppl.errors import UserError
 from orderppl.path import RevealPath
+from orderppl.randomness import random_row_ids, uniform_noise
 from orderppl.states import UnmaskingState
 
 
@@ -35,7 +35,7 @@ class HeuristicReveal(SequentialReveal):
         policy: any object with `select(state)`.
         smoothing: probability of a flip, at least 0 and below 1/2.
         non_empty: condition every set on revealing something.
-        seed: of the noise; drawn from torch's generator when left out.
+        seed: of the noise, an integer, or int64 [B], one for each sequence; drawn when left out.
 
     Raises:
         UserError: smoothing outside [0, 1/2).
@@ -47,7 +47,7 @@ class HeuristicReveal(SequentialReveal):
         policy: Policy,
         smoothing: float = 0.0,
         non_empty: bool = False,
-        seed: int | None = None,
+        seed: int | Tensor | None = None,
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -55,7 +55,9 @@ class HeuristicReveal(SequentialReveal):
         self.policy = policy
         self.smoothing = smoothing
         self.non_empty = non_empty
-        self.seed = int(torch.randint(2**62, ())) if seed is None and needs_noise(policy) else seed
+        if seed is None and needs_noise(policy):
+            seed = random_row_ids(len(path.tokens), path.tokens.device)
+        self.seed = seed
         super().__init__(path, self._set, batch_shape, validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> HeuristicReveal:
@@ -77,11 +79,18 @@ class HeuristicReveal(SequentialReveal):
                 memory.update(first_memory(self.policy, rows, truth))
             flat.memory = memory
             if self.seed is not None:
-                ids = torch.arange(self.batch_shape.numel(), device=flat.tokens.device).reshape(self.batch_shape)
-                flat.noise = uniform_noise(self.seed, ids.expand(shape[:-1]).flatten(), flat.step, shape[-1])
+                seed, ids = self._noise_ids()
+                flat.noise = uniform_noise(seed, ids.expand(shape[:-1]).flatten(), flat.step, shape[-1])
             return or_best(self.policy, flat, self.policy.select(flat)).reshape(shape)
 
         return decide
+
+    def _noise_ids(self) -> tuple[int, Tensor]:
+        """Seed, and identity of each row and particle, int64 [*]."""
+        number = torch.arange(self.batch_shape.numel(), device=self.masked.device).reshape(self.batch_shape)
+        if not isinstance(self.seed, Tensor):
+            return self.seed or 0, number
+        return 0, self.seed + number // len(self.seed) * 0x5851F42D4C957F2D  # some odd number: particles differ
 
     def _smoothed(self, decided: Tensor, masked: Tensor) -> SmoothedSet:
         return SmoothedSet(decided, masked, self.smoothing, self.non_empty)

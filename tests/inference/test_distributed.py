@@ -22,9 +22,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from orderppl.decoding.heuristics import Random
 from orderppl.errors import UserError
 from orderppl.experiments import cli
-from orderppl.guides import MeanFieldGuide, PolicyGuide, RenormalisedScoreGuide
+from orderppl.guides import HeuristicGuide, MeanFieldGuide, PolicyGuide, RenormalisedScoreGuide
 from orderppl.inference import BatchStream, FitResult, OrderLoss, RevealTraceGraph_ELBO, fit, optimise
 from orderppl.inference.checkpoints import load_weights, save_weights
 from orderppl.models import LearnedPolicy, UniformSteps, UnmaskingModel
@@ -95,6 +96,14 @@ def one_step(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
     return nn.ModuleList([model, guide]), result
 
 
+def heuristic(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
+    """A decoding policy with noise of its own as the guide."""
+    model = UnmaskingModel(denoiser(frozen=False), UniformSteps(), T)
+    guide = HeuristicGuide(Random(), model.denoiser, T, smoothing=0.1)
+    options = OPTIONS | {"out": out} | changes
+    return model, fit(model, guide, stream(), elbo=RevealTraceGraph_ELBO(num_particles=2), **options)
+
+
 def masked_diffusion(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
     """A loss that is a mean over tokens, so that shares of a batch weigh by theirs."""
     module = denoiser(frozen=False)
@@ -124,7 +133,7 @@ def lazy(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
 
 
 CASES: dict[str, Callable[..., tuple[nn.Module, FitResult]]] = {
-    case.__name__: case for case in (mean_field, policy, one_step, masked_diffusion, lazy)
+    case.__name__: case for case in (mean_field, policy, one_step, heuristic, masked_diffusion, lazy)
 }
 RESUMED = ("policy", "one_step")
 
