@@ -30,7 +30,7 @@ class StepwiseReveal(OrderedPartition):
             masked = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
         shape = torch.broadcast_shapes(logits.shape[:-1], masked.shape)
         self._compact = logits.log_softmax(-1)  # without what is repeated
-        self._hazards: tuple[Tensor, Tensor] | None = None
+        self._hazards: tuple[Tensor, Tensor, Tensor] | None = None
         super().__init__(masked.expand(shape), logits.shape[-1], validate_args=validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> StepwiseReveal:
@@ -55,24 +55,22 @@ class StepwiseReveal(OrderedPartition):
     def hazard_logs(self) -> tuple[Tensor, Tensor]:
         """log h and log(1 - h) of h_it = P(r_i = t | r_i >= t), both float [*, L, T]; the last hazard is 1."""
         shape = self.batch_shape + self.event_shape + self._compact.shape[-1:]
-        reveal, keep = self._compact_hazards()
+        reveal, keep, _ = self._compact_hazards()
         return reveal.expand(shape), keep.expand(shape)
 
-    def _compact_hazards(self) -> tuple[Tensor, Tensor]:
-        if self._hazards is None or (torch.is_grad_enabled() and not self._hazards[0].requires_grad):
-            remaining = self._remaining()
+    def _compact_hazards(self) -> tuple[Tensor, Tensor, Tensor]:
+        """log h, log(1 - h) and log P(r_i >= t) of the compact logits, float [.., T] each."""
+        wants_gradient = torch.is_grad_enabled() and self._compact.requires_grad
+        if self._hazards is None or (wants_gradient and not self._hazards[0].requires_grad):
+            remaining = self._compact.flip(-1).logcumsumexp(-1).flip(-1)
             later = torch.cat([remaining[..., 1:], torch.full_like(remaining[..., :1], -torch.inf)], -1)
-            self._hazards = (self._compact - remaining).clamp_max(0.0), (later - remaining).clamp_max(0.0)
+            self._hazards = (self._compact - remaining).clamp_max(0.0), (later - remaining).clamp_max(0.0), remaining
         return self._hazards
-
-    def _remaining(self) -> Tensor:
-        """log P(r_i >= t), float [.., T], of the compact logits."""
-        return self._compact.flip(-1).logcumsumexp(-1).flip(-1)
 
     def set_at(self, masked: Tensor, step: Tensor) -> RevealSet:
         """Reveal by hazard."""
         shape = torch.broadcast_shapes(masked.shape, self.masked.shape)
-        reveal, keep = (_at(x, step, shape) for x in self._compact_hazards())
+        reveal, keep = (_at(x, step, shape) for x in self._compact_hazards()[:2])
         return RevealSet(reveal, keep, masked.expand(shape))
 
     def _sets_along(self, reveal_step: Tensor, steps: Tensor | None) -> RevealSet:
@@ -81,14 +79,14 @@ class StepwiseReveal(OrderedPartition):
         # All steps are the hazards as they stand, the last one certain: no look-up, and no gradient of its size.
         masked = masked_before(reveal_step, stacked_steps(self.num_steps, reveal_step))  # [T, *, L]
         lift = (self.num_steps,) + (1,) * (masked.dim() - self._compact.dim())
-        reveal, keep = (x.movedim(-1, 0) for x in self._compact_hazards())
+        reveal, keep = (x.movedim(-1, 0) for x in self._compact_hazards()[:2])
         return RevealSet(reveal.reshape(lift + reveal.shape[1:]), keep.reshape(lift + keep.shape[1:]), masked)
 
     def looked_at(self, reveal_step: Tensor, steps: Tensor) -> tuple[RevealSet, Tensor]:
         """See `OrderedPartition.looked_at`; a position was revealed at r_i < t or is known to come later."""
         reveal_step = detach_provenance(reveal_step)
         shape = torch.broadcast_shapes(steps.shape + (1,), reveal_step.shape)  # [S, *, L]
-        come = _at(self._remaining(), steps, shape)
+        come = _at(self._compact_hazards()[2], steps, shape)
         at_order = self.logits.gather(-1, reveal_step.clamp_min(0).unsqueeze(-1)).squeeze(-1)  # [*, L]
         by_position = torch.where(masked_before(reveal_step, steps.unsqueeze(-1)), come, at_order)
         return self.reveal_sets(reveal_step, steps), by_position.masked_fill(~self.masked, 0.0).sum(-1)

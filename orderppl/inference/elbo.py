@@ -135,8 +135,11 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             q_at, log_q = q.reveal_sets(order), q.step_log_prob(order)  # [T, *]
             before = log_q.cumsum(0) - log_q  # log q(z_{<t} | x)
         else:
-            q_at, before = q.looked_at(order, state.step)  # [S, *]
-            log_q = q_at.log_prob(revealed)
+            (q_at, before), log_q = q.looked_at(order, state.step), None  # [S, *]
+
+        def own() -> Tensor:
+            """log q(z_t | M_t), float [S, *]."""
+            return q_at.log_prob(revealed) if log_q is None else log_q
 
         def total(by_position: Tensor) -> Tensor:
             return weight * site_scaled(by_position.sum(-1), sites.tokens)  # [S, *]
@@ -150,10 +153,10 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         probs = _inclusion_probs(q_at) if credit == "expected" or hidden.requires_grad else None  # [S, *, L]
         if credit == "gain":
             fit = reward if probs is None else expected(probs.detach())
-            terms = [(reward.flip(0).cumsum(0).flip(0) - total(hidden), log_q)]
+            terms = [(reward.flip(0).cumsum(0).flip(0) - total(hidden), own())]
         elif probs is None:
             fit = reward
-            terms = [(fit, before + log_q)]
+            terms = [(fit, before + own())]
         else:
             fit = expected(probs)
             terms = [(fit, before)]
@@ -164,7 +167,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         else:
             by_step, exact = self._step_kl(q_at, p, order, state.step)
             kl = weight * site_scaled(by_step, sites.guide)  # [S, *]
-            terms.append((-self.kl_weight * kl, before if exact else before + log_q))
+            terms.append((-self.kl_weight * kl, before if exact else before + own()))
         state.laws.clear()  # a later evaluation may find other parameters
         objective = fit.sum() - self.kl_weight * kl.sum()
         surrogate = objective + sum((self._centred(cost.detach()) * score).sum() for cost, score in terms)
