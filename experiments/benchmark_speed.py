@@ -68,16 +68,16 @@ class Config(RunConfig):
 
     steps: tuple[int, ...] = setting((2, 4, 8, 16, 32), "step budgets T", at_least=1, option="--steps")
     middle: int = setting(8, "step budget of everything that is not measured over T", at_least=2)
-    lengths: tuple[int, ...] = setting((16, 32, 64, 128), "response lengths of the growth", at_least=2)
-    particles: tuple[int, ...] = setting((2, 4, 8, 16), "particles of the growth", at_least=1)
+    lengths: tuple[int, ...] = setting((16, 32, 64), "response lengths of the growth", at_least=2)
+    particles: tuple[int, ...] = setting((2, 4, 8), "particles of the growth", at_least=1)
     length: int = setting(32, "response positions L", at_least=2)
     prompt: int = setting(8, "prompt tokens", at_least=1)
     vocab_size: int = setting(128, "token classes V, MASK included", at_least=4)
     small: DenoiserSize = setting(DenoiserSize, "the small denoiser, 0.6M parameters")
     large: DenoiserSize = setting(_large, "the large denoiser, 10M parameters")
     rounds: int = setting(15, "most paired updates of a measurement", at_least=1)
-    least_rounds: int = setting(4, "fewest paired updates of a measurement", at_least=1)
-    seconds: float = setting(6.0, "time after which a measurement takes no further rounds", above=0)
+    least_rounds: int = setting(3, "fewest paired updates of a measurement", at_least=1)
+    seconds: float = setting(5.0, "time after which a measurement takes no further rounds", above=0)
     threads: int = setting(1, "threads of torch on a CPU", at_least=1)
     compile_backend: str = setting("inductor", "of torch.compile")
 
@@ -150,7 +150,8 @@ def plan(config: Config) -> list[Case]:
         cases.append(replace(base, size=replace(config.small, particles=particles), axis="particles"))
     for mode in MODES:
         cases.append(replace(base, mode=mode, trainable=True, axis="trainable"))
-    cases.append(replace(base, precision="bfloat16", axis="precision"))
+    # Slow on CPUs without such instructions, so with the fewest steps.
+    cases.append(replace(base, precision="bfloat16", steps=min(config.steps), axis="precision"))
     cases.append(replace(base, compiled=True, axis="compiled"))
     return cases
 
@@ -339,11 +340,9 @@ def denoiser_rows(denoiser: nn.Module, update: Callable[[], None]) -> int:
 
 
 def take_turns(config: Config, updates: dict[str, Callable[[], None]], device: torch.device) -> Timing:
-    """Time the variants one after another, round by round, each round in the other order."""
+    """Time warm variants one after another, round by round, each round in the other order."""
     timing = Timing()
     begin = time.perf_counter()
-    for update in updates.values():
-        update()
     for index in range(config.rounds):
         for name in VARIANTS if index % 2 == 0 else reversed(VARIANTS):
             wall, cpu = timed(updates[name], device)
