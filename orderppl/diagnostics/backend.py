@@ -22,6 +22,7 @@ with warnings.catch_warnings():
 __all__ = ["InferenceData", "inference_data", "load", "psis", "save"]
 
 Array = NDArray[Any]
+INSTALL = "pip install h5netcdf h5py"  # a dependency of arviz
 
 
 def psis(log_weight: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -76,7 +77,7 @@ def save(data: InferenceData, path: str | os.PathLike[str]) -> Path:
     """Write an InferenceData as netCDF; a reader sees the whole file or none.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or a library for it is missing.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -84,7 +85,7 @@ def save(data: InferenceData, path: str | os.PathLike[str]) -> Path:
         data.to_netcdf(str(temporary), engine="h5netcdf")
         os.replace(temporary, path)
     except ImportError as error:
-        raise UserError(str(path), f"netCDF cannot be written: {error}", "pip install h5netcdf h5py") from error
+        raise UserError(str(path), f"netCDF cannot be written: {error}", INSTALL) from error
     except OSError as error:
         raise UserError(str(path), f"cannot be written: {error}", "give a folder that exists, with room") from error
     finally:
@@ -96,7 +97,7 @@ def load(path: str | os.PathLike[str]) -> InferenceData:
     """Read an InferenceData into memory.
 
     Raises:
-        UserError: no such file, or no netCDF.
+        UserError: no such file, no netCDF, or no library that reads it.
     """
     if not Path(path).is_file():
         raise UserError(str(path), "no such file", "write one with orderppl.diagnostics.save")
@@ -104,6 +105,8 @@ def load(path: str | os.PathLike[str]) -> InferenceData:
         data: InferenceData = arviz.from_netcdf(str(path), engine="h5netcdf")
         with xr.set_options(keep_attrs=True):
             data.load()
+    except ImportError as error:
+        raise UserError(str(path), f"netCDF cannot be read: {error}", INSTALL) from error
     except (OSError, ValueError) as error:
         raise UserError(str(path), f"is no InferenceData file: {error}", "write one with save") from error
     return data

@@ -152,6 +152,17 @@ def test_netcdf_round_trip(batch, tmp_path):
     assert summarise(again) == summarise(data)
 
 
+def test_a_missing_netcdf_library_is_named(batch, tmp_path, monkeypatch):
+    data = make(batch, num_samples=2, num_state_draws=0)
+    path = save(data, tmp_path / "draws.nc")
+    monkeypatch.setitem(sys.modules, "h5netcdf", None)
+    with pytest.raises(UserError, match="pip install h5netcdf"):
+        save(data, tmp_path / "other.nc")
+    with pytest.raises(UserError, match="pip install h5netcdf"):
+        load(path)
+    assert [item.name for item in tmp_path.iterdir()] == ["draws.nc"]
+
+
 def test_order_statistics_join_the_data(batch):
     data = make(batch, num_correlation_draws=1)
     assert "order_statistics" not in data.groups()
