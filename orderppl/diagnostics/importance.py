@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
 from orderppl.diagnostics.backend import psis
 from orderppl.errors import UserError
+from orderppl.inference.importance_weighted import log_mean_exp
 
 Weights = Tensor | xr.DataArray | NDArray[np.float64]
 FEWEST = 25  # draws below which no tail can be fitted: PSIS wants five in the upper fifth
@@ -157,7 +159,7 @@ def bound_curve(log_weight: Weights, evidence: Weights | None = None, sizes: Seq
     bound, error = np.empty((len(chosen), batch)), np.full((len(chosen), batch), np.nan)
     for index, size in enumerate(chosen):
         groups = total // size
-        values = _log_mean(weights[: groups * size].reshape(groups, size, batch), axis=1)  # [groups, B]
+        values = _log_mean(weights[: groups * size].reshape(size, groups, batch))  # [groups, B], as `importance_bound`
         bound[index] = values.mean(0)
         if groups > 1:
             with np.errstate(invalid="ignore"):
@@ -189,8 +191,8 @@ def _sizes(total: int) -> list[int]:
     return sorted({size for size in steps if size <= total} | {total})
 
 
-def _log_mean(weights: NDArray[np.float64], axis: int = 0) -> NDArray[np.float64]:
-    return np.asarray(np.logaddexp.reduce(weights, axis) - np.log(weights.shape[axis]))
+def _log_mean(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(log_mean_exp(torch.from_numpy(weights)).numpy())
 
 
 def _draws_first(log_weight: Weights) -> NDArray[np.float64]:

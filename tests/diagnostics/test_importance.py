@@ -27,7 +27,7 @@ from orderppl.diagnostics.draws import score_orders
 from orderppl.diagnostics.importance import khat_threshold, verdict
 from orderppl.errors import UserError
 from orderppl.guides import MeanFieldGuide, PolicyGuide, RandomGuide
-from orderppl.inference import BatchStream, exact_elbo
+from orderppl.inference import BatchStream, ImportanceWeightedELBO, exact_elbo, importance_bound
 from orderppl.inference.exact import all_orders
 from orderppl.models import CosineSteps, EasyFirst, StepPrice, UniformSteps, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser
@@ -113,14 +113,32 @@ def test_bound_curve_rises_from_the_elbo_to_the_evidence(prior, guide):
 
 def test_bound_curve_by_hand():
     """Weights 1, 3 | 2, 2 of one sequence: L_1 = mean log w, L_2 = (log 2 + log 2) / 2, L_4 = log 2."""
-    weights = torch.tensor([[1.0], [3.0], [2.0], [2.0]]).log()
+    weights = torch.tensor([[1.0], [2.0], [3.0], [2.0]]).log()
     curve = bound_curve(weights, torch.tensor([0.9]), [1, 2, 4])
     assert curve["bound"].values[:, 0] == pytest.approx([np.log(12) / 4, np.log(2), np.log(2)])
     assert curve["mean_gap"].values == pytest.approx([0.9 - np.log(12) / 4, 0.9 - np.log(2), 0.9 - np.log(2)])
-    logs = np.log([1, 3, 2, 2])
+    logs = np.log([1, 2, 3, 2])
     error = curve["standard_error"].values[:, 0]
     assert error == pytest.approx([logs.std(ddof=1) / 2, 0, np.nan], abs=1e-6, nan_ok=True)
     assert list(bound_curve(np.zeros((30, 2)))["K"].values) == [1, 2, 5, 10, 20, 30]
+
+
+def test_the_curve_is_the_objective_s_bound():
+    """Weights and bound are those of `ImportanceWeightedELBO` and `importance_bound`, draw for draw."""
+    model, _ = chain_programs(5, 3)
+    batch, guide = chain_batch(3), RandomGuide(3)
+    objective = ImportanceWeightedELBO(90)
+    torch.manual_seed(0)
+    objective.loss(model, guide, **batch)
+    torch.manual_seed(0)
+    draws = draw_orders(model, guide, batch, 90)
+    assert float(importance_bound(draws.log_weight).mean()) == pytest.approx(
+        float(objective.metrics["bound"]), abs=1e-4
+    )
+    curve = bound_curve(draws.log_weight, sizes=[1, 10, 40, 90])
+    for size in (1, 10, 40, 90):
+        expected = importance_bound(draws.log_weight, size).numpy()
+        assert curve["bound"].sel(K=size).values == pytest.approx(expected, abs=1e-6)
 
 
 def test_khat_of_known_tails():
