@@ -60,12 +60,13 @@ def test_a_policy_agrees_with_itself_and_left_to_right_with_its_order():
     batch["attention_mask"][1, 4:] = False
     own = agreement(to_inference_data(model, PolicyGuide(prior, model.denoiser, 3), batch, num_samples=20))
     assert own["auroc"].sel(score="prior_prob").mean() > 0.95
-    assert own["correlation"].sel(score="prior_prob").mean() > 0.9
+    # Positions of one set tie while their scores do not: two sets of two have a rho of at most 0.894.
+    assert own["correlation"].sel(score="prior_prob").mean() > 0.8
     assert own["auroc"].sel(step=2).isnull().all()  # the last step has no choice
     backwards = fixed_guide(left_to_right(6, 3).flip(0), 3, 20.0)
     other = agreement(to_inference_data(model, backwards, chain_batch(4, 6), num_samples=20))
     assert other["auroc"].sel(score="prior_prob").mean() < 0.05
-    assert other["correlation"].sel(score="prior_prob").mean() < -0.9
+    assert other["correlation"].sel(score="prior_prob").mean() < -0.8
     assert other["auroc"].sel(score="guide_prob").mean() == 1
     assert float(other["overlap_chance"].sel(step=0).mean()) == pytest.approx(1 / 3)
 
