@@ -766,13 +766,13 @@ def build_guide(
         UserError: a tied guide without a prior it can be tied to, or a guide outside the support of the prior.
     """
     guide = _make_guide(config, prior, denoiser, task, num_steps)
-    if prior.non_empty and not guide.non_empty:
-        problem = f"{config.name} may reveal nothing at a step, which this prior gives probability 0: the ELBO is -inf"
-        remedy = "choose a guide that never waits (policy, posterior, renormalised_score), or a prior that may wait"
-        raise UserError("guide.name", problem, remedy)
     if prior.sizes is not None and guide.sizes != prior.sizes:
         problem = f"{config.name} takes other set sizes than this prior's {prior.sizes}: the ELBO is -inf"
         remedy = "choose guide=plackett_luce with the sizes of the prior, guide=policy, or another prior"
+        raise UserError("guide.name", problem, remedy)
+    if prior.non_empty and not guide.non_empty:
+        problem = f"{config.name} may reveal nothing at a step, which this prior gives probability 0: the ELBO is -inf"
+        remedy = "choose a guide that never waits (policy, posterior, renormalised_score), or a prior that may wait"
         raise UserError("guide.name", problem, remedy)
     return guide
 
