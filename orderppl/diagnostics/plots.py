@@ -265,6 +265,8 @@ def _label_positions(ax: Axes, values: xr.DataArray, axis: str) -> None:
     if "token" not in values.coords or values.sizes["position"] > SHOWN_TOKENS:
         return
     ax.set(**{f"{axis}ticks": range(values.sizes["position"]), f"{axis}ticklabels": values["token"].values})
+    if values.sizes["position"] > SHOWN_TOKENS // 2:
+        ax.tick_params(axis=axis, labelsize=5)
     if axis == "x" and max(map(len, values["token"].values)) > 2:
         ax.tick_params(axis="x", rotation=90)
 

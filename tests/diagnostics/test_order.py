@@ -156,6 +156,7 @@ def test_token_types():
         "-": "operator",
         "=": "=",
         "####": "####",
+        "#": "####",
         "##ing": "word",
         "\u2581apples": "word",
         "don't": "word",
