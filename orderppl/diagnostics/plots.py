@@ -266,7 +266,7 @@ def _label_positions(ax: Axes, values: xr.DataArray, axis: str) -> None:
         return
     ax.set(**{f"{axis}ticks": range(values.sizes["position"]), f"{axis}ticklabels": values["token"].values})
     if values.sizes["position"] > SHOWN_TOKENS // 2:
-        ax.tick_params(axis=axis, labelsize=5)
+        (ax.xaxis if axis == "x" else ax.yaxis).set_tick_params(labelsize=5)
     if axis == "x" and max(map(len, values["token"].values)) > 2:
         ax.tick_params(axis="x", rotation=90)
 
