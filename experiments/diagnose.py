@@ -1,13 +1,13 @@
 """Diagnose a fitted run: can its order be trusted, and what is it like?
 
-    orderppl diagnose runs/fit-order --out runs/fit-order-diagnosis
+    orderppl diagnose runs/fit-order
     orderppl diagnose runs/quickstart/chain --set simulations=320   # simulation-based calibration, too
 
 RUN is the folder of a learned order, or of a run that has learned one: fit-order, chain, antibodies, a part of a
-quickstart, an arm of gsm8k. Orders are drawn from its guide for held-out sequences. The folder written holds draws.nc
-(an arviz InferenceData), summary.json (numbers, each with the variables of draws.nc that it is made of, and alarms) and
-the figures. k-hat and calibration ask whether the guide is the posterior: a plan that was fitted without the KL, to be
-deployed, is not, and need not be.
+quickstart, an arm of gsm8k. Orders are drawn from its guide for held-out sequences. RUN/diagnosis (or --out) then holds
+draws.nc (an arviz InferenceData), summary.json (numbers, each with the variables of draws.nc that it is made of, and
+alarms) and the figures; `orderppl report` shows them. k-hat and calibration ask whether the guide is the posterior: a
+plan that was fitted without the KL, to be deployed, is not, and need not be.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class Config(RunConfig):
     correlation_draws: int = setting(2, "draws whose set correlation is measured; costs a row per token", at_least=0)
     simulations: int = setting(0, "simulations of a calibration, at least 80; 0: none", at_least=0)
     reach: int = setting(1, "k of AR-ness@k", at_least=1)
+
+
+def default_out(config: Config) -> Path:
+    """The diagnosis lies in the folder of its run, where `orderppl report` finds it."""
+    return Path(config.run) / "diagnosis"
 
 
 @dataclass
