@@ -300,13 +300,15 @@ def diagnoses(folder: Path) -> list[Markup]:
     shown = []
     for path in _files(folder, SUMMARY_FILE):
         document = read_summary(path)
-        lines = [[name, _number(entry), entry["unit"], entry["source"]] for name, entry in document["numbers"].items()]
-        heads = ["quantity", "value", "unit", "made of"]
+        lines = [[name, entry["unit"], entry["source"], _number(entry)] for name, entry in document["numbers"].items()]
+        heads = ["quantity", "unit", "made of", "value"]
         where = path.relative_to(folder).as_posix()
         alarms = [str(alarm) for alarm in document.get("alarms", [])]
         shown += [tag("p", tag("strong", "Alarm: "), alarm, class_="alarm") for alarm in alarms]
         title = f"Posterior over orders, {path.parent.relative_to(folder).as_posix()}"
-        shown.append(tag("details", tag("summary", title), table(title, heads, lines), open=len(lines) <= 40))
+        shown.append(
+            tag("details", tag("summary", title), table(title, heads, lines, text_columns=3), open=len(lines) <= 40)
+        )
         absent = [f"{name}: {why}. " for name, why in document.get("left_out", {}).items()]
         shown.append(tag("p", "Source: ", tag("code", where), ". ", *absent, class_="source"))
     return [tag("section", tag("h2", "Diagnostics"), *shown, id="diagnostics")] if shown else []

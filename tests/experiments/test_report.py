@@ -175,7 +175,9 @@ def test_diagnoses_and_figures_of_the_run_are_shown(tmp_path: Path) -> None:
     inner = folder / "seed-1" / "diagnosis"
     summary = json.loads((inner / "summary.json").read_text())
     section = page[page.index('<section id="diagnostics">') : page.index('<section id="figures">')]
-    cells = re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', section)
+    cells = re.findall(
+        r'<th scope="row">(.*?)</th><td class="text">.*?</td><td class="text">.*?</td><td>(.*?)</td>', section
+    )
     shown = {name: entry.get("note") or f"{entry['value']:.6g}" for name, entry in summary["numbers"].items()}
     assert dict(cells) == shown and "elbo" in shown
     assert "seed-1/diagnosis/summary.json" in section
