@@ -42,10 +42,21 @@ def _mix(bits: Tensor) -> Tensor:
     return bits.bitwise_xor_(_shift(bits, 31))
 
 
-def _absorb(bits: Tensor, coordinate: Tensor) -> Tensor:
+def _absorb(bits: Tensor | int, coordinate: Tensor) -> Tensor:
     """Hash one more coordinate (int64, broadcast) into `bits` (int64)."""
     # A tensor even for one number, because the product has to wrap around.
     return _mix(bits + _GOLDEN * (coordinate + 1))
+
+
+def _hashed(*numbers: int) -> int:
+    """Hash plain integers, on the host: int64."""
+    bits = 0
+    for number in numbers:
+        bits = (bits + _GOLDEN * (number + 1)) % (1 << 64)
+        for by, factor in ((30, _FIRST), (27, _SECOND)):
+            bits = (bits ^ bits >> by) * factor % (1 << 64)
+        bits ^= bits >> 31
+    return _signed(bits)
 
 
 def _unit(bits: Tensor) -> Tensor:
@@ -94,36 +105,34 @@ class _KeyedDraws:
     """Numbers the draws made for one batch and hashes them."""
 
     def __init__(self, seed: int, keys: BatchKeys) -> None:
-        self.mine = keys.mine
-        start = torch.full_like(keys.rows, _signed(seed))
-        self.rows = _absorb(_absorb(_mix(start + _GOLDEN), torch.full_like(start, 2 * keys.epoch)), keys.rows)  # [G]
+        self.rows = _absorb(_hashed(seed, keys.epoch, 0), keys.rows)  # [G]
+        self.mine = self.rows[keys.mine]  # [B]
         # Of draws that are no sequence's own: the same on all processes, for their batches have the same first row.
-        self.shared = _absorb(self.rows[:1], torch.full_like(start[:1], -2))  # [1]
+        self.shared = _hashed(seed, keys.epoch, 1), keys.rows[:1]
+        self.places = keys.mine
         self.draws = 0
 
-    def _next(self, bits: Tensor) -> Tensor:
+    def _next(self, bits: Tensor, particles: int = 1) -> Tensor:
+        """Hash the number of the draw, and those of its particles, into int64 [B]: int64 [particles, B]."""
         self.draws += 1
-        return _absorb(bits, torch.full_like(bits, self.draws))
+        return _absorb(bits, torch.arange(particles, device=bits.device)[:, None] + (self.draws << 32))
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """float64 [*, B, L]; see `uniform`."""
         own = len(shape) > 1 and shape[-2] == len(self.mine)
-        bits = self._next(self.rows[self.mine] if own else self.shared)[:, None]  # [B, 1] or [1, 1]
-        lead = shape[:-2] if own else shape[:-1]
-        number = torch.arange(torch.Size(lead).numel(), device=bits.device)
-        if lead:
-            bits = _absorb(bits, number[:, None, None])  # [particles, B, 1]
-        bits = _absorb(bits, torch.arange(shape[-1], device=bits.device))  # [particles, B, L]
-        return _unit(bits).reshape(tuple(shape))
+        particles = torch.Size(shape[:-2] if own else shape[:-1]).numel()
+        bits = self._next(self.mine if own else _absorb(*self.shared), particles)  # [particles, B] or [particles, 1]
+        position = torch.arange(shape[-1], device=bits.device)
+        return _unit(_absorb(bits.unsqueeze(-1), position)).reshape(tuple(shape))  # [particles, B, L]
 
     def row_ids(self) -> Tensor:
         """int64 [B]; see `random_row_ids`."""
-        return self._next(self.rows[self.mine])
+        return self._next(self.mine)[0]
 
     def stratified(self) -> Tensor:
         """float64 [B]; see `stratified_uniform`."""
-        slot = self._next(self.rows).argsort()  # a permutation of the global batch, the same on all processes
-        return (slot[self.mine] + _unit(self._next(self.rows[self.mine]))) / len(self.rows)
+        slot = self._next(self.rows)[0].argsort()  # a permutation of the global batch, the same on all processes
+        return (slot[self.places] + _unit(self._next(self.mine)[0])) / len(self.rows)
 
 
 _DRAWS: ContextVar[_KeyedDraws | None] = ContextVar("orderppl_draws", default=None)
