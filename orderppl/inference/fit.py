@@ -68,8 +68,9 @@ def fit(
     the programs (Pyro's `module_local_params`, set for the length of each call), whatever the global setting was when
     they were built; the same pair can be given to `pyro.infer.SVI` afterwards.
 
-    A script that calls this can be launched by `torchrun --nproc_per_node 2 script.py` or `accelerate launch`: the
-    processes share every batch and end with the parameters of a one-process run, up to rounding; see `optimise`.
+    A script that calls this can be launched by `torchrun --nproc_per_node 2 script.py` or, on GPUs, `accelerate launch`
+    (which starts a single process on CPUs): the processes share every batch and end with the parameters of a
+    one-process run, up to rounding; see `optimise`. What the script does besides, it does on every process.
 
     Args:
         model: the unmasking model.
