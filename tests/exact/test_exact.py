@@ -101,7 +101,7 @@ def test_gradient_is_unbiased(prior: str, guide: str):
 )
 @pytest.mark.parametrize("kind", ["one_step", "expected", "sampled_kl", "tempered", "one_particle", "stock"])
 def test_every_gradient_path_is_unbiased(prior: str, guide: str, kind: str):
-    """60 calls of 64 particles (of one on 64 copies for `one_particle`); |z| < 5 in every coordinate."""
+    """60 calls or more of 64 particles (of one on 64 copies for `one_particle`); |z| < 5 in every coordinate."""
     model, guide_program = make_pair(prior, guide, num_steps=3, one_step=kind == "one_step")
     elbo = {
         "one_step": RevealTraceGraph_ELBO(64),
@@ -115,7 +115,9 @@ def test_every_gradient_path_is_unbiased(prior: str, guide: str, kind: str):
     batch = make_batch()
     if kind == "one_particle":  # as many draws as the others, by repeating the sequences
         batch = {name: rows.repeat(64, 1) for name, rows in batch.items()}
-    assert largest_z(model, guide_program, elbo, batch, replicates=60, kl_weight=weight) < 5
+    # One step of a policy that hardly varies has rare, large gradients: 60 draws miss their spread for 3 seeds of 10.
+    replicates = 300 if (kind, guide) == ("one_step", "klass") else 60
+    assert largest_z(model, guide_program, elbo, batch, replicates, kl_weight=weight) < 5
 
 
 def test_the_check_notices_a_biased_gradient():
