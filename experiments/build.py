@@ -757,6 +757,11 @@ GuideConfig = (
 )
 
 
+def is_table_plan(config: GuideConfig) -> bool:
+    """Whether a guide is one plan for all sequences, in a table."""
+    return isinstance(config, MeanFieldConfig) and isinstance(config.network, TableConfig) and not config.sees_tokens
+
+
 def build_guide(
     config: GuideConfig, prior: RevealPrior, denoiser: nn.Module, task: Task, num_steps: int
 ) -> guides.RevealGuide:
@@ -867,6 +872,15 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class RefineConfig:
+    """The local search that ends the learning of a plan; see `refine_plan`."""
+
+    rows: int = setting(1000, "training sequences it looks at", at_least=1)
+    screen: int = setting(128, "sequences of the first look at a change", at_least=1)
+    max_evaluations: int | None = setting(None, "most plans to look at", at_least=1)
+
+
+@dataclass(frozen=True)
 class OrderConfig(RunConfig):
     """Everything that describes the learning of an order."""
 
@@ -879,9 +893,14 @@ class OrderConfig(RunConfig):
     elbo: ElboConfig = setting(ElboConfig, "the bound")
     optimizer: OptimizerConfig = setting(OptimizerConfig, "the optimiser")
     fit: FitConfig = setting(FitConfig, "the training loop")
+    refine: RefineConfig | None = setting(None, "a local search on the plan after the fit; null: none")
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
+        if self.refine is not None and not is_table_plan(self.guide):
+            problem = f"{self.guide.name} has no plan to search on"
+            remedy = "choose guide=mean_field with a table that is blind to the tokens, or set refine=null"
+            raise UserError("refine", problem, remedy)
         if self.fit.temperature is not None and not isinstance(self.guide, RenormalisedScoreConfig):
             raise UserError("fit.temperature", f"{self.guide.name} has no temperature", "leave it out")
         if self.fit.step_price is not None and not isinstance(self.prior, StepPriceConfig):

@@ -3,8 +3,9 @@
     orderppl chain --out runs/chain
     orderppl chain --seeds 5 --steps 3 --out runs/chain-3
 
-For every seed a plan is learned from a few short fits with different random starts; the one with the best validation
-bound is kept. `gap_nats` is the log evidence minus the path log-likelihood, nats per sequence: 0 is perfect. Where the
+For every seed a plan is learned from a few short fits with different random starts, each followed by a local search on
+training rows, because fits of independent steps end in local optima; the one with the best validation bound is kept.
+`gap_nats` is the log evidence minus the path log-likelihood, nats per sequence: 0 is perfect. Where the
 denoiser is exactly symmetric, confidence rules break ties at random (leftmost-first would make them left-to-right).
 """
 
@@ -19,7 +20,14 @@ from rich.console import Console
 
 from orderppl.decoding import PlannedOrder, Policy, make_policy
 from orderppl.errors import UserError
-from orderppl.experiments.build import ChainTask, OrderConfig, OrderProblem, build_problem, learned_policy
+from orderppl.experiments.build import (
+    ChainTask,
+    OrderConfig,
+    OrderProblem,
+    RefineConfig,
+    build_problem,
+    learned_policy,
+)
 from orderppl.experiments.config import setting
 from orderppl.experiments.evaluate import chain_gaps
 from orderppl.experiments.fit_order import LOG_FILE, final_kl_weight, fit_problem, held_out_bound, save_order
@@ -36,6 +44,7 @@ class Config(OrderConfig):
 
     seeds: int = setting(1, "training seeds, from --seed upwards", at_least=1, option="--seeds")
     starts: int = setting(4, "fits per seed; the best on validation rows is kept", at_least=1)
+    refine: RefineConfig | None = setting(RefineConfig, "a local search on the plan after each fit; null: none")
 
     def __post_init__(self) -> None:
         """Check what belongs together."""

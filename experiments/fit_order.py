@@ -24,6 +24,7 @@ from orderppl.evaluation import evaluate_policies
 from orderppl.experiments.build import (
     OrderConfig,
     OrderProblem,
+    RefineConfig,
     autocast_dtype,
     build_optimizer,
     build_problem,
@@ -36,6 +37,8 @@ from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import save_weights, write_text
 from orderppl.inference.fit import OrderLoss, fit
 from orderppl.inference.processes import Processes
+from orderppl.inference.refine import Refinement, refine_plan
+from orderppl.models.networks import PositionTable
 
 CONFIG = "chain"
 DISTRIBUTED = True
@@ -72,8 +75,12 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     return records
 
 
-def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: bool = False) -> None:
-    """Run the fit that a config describes, with its log and checkpoints in `out`; what it learned is not saved yet."""
+def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: bool = False) -> Refinement | None:
+    """Run the fit that a config describes, with its log and checkpoints in `out`; what it learned is not saved yet.
+
+    Returns:
+        What the local search after the fit did, where the config asks for one.
+    """
     settings = config.fit
     held_out = problem.task.stream("validation", settings.batch_size, shuffle=False, device=config.device)
     validate = held_out_bound(problem, held_out, final_kl_weight(config))
@@ -102,6 +109,26 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         checkpoint_every=settings.checkpoint_every,
         resume=resume,
     )
+    return None if config.refine is None else refine_problem(config.refine, problem, config.seed)
+
+
+def refine_problem(config: RefineConfig, problem: OrderProblem, seed: int) -> Refinement:
+    """Search on from the mode of a fitted plan, on training rows, and make the result the plan."""
+    table = problem.guide.network
+    assert isinstance(table, PositionTable)
+    batch = {name: held[: config.rows].to(table.logits.device) for name, held in problem.task.held("train").items()}
+    refinement = refine_plan(
+        problem.model.denoiser,
+        batch,
+        table.logits.argmax(-1),
+        problem.model.num_steps,
+        index=table.index(batch["attention_mask"]),
+        screen=config.screen,
+        max_evaluations=config.max_evaluations,
+        seed=seed,
+    )
+    table.set_steps(refinement.steps)
+    return refinement
 
 
 def save_order(config: OrderConfig, problem: OrderProblem, folder: Path) -> None:

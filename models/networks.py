@@ -268,6 +268,10 @@ class PositionTable(nn.Module):
         Raises:
             UserError: a row is longer than the table.
         """
+        return self.logits[self.index(attention_mask)]
+
+    def index(self, attention_mask: Tensor) -> Tensor:
+        """Row of the table that every position looks up, int64 [B, L]; errors as in `forward`."""
         attention_mask = attention_mask.bool()
         # Whether the longest row fits is only worth a look at the values when the padded width does not.
         if attention_mask.shape[-1] > self.length and int(attention_mask.sum(-1).max()) > self.length:
@@ -280,7 +284,17 @@ class PositionTable(nn.Module):
         if self.split is not None:
             size = attention_mask.sum(-1, keepdim=True)
             index = torch.where(index < self.split, index, self.length - size + index)
-        return self.logits[index.clamp(0, self.length - 1)]
+        return index.clamp(0, self.length - 1)
+
+    @torch.no_grad()
+    def set_steps(self, steps: Tensor, margin: float = 10.0) -> None:
+        """Make the table a plan without much randomness.
+
+        Args:
+            steps: int64 [length], the step of every place.
+            margin: log-odds of the planned step against any other one.
+        """
+        self.logits.copy_(margin * F.one_hot(steps.to(self.logits.device), self.logits.shape[-1]))
 
 
 FEATURES = ("confidence", "margin", "entropy")
