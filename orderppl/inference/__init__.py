@@ -9,6 +9,7 @@ from orderppl.inference.fit import OrderLoss, fit
 from orderppl.inference.importance_weighted import ImportanceWeightedELBO, importance_bound
 from orderppl.inference.objective import Objective
 from orderppl.inference.optimise import FitResult, optimise
+from orderppl.inference.refine import Refinement, refine_plan
 from orderppl.inference.wake_sleep import SequenceWakeSleep
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ImportanceWeightedELBO",
     "Objective",
     "OrderLoss",
+    "Refinement",
     "RevealTraceGraph_ELBO",
     "SequenceWakeSleep",
     "all_orders",
@@ -29,4 +31,5 @@ __all__ = [
     "fit",
     "importance_bound",
     "optimise",
+    "refine_plan",
 ]

@@ -140,9 +140,7 @@ class _Neighbourhood:
 class _Rows:
     """Sequences under many plans; what the denoiser says about a set of hidden places is asked for once."""
 
-    def __init__(
-        self, denoiser: Denoiser, batch: Mapping[str, Tensor], index: Tensor | None, num_steps: int
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, batch: Mapping[str, Tensor], index: Tensor | None, num_steps: int) -> None:
         self.batch, self.num_steps, self.denoiser = dict(batch), num_steps, denoiser
         tokens = batch["tokens"]
         attention = batch.get("attention_mask")
