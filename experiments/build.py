@@ -873,7 +873,7 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """The local search that ends the learning of a plan; see `refine_plan`."""
+    """The local search that ends the learning of a plan; it climbs the likelihood alone. See `refine_plan`."""
 
     rows: int = setting(1000, "training sequences it looks at", at_least=1)
     screen: int = setting(128, "sequences of the first look at a change", at_least=1)
@@ -901,6 +901,8 @@ class OrderConfig(RunConfig):
             problem = f"{self.guide.name} has no plan to search on"
             remedy = "choose guide=mean_field with a table that is blind to the tokens, or set refine=null"
             raise UserError("refine", problem, remedy)
+        if self.refine is not None and isinstance(self.prior, StepPriceConfig):
+            raise UserError("refine", "does not know the price of a step", "set refine=null, or another prior")
         if self.fit.temperature is not None and not isinstance(self.guide, RenormalisedScoreConfig):
             raise UserError("fit.temperature", f"{self.guide.name} has no temperature", "leave it out")
         if self.fit.step_price is not None and not isinstance(self.prior, StepPriceConfig):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyro
+import torch
 from rich.console import Console
 
 from orderppl.decoding import PlannedOrder, Policy, make_policy
@@ -30,9 +31,17 @@ from orderppl.experiments.build import (
 )
 from orderppl.experiments.config import setting
 from orderppl.experiments.evaluate import chain_gaps
-from orderppl.experiments.fit_order import LOG_FILE, final_kl_weight, fit_problem, held_out_bound, save_order
+from orderppl.experiments.fit_order import (
+    LOG_FILE,
+    final_kl_weight,
+    fit_problem,
+    held_out_bound,
+    save_order,
+    search_plan,
+)
 from orderppl.experiments.results import Record, results_table
 from orderppl.inference.checkpoints import write_text
+from orderppl.inference.refine import Refinement
 from orderppl.models.denoisers import MarkovChainDenoiser
 
 CONFIG = "chain"
@@ -55,18 +64,23 @@ class Config(OrderConfig):
 
 def run(config: Config, out: Path) -> Iterable[Record]:
     """Learn per seed, then measure every arm on the test rows."""
-    problem = best_of_starts(config, config.seed, out)
+    problem, refinement = best_of_starts(config, config.seed, out)
     denoiser, num_steps = problem.denoiser, config.num_steps
     assert isinstance(denoiser, MarkovChainDenoiser)
     test = list(problem.task.stream("test", 500, shuffle=False, device=config.device).once())
     labels = {"task": "chain"}
     records = chain_gaps(denoiser, reference_arms(denoiser, num_steps), test, num_steps, config.seed, labels)
     for seed in range(config.seed, config.seed + config.seeds):
-        problem = problem if seed == config.seed else best_of_starts(config, seed, out)
+        if seed != config.seed:
+            problem, refinement = best_of_starts(config, seed, out)
         learned: dict[str, Policy] = {
             "learned": learned_policy(problem, "mode"),
             "learned, sampled": learned_policy(problem, "sample"),
         }
+        if config.refine is not None and refinement is not None:  # what fit and search are worth alone
+            random_plan = torch.randint(num_steps, (denoiser.length,), generator=torch.Generator().manual_seed(seed))
+            learned["fit without the search"] = PlannedOrder(refinement.start)
+            learned["search without a fit"] = PlannedOrder(search_plan(config.refine, problem, random_plan, seed).steps)
         records += chain_gaps(denoiser, learned, test, num_steps, seed, labels)
     Console().print(results_table(records, title=f"Exact chain, {num_steps} steps: gap to the log evidence, nats"))
     return records
@@ -80,20 +94,20 @@ def reference_arms(denoiser: MarkovChainDenoiser, num_steps: int) -> dict[str, P
     return arms
 
 
-def best_of_starts(config: Config, seed: int, out: Path) -> OrderProblem:
+def best_of_starts(config: Config, seed: int, out: Path) -> tuple[OrderProblem, Refinement | None]:
     """Fit from several random starts and keep the best on validation rows, in the folder of the seed."""
-    found: list[tuple[float, int, OrderProblem]] = []
+    found: list[tuple[float, int, OrderProblem, Refinement | None]] = []
     brief = replace(config.fit, checkpoint_every=None)  # a fit takes seconds
     for start in range(config.starts):
         pyro.set_rng_seed(1000 * seed + start)
         problem = build_problem(replace(config, seed=config.seed))  # the data are those of the first seed
         attempt = replace(config, seed=1000 * seed + start, fit=brief)
-        fit_problem(attempt, problem, out / f"seed-{seed}" / f"start-{start}")
+        refinement = fit_problem(attempt, problem, out / f"seed-{seed}" / f"start-{start}")
         held_out = problem.task.stream("validation", 500, shuffle=False, device=config.device)
         bound = held_out_bound(problem, held_out, final_kl_weight(config))()
-        found.append((bound["objective"], start, problem))
-    _, start, best = max(found, key=lambda attempt: attempt[0])
+        found.append((bound["objective"], start, problem, refinement))
+    _, start, best, refinement = max(found, key=lambda attempt: attempt[0])
     folder = out / f"seed-{seed}"
     save_order(config, best, folder)
     write_text(folder / LOG_FILE, (folder / f"start-{start}" / LOG_FILE).read_text("utf-8"))
-    return best
+    return best, refinement

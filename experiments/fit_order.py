@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from orderppl.evaluation import evaluate_policies
 from orderppl.experiments.build import (
@@ -116,19 +116,26 @@ def refine_problem(config: RefineConfig, problem: OrderProblem, seed: int) -> Re
     """Search on from the mode of a fitted plan, on training rows, and make the result the plan."""
     table = problem.guide.network
     assert isinstance(table, PositionTable)
+    refinement = search_plan(config, problem, table.logits.argmax(-1), seed)
+    table.set_steps(refinement.steps)
+    return refinement
+
+
+def search_plan(config: RefineConfig, problem: OrderProblem, start: Tensor, seed: int) -> Refinement:
+    """Search for a better plan than `start` (int64 [P]), on training rows; see `refine_plan`."""
+    table = problem.guide.network
+    assert isinstance(table, PositionTable)
     batch = {name: held[: config.rows].to(table.logits.device) for name, held in problem.task.held("train").items()}
-    refinement = refine_plan(
+    return refine_plan(
         problem.model.denoiser,
         batch,
-        table.logits.argmax(-1),
+        start,
         problem.model.num_steps,
         index=table.index(batch["attention_mask"]),
         screen=config.screen,
         max_evaluations=config.max_evaluations,
         seed=seed,
     )
-    table.set_steps(refinement.steps)
-    return refinement
 
 
 def save_order(config: OrderConfig, problem: OrderProblem, folder: Path) -> None:
