@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyro
 import torch
 from datasets import Dataset, DatasetDict
+from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -32,7 +33,7 @@ from orderppl.decoding import PlannedOrder, Policy, SetSizes, StochasticDecision
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
 from orderppl.experiments.config import RunConfig, setting
-from orderppl.inference import RevealTraceGraph_ELBO
+from orderppl.inference import EnumeratedELBO, ImportanceWeightedELBO, RevealTraceGraph_ELBO, SequenceWakeSleep
 from orderppl.inference.annealing import Anneal
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import load_weights, read_config
@@ -825,14 +826,83 @@ def _as_denoiser(module: nn.Module) -> Denoiser:
 
 
 @dataclass(frozen=True)
-class ElboConfig:
-    """The bound and its gradient estimator."""
+class ObjectiveConfig:
+    """What all objectives can be told."""
 
+    estimates: ClassVar[bool] = False  # whether an unbiased estimate of log p(x, r) is enough for it
+    one_step: bool = setting(False, "one random step per sequence instead of all")
+
+    def __post_init__(self) -> None:
+        """Refuse estimates where densities are needed."""
+        if self.one_step and not self.estimates:
+            problem = f"{getattr(self, 'name', 'this objective')} needs log p(x, r) itself, one step only estimates it"
+            raise UserError("one_step", problem, "set it to false, or choose elbo=reveal_trace_graph")
+
+
+@dataclass(frozen=True)
+class RevealTraceGraphConfig(ObjectiveConfig):
+    """The bound, every reveal set credited with what it made easier."""
+
+    estimates = True
+    name: Literal["reveal_trace_graph"] = "reveal_trace_graph"
     num_particles: int = setting(8, "orders drawn per sequence", at_least=1)
     kl_weight: float = setting(1.0, "weight of the KL term", at_least=0)
     leave_one_out: bool = setting(True, "mean of the other particles as baseline")
     credit: Literal["gain", "expected"] | None = setting(None, "what a reveal set is credited with; null: by program")
-    one_step: bool = setting(False, "one random step per sequence instead of all")
+
+
+@dataclass(frozen=True)
+class TraceGraphConfig(ObjectiveConfig):
+    """The bound as Pyro estimates it, by the score function with costs downstream."""
+
+    estimates = True
+    name: Literal["trace_graph"] = "trace_graph"
+    num_particles: int = setting(8, "orders drawn per sequence", at_least=1)
+
+
+@dataclass(frozen=True)
+class TraceConfig(ObjectiveConfig):
+    """The bound as Pyro estimates it, by the plain score function."""
+
+    estimates = True
+    name: Literal["trace"] = "trace"
+    num_particles: int = setting(8, "orders drawn per sequence", at_least=1)
+
+
+@dataclass(frozen=True)
+class ImportanceWeightedConfig(ObjectiveConfig):
+    """The tighter bound of several orders at once."""
+
+    name: Literal["importance_weighted"] = "importance_weighted"
+    num_particles: int = setting(8, "orders per sequence in the bound", at_least=1)
+    kl_weight: float = setting(1.0, "exponent of p(order) / q(order) in the weights", at_least=0)
+
+
+@dataclass(frozen=True)
+class WakeSleepConfig(ObjectiveConfig):
+    """Reweighted wake-sleep."""
+
+    name: Literal["wake_sleep"] = "wake_sleep"
+    num_particles: int = setting(8, "orders drawn per sequence", at_least=2)
+
+
+@dataclass(frozen=True)
+class EnumeratedConfig(ObjectiveConfig):
+    """The bound as a sum over all orders."""
+
+    name: Literal["enumerated"] = "enumerated"
+    max_orders: int = setting(10_000, "most orders T^L that are enumerated", at_least=1)
+    kl_weight: float = setting(1.0, "weight of the KL term", at_least=0)
+
+
+ElboConfig = (
+    RevealTraceGraphConfig
+    | TraceGraphConfig
+    | TraceConfig
+    | ImportanceWeightedConfig
+    | WakeSleepConfig
+    | EnumeratedConfig
+)
 
 
 @dataclass(frozen=True)
@@ -890,7 +960,7 @@ class OrderConfig(RunConfig):
     freeze_denoiser: bool = setting(True, "learn the order only")
     prior: PriorConfig = setting(UniformStepsConfig, "p(order)")
     guide: GuideConfig = setting(MeanFieldConfig, "q(order | sequence)")
-    elbo: ElboConfig = setting(ElboConfig, "the bound")
+    elbo: ElboConfig = setting(RevealTraceGraphConfig, "the objective", unnamed=True)
     optimizer: OptimizerConfig = setting(OptimizerConfig, "the optimiser")
     fit: FitConfig = setting(FitConfig, "the training loop")
     refine: RefineConfig | None = setting(None, "a local search on the plan after the fit; null: none")
@@ -907,6 +977,9 @@ class OrderConfig(RunConfig):
             raise UserError("fit.temperature", f"{self.guide.name} has no temperature", "leave it out")
         if self.fit.step_price is not None and not isinstance(self.prior, StepPriceConfig):
             raise UserError("fit.step_price", f"{self.prior.name} has no price", "set prior.name=step_price")
+        if self.fit.kl_weight is not None and not hasattr(self.elbo, "kl_weight"):
+            remedy = "set it to null, or choose another objective"
+            raise UserError("fit.kl_weight", f"{self.elbo.name} has no weight of a KL to anneal", remedy)
 
 
 @dataclass
@@ -917,7 +990,7 @@ class OrderProblem:
     denoiser: nn.Module
     model: models.UnmaskingModel
     guide: guides.RevealGuide
-    elbo: RevealTraceGraph_ELBO
+    elbo: ELBO
 
 
 def build_problem(config: OrderConfig, task: Task | None = None, denoiser: nn.Module | None = None) -> OrderProblem:
@@ -938,14 +1011,26 @@ def build_problem(config: OrderConfig, task: Task | None = None, denoiser: nn.Mo
     return OrderProblem(task, denoiser, model, guide, build_elbo(config.elbo))
 
 
-def build_elbo(config: ElboConfig) -> RevealTraceGraph_ELBO:
-    """Make the bound."""
-    return RevealTraceGraph_ELBO(
-        num_particles=config.num_particles,
-        kl_weight=config.kl_weight,
-        leave_one_out=config.leave_one_out,
-        credit=config.credit,
-    )
+def build_elbo(config: ElboConfig) -> ELBO:
+    """Make the objective."""
+    match config:
+        case RevealTraceGraphConfig():
+            return RevealTraceGraph_ELBO(
+                num_particles=config.num_particles,
+                kl_weight=config.kl_weight,
+                leave_one_out=config.leave_one_out,
+                credit=config.credit,
+            )
+        case TraceGraphConfig():
+            return TraceGraph_ELBO(config.num_particles, max_plate_nesting=1, vectorize_particles=True)
+        case TraceConfig():
+            return Trace_ELBO(config.num_particles, max_plate_nesting=1, vectorize_particles=True)
+        case ImportanceWeightedConfig():
+            return ImportanceWeightedELBO(config.num_particles, kl_weight=config.kl_weight)
+        case WakeSleepConfig():
+            return SequenceWakeSleep(config.num_particles)
+        case EnumeratedConfig():
+            return EnumeratedELBO(config.max_orders, kl_weight=config.kl_weight)
 
 
 def build_optimizer(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]], Optimizer]:

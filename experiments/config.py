@@ -36,6 +36,7 @@ def setting(
     below: float | None = None,
     file: bool = False,
     option: str | None = None,
+    unnamed: bool = False,
 ) -> Any:
     """A field of a config, with its bounds.
 
@@ -48,12 +49,14 @@ def setting(
         below: the value must be smaller.
         file: the value is the path of a file or folder that must exist.
         option: name of a command-line option of its own, such as `--steps`.
+        unnamed: a group of settings without a `name` is of the default's kind.
     """
     metadata = {
         "help": help,
         "bounds": {"at least": at_least, "at most": at_most, "above": above, "below": below},
         "file": file,
         "option": option,
+        "unnamed": unnamed,
     }
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -172,7 +175,10 @@ def _config(kind: type, data: object, path: str) -> object:
     for name, item in known.items():
         here = _join(path, name)
         if name in data:
-            values[name] = _value(hints[name], data[name], here)
+            given = data[name]
+            if item.metadata.get("unnamed") and isinstance(given, Mapping) and "name" not in given:
+                given = {"name": _tag(item.default_factory), **given}
+            values[name] = _value(hints[name], given, here)
             _check_bounds(item, values[name], here)
         elif item.default is MISSING and item.default_factory is MISSING:
             raise UserError(here, "is required", f"set {here}")

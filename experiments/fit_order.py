@@ -33,6 +33,7 @@ from orderppl.experiments.build import (
 )
 from orderppl.experiments.config import dump_config
 from orderppl.experiments.results import Record, results_table
+from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import save_weights, write_text
 from orderppl.inference.fit import OrderLoss, fit
@@ -164,17 +165,19 @@ def learned_modules(problem: OrderProblem) -> nn.ModuleDict:
 
 def final_kl_weight(config: OrderConfig) -> float:
     """Weight of the KL in the objective that a fit ends with."""
-    return config.elbo.kl_weight if config.fit.kl_weight is None else config.fit.kl_weight.end
+    if config.fit.kl_weight is not None:
+        return config.fit.kl_weight.end
+    return float(getattr(config.elbo, "kl_weight", 1.0))
 
 
 def held_out_bound(problem: OrderProblem, stream: BatchStream, kl_weight: float) -> Callable[[], dict[str, float]]:
-    """What measures the bound on a split.
+    """What measures the bound on a split: always the plain one, so that fits of different objectives can be compared.
 
     Returns:
         Means per sequence: `elbo`, `log_likelihood` and `kl` in nats, `mean_steps`, and `objective`, the log-likelihood
         minus `kl_weight` times the KL, which compares the updates of a fit whatever weight is being annealed.
     """
-    loss = OrderLoss(problem.model, problem.guide, problem.elbo)
+    loss = OrderLoss(problem.model, problem.guide, RevealTraceGraph_ELBO(problem.elbo.num_particles))
 
     def batches() -> Iterator[tuple[int, dict[str, float]]]:
         for batch in stream.once():

@@ -47,6 +47,7 @@ from orderppl.experiments.build import (
     PolicyGuideConfig,
     PriorConfig,
     ResidualPolicyConfig,
+    RevealTraceGraphConfig,
     SavedDenoiserConfig,
     StepPriceConfig,
     Task,
@@ -85,7 +86,7 @@ class OrderArm:
     prior: PriorConfig = setting(LearnedPolicyConfig, "p(order)")
     guide: GuideConfig = setting(PolicyGuideConfig, "q(order | sequence)")
     freeze_denoiser: bool = setting(True, "learn the order only")
-    elbo: ElboConfig = setting(ElboConfig, "the bound")
+    elbo: ElboConfig = setting(RevealTraceGraphConfig, "the objective", unnamed=True)
     optimizer: OptimizerConfig = setting(OptimizerConfig, "the optimiser")
     fit: FitConfig = setting(FitConfig, "the training loop")
     decisions: tuple[str, ...] = setting(("mode",), "how it is decoded: mode, sample, rank; one arm each")

@@ -171,12 +171,14 @@ STOCK = {
 }
 
 
+@pytest.mark.parametrize("one_step", [False, True])
 @pytest.mark.parametrize("kind", sorted(STOCK))
-def test_stock_bounds_are_unbiased_through_the_adapter(kind: str):
+def test_stock_bounds_are_unbiased_through_the_adapter(kind: str, one_step: bool):
     """50 calls of 64 particles; |z| < 5 in every coordinate."""
     model, guide = make_pair("learned_policy", "renormalised", num_steps=2)
     batch = make_batch()
     wanted = flat_gradient(exact_elbo(model, guide, all_orders(guide, **batch), **batch).sum(), learned(model, guide))
+    model.one_step = one_step
     assert largest_z(gradients(as_objective(STOCK[kind](64)), model, guide, batch, 50), wanted) < 5
 
 

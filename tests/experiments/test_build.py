@@ -11,12 +11,14 @@ from orderppl.experiments import cli, evaluate, fit_order, train_denoiser
 from orderppl.experiments.build import (
     MeanFieldConfig,
     RandomGuideConfig,
+    RevealTraceGraphConfig,
     build_problem,
     build_schedule,
     learned_policy,
 )
-from orderppl.experiments.config import config_dict, load_config, packaged_configs
+from orderppl.experiments.config import config_dict, dump_config, load_config, packaged_configs
 from orderppl.experiments.results import read_results
+from orderppl.inference import EnumeratedELBO
 
 SMALL = [
     "task={name: chain, num_states: 3, length: 6, train: 40, validation: 10, test: 10}",
@@ -111,6 +113,34 @@ def test_a_fit_is_saved_and_read_back(tmp_path: Path, prior: str, guide: str) ->
     assert problem.task.name == "chain"
 
 
+OBJECTIVES = ["reveal_trace_graph", "trace_graph", "trace", "importance_weighted", "wake_sleep", "enumerated"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_fits_and_is_validated_by_the_same_bound(tmp_path: Path, name: str) -> None:
+    config = load_config(fit_order.Config, "chain", [*(s for s in SMALL if "elbo" not in s), f"elbo.name={name}"])
+    assert config.elbo.name == name
+    assert load_config(fit_order.Config, None, [f"elbo={name}"]).elbo.name == name
+    problem = build_problem(config)
+    fit_order.fit_problem(config, problem, tmp_path)
+    held_out = problem.task.stream("test", 10, shuffle=False)
+    measured = fit_order.held_out_bound(problem, held_out, fit_order.final_kl_weight(config))()
+    exact = EnumeratedELBO()
+    exact.loss(problem.model, problem.guide, **next(held_out.once()))
+    assert measured["kl"] == pytest.approx(exact.metrics["kl"].item(), abs=1e-4)
+    assert measured["elbo"] == pytest.approx(exact.metrics["elbo"].item(), abs=1.0)  # 10 sequences of a few orders
+    again = load_config(fit_order.Config, None, [f"elbo={dump_config(config.elbo)}"])
+    assert again.elbo == config.elbo
+
+
+def test_a_bound_without_a_name_is_the_default_one() -> None:
+    config = load_config(fit_order.Config, None, ["elbo={num_particles: 3, leave_one_out: false, one_step: true}"])
+    assert config.elbo == RevealTraceGraphConfig(num_particles=3, leave_one_out=False, one_step=True)
+    assert load_config(fit_order.Config, "chain").elbo == RevealTraceGraphConfig()
+    for name in ("trace_graph", "trace"):
+        assert load_config(fit_order.Config, None, [f"elbo={{name: {name}, one_step: true}}"]).elbo.one_step
+
+
 def test_a_tied_guide_shares_the_network_of_its_prior() -> None:
     problem = build_problem(settings("prior=learned_steps", "guide={name: mean_field, tied: true}"))
     assert problem.guide.network is problem.model.prior.network
@@ -133,6 +163,12 @@ def test_a_tied_guide_shares_the_network_of_its_prior() -> None:
         ("denoiser={name: saved, run: /no/such}", "denoiser.run"),
         ("fit.temperature={start: 1.0, end: 0.1, updates: 5}", "fit.temperature"),
         ("fit.step_price={start: 1.0, end: 0.1, updates: 5}", "fit.step_price"),
+        ("elbo={name: importance_weighted, one_step: true}", "elbo.one_step"),
+        ("elbo={name: wake_sleep, one_step: true}", "elbo.one_step"),
+        ("elbo={name: enumerated, one_step: true}", "elbo.one_step"),
+        ("elbo={name: trace, leave_one_out: true}", "elbo.leave_one_out"),
+        ("elbo={name: wake_sleep, num_particles: 1}", "elbo.num_particles"),
+        ("elbo=elbo", "elbo"),
         ("fit.kl_weight={start: 1.0, end: 0.1, updates: -5}", "fit.kl_weight.updates"),
         ("guide={name: renormalised_score, temperature: 0}", "guide.temperature"),
         ("prior={name: easy_first, threshold: 1}", "prior.threshold"),
@@ -144,6 +180,11 @@ def test_settings_that_do_not_belong_together_are_named(change: str, field: str)
     with pytest.raises(UserError) as error:
         build_problem(settings(change))
     assert error.value.field == field
+
+
+def test_an_objective_without_a_kl_weight_has_none_to_anneal() -> None:
+    with pytest.raises(UserError, match="fit.kl_weight: wake_sleep has no weight"):
+        load_config(fit_order.Config, "chain", ["elbo.name=wake_sleep"])
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
