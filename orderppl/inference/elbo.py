@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from orderppl.distributions import OrderedPartition, SetLaw
+from orderppl.errors import UserError
 from orderppl.inference.objective import Objective
 from orderppl.inference.sites import RevealSites, Site, order_metrics, reveal_sites
 from orderppl.states import reveal_set
@@ -63,6 +64,9 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
     Attributes:
         metrics: detached 0-dim tensors of the last call on an unmasking program, per sequence: `elbo` (untempered),
             `log_likelihood`, `kl` (nats) and `steps`, the mean number of steps used.
+
+    Raises:
+        UserError: when called with credit="gain" for a one-step program, which would be biased.
     """
 
     def __init__(
@@ -130,7 +134,10 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         tokens = detach_provenance(sites.tokens["value"])
         hidden = likelihood.token_log_prob(tokens)  # l_i(s_t), [S, *, L]
         revealed = reveal_set(order, state.step.unsqueeze(-1)) & state.masked
-        if len(state.step) == q.num_steps:
+        every_step = len(state.step) == q.num_steps
+        if self.credit == "gain" and not every_step:
+            raise UserError("credit", "a one-step program cannot see gains", 'leave it out or use "expected"')
+        if every_step:
             q.share(order, tokens, state)
             q_at, log_q = q.reveal_sets(order), q.step_log_prob(order)  # [T, *]
             before = log_q.cumsum(0) - log_q  # log q(z_{<t} | x)
@@ -148,7 +155,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             return total(probs * hidden.masked_fill(probs == 0, 0.0))  # [S, *]
 
         reward = total(hidden.masked_fill(~revealed, 0.0))
-        credit = self.credit or ("gain" if len(state.step) == q.num_steps else "expected")
+        credit = self.credit or ("gain" if every_step else "expected")
         # Credited with gains, the gradient of the expectation reaches the denoiser only: for a frozen one, spare it.
         probs = _inclusion_probs(q_at) if credit == "expected" or hidden.requires_grad else None  # [S, *, L]
         if credit == "gain":
