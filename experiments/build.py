@@ -29,6 +29,7 @@ from orderppl.data.gsm8k import augment_programs, load_gsm8k
 from orderppl.data.report import LoadReport
 from orderppl.data.sequences import load_sequences
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from orderppl.data.trees import sample_trees
 from orderppl.decoding import PlannedOrder, Policy, SetSizes, StochasticDecision, make_policy, make_sizes
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
@@ -38,7 +39,7 @@ from orderppl.inference.annealing import Anneal
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import load_weights, read_config
 from orderppl.models import networks
-from orderppl.models.denoisers import AntibodyDenoiser, MarkovChainDenoiser, TransformerDenoiser
+from orderppl.models.denoisers import AntibodyDenoiser, MarkovChainDenoiser, TransformerDenoiser, TreeFieldDenoiser
 from orderppl.models.priors import RevealPrior
 
 DENOISER_FILE = "denoiser.safetensors"
@@ -55,6 +56,19 @@ class ChainTask:
     num_states: int = setting(4, "states K", at_least=2)
     stay: float = setting(0.85, "probability of repeating a state", above=0, below=1)
     length: int = setting(16, "positions L", at_least=1)
+    train: int = setting(4000, "training sequences", at_least=1)
+    validation: int = setting(500, "validation sequences", at_least=1)
+    test: int = setting(2000, "test sequences", at_least=1)
+
+
+@dataclass(frozen=True)
+class TreeTask:
+    """States of a Markov field on a complete binary tree, in level order."""
+
+    name: Literal["tree"] = "tree"
+    num_states: int = setting(4, "states K", at_least=2)
+    stay: float = setting(0.85, "probability of keeping the parent's state", above=0, below=1)
+    depth: int = setting(4, "levels; a tree has 2^depth - 1 positions", at_least=1)
     train: int = setting(4000, "training sequences", at_least=1)
     validation: int = setting(500, "validation sequences", at_least=1)
     test: int = setting(2000, "test sequences", at_least=1)
@@ -106,7 +120,7 @@ class AntibodyTask:
     max_length: int = setting(142, "longest sequence, residues", at_least=1)
 
 
-TaskConfig = ChainTask | ArithmeticTask | Gsm8kTask | AntibodyTask
+TaskConfig = ChainTask | TreeTask | ArithmeticTask | Gsm8kTask | AntibodyTask
 
 
 @dataclass
@@ -171,12 +185,16 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
         seed: of generated data and drawn splits.
         tokenizer: of the denoiser that will read the data; built from the training split when left out.
     """
-    if isinstance(config, ChainTask):
+    if isinstance(config, ChainTask | TreeTask):
+        law: dict[str, Any] = {"num_states": config.num_states, "stay": config.stay}
+        sample: Callable[..., Dataset]
+        if isinstance(config, ChainTask):
+            sample = partial(sample_chains, **law, length=config.length)
+        else:
+            sample = partial(sample_trees, **law, depth=config.depth)
         sizes = {"train": config.train, "validation": config.validation, "test": config.test}
-        chain = {"num_states": config.num_states, "stay": config.stay, "length": config.length}
         splits = {
-            split: tensors(sample_chains(size, **chain, seed=3 * seed + index))  # type: ignore[arg-type]
-            for index, (split, size) in enumerate(sizes.items())
+            split: tensors(sample(size, seed=3 * seed + index)) for index, (split, size) in enumerate(sizes.items())
         }
         return Task(config.name, splits, config.num_states + 1, config.num_states)
     if isinstance(config, AntibodyTask):
@@ -283,6 +301,13 @@ class ChainDenoiserConfig:
 
 
 @dataclass(frozen=True)
+class TreeDenoiserConfig:
+    """The exact conditionals of the task's field on a tree."""
+
+    name: Literal["tree_field"] = "tree_field"
+
+
+@dataclass(frozen=True)
 class AntibodyDenoiserConfig:
     """The pretrained antibody model."""
 
@@ -311,7 +336,9 @@ class TransformerConfig:
     number_features: bool = setting(True, "start number embeddings as Fourier features of their value")
 
 
-DenoiserConfig = ChainDenoiserConfig | AntibodyDenoiserConfig | SavedDenoiserConfig | TransformerConfig
+DenoiserConfig = (
+    ChainDenoiserConfig | TreeDenoiserConfig | AntibodyDenoiserConfig | SavedDenoiserConfig | TransformerConfig
+)
 
 
 def saved_tokenizer(config: DenoiserConfig) -> Tokenizer | None:
@@ -343,6 +370,10 @@ def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) 
         if not isinstance(task_config, ChainTask):
             raise UserError("denoiser.name", f"markov_chain cannot read {task.name}", "choose another denoiser")
         denoiser = MarkovChainDenoiser(task_config.num_states, task_config.stay, task_config.length)
+    elif isinstance(config, TreeDenoiserConfig):
+        if not isinstance(task_config, TreeTask):
+            raise UserError("denoiser.name", f"tree_field cannot read {task.name}", "choose another denoiser")
+        denoiser = TreeFieldDenoiser(task_config.num_states, task_config.stay, task_config.depth)
     elif isinstance(config, AntibodyDenoiserConfig):
         if not isinstance(task_config, AntibodyTask):
             raise UserError("denoiser.name", f"antibody cannot read {task.name}", "choose another denoiser")

@@ -26,6 +26,7 @@ from orderppl.experiments.build import (
     OrderConfig,
     OrderProblem,
     RefineConfig,
+    TreeTask,
     build_problem,
     learned_policy,
 )
@@ -42,7 +43,7 @@ from orderppl.experiments.fit_order import (
 from orderppl.experiments.results import Record, results_table
 from orderppl.inference.checkpoints import write_text
 from orderppl.inference.refine import Refinement
-from orderppl.models.denoisers import MarkovChainDenoiser
+from orderppl.models.denoisers import ExactDenoiser
 
 CONFIG = "chain"
 
@@ -58,17 +59,18 @@ class Config(OrderConfig):
     def __post_init__(self) -> None:
         """Check what belongs together."""
         super().__post_init__()
-        if not isinstance(self.task, ChainTask):
-            raise UserError("task.name", f"is {self.task.name!r}", "use task.name=chain, or `orderppl fit-order`")
+        if not isinstance(self.task, ChainTask | TreeTask):
+            remedy = "use task.name=chain or tree, or `orderppl fit-order`"
+            raise UserError("task.name", f"is {self.task.name!r}", remedy)
 
 
 def run(config: Config, out: Path) -> Iterable[Record]:
     """Learn per seed, then measure every arm on the test rows."""
     problem, refinement = best_of_starts(config, config.seed, out)
     denoiser, num_steps = problem.denoiser, config.num_steps
-    assert isinstance(denoiser, MarkovChainDenoiser)
+    assert isinstance(denoiser, ExactDenoiser)
     test = list(problem.task.stream("test", 500, shuffle=False, device=config.device).once())
-    labels = {"task": "chain"}
+    labels = {"task": problem.task.name}
     records = chain_gaps(denoiser, reference_arms(denoiser, num_steps), test, num_steps, config.seed, labels)
     for seed in range(config.seed, config.seed + config.seeds):
         if seed != config.seed:
@@ -82,11 +84,12 @@ def run(config: Config, out: Path) -> Iterable[Record]:
             learned["fit without the search"] = PlannedOrder(refinement.start)
             learned["search without a fit"] = PlannedOrder(search_plan(config.refine, problem, random_plan, seed).steps)
         records += chain_gaps(denoiser, learned, test, num_steps, seed, labels)
-    Console().print(results_table(records, title=f"Exact chain, {num_steps} steps: gap to the log evidence, nats"))
+    title = f"Exact {config.task.name}, {num_steps} steps: gap to the log evidence, nats"
+    Console().print(results_table(records, title=title))
     return records
 
 
-def reference_arms(denoiser: MarkovChainDenoiser, num_steps: int) -> dict[str, Policy]:
+def reference_arms(denoiser: ExactDenoiser, num_steps: int) -> dict[str, Policy]:
     """Heuristics, and the best fixed order found by dynamic programming."""
     arms: dict[str, Policy] = {"best fixed order": PlannedOrder(denoiser.best_order(num_steps)[0])}
     for name in ("random", "top_prob", "entropy", "left_to_right"):

@@ -37,6 +37,7 @@ from orderppl.experiments.config import dump_config, load_config
 EXPERIMENTS = {
     "quickstart": "The main job: an exact chain and a real antibody model, a learned order against heuristics.",
     "chain": "The exact Markov chain, where the log evidence and the best order are known.",
+    "tree": "An exact Markov field on a binary tree, like the chain.",
     "antibodies": "Learn the order in which the pretrained antibody model should write a sequence.",
     "train-denoiser": "Train a small masked-diffusion transformer on a task.",
     "fit-order": "Fit a guide and a reveal prior to a denoiser; can be interrupted and resumed.",

@@ -48,7 +48,7 @@ from orderppl.experiments.fit_order import LOG_FILE, ORDER_FILE
 from orderppl.experiments.results import Record, read_results, results_table
 from orderppl.inference.checkpoints import write_text
 from orderppl.models import SequentialUnmaskingModel
-from orderppl.models.denoisers import AntibodyDenoiser, MarkovChainDenoiser
+from orderppl.models.denoisers import AntibodyDenoiser, ExactDenoiser
 
 DATA_FILE, SUMMARY_FILE = "draws.nc", "summary.json"
 FRONTIER_METRICS = ("path_nats", "accuracy")
@@ -189,7 +189,7 @@ def draw(config: Config, fitted: Fitted) -> tuple[InferenceData, dict[str, str]]
     )
     data = add_order_statistics(data, k=config.reach)
     groups, left_out = {"path": policy_path(fitted, rows, config.seed)}, {}
-    if isinstance(problem.denoiser, MarkovChainDenoiser):
+    if isinstance(problem.denoiser, ExactDenoiser):
         evidence = problem.denoiser.log_evidence(rows["tokens"], rows["attention_mask"]).cpu().numpy()
         groups["chain"] = xr.Dataset({"log_evidence": ("sequence", evidence)})
     try:

@@ -4,7 +4,7 @@
     orderppl evaluate --run runs/gsm8k-order --decision sample
 
 Every arm reveals the true tokens in its own order (`path_nats`, nats per token, lower is better) with the step budget
-of the run; text tasks are also decoded and scored by exact match, exact chains by their gap to the log evidence.
+of the run; text tasks are also decoded and scored by exact match, exact tasks by their gap to the log evidence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orderppl.experiments.config import RunConfig, load_config, setting
 from orderppl.experiments.fit_order import ORDER_FILE, ORDER_SETTINGS, learned_modules
 from orderppl.experiments.results import Record, results_table
 from orderppl.inference.checkpoints import load_weights
-from orderppl.models.denoisers import MarkovChainDenoiser
+from orderppl.models.denoisers import ExactDenoiser
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
             seed=config.seed,
             labels=labels,
         )
-    if isinstance(problem.denoiser, MarkovChainDenoiser):
+    if isinstance(problem.denoiser, ExactDenoiser):
         best, _ = problem.denoiser.best_order(num_steps)
         policies["best fixed order"] = PlannedOrder(best)
         records += chain_gaps(problem.denoiser, policies, batches, num_steps, seed=config.seed, labels=labels)
@@ -127,7 +127,7 @@ def heuristics(sizes: Sequence[str] = ("uniform", "cosine"), threshold: float = 
 
 
 def chain_gaps(
-    denoiser: MarkovChainDenoiser,
+    denoiser: ExactDenoiser,
     policies: Mapping[str, Policy],
     batches: Sequence[Mapping[str, Tensor]],
     num_steps: int,

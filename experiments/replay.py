@@ -25,7 +25,7 @@ from orderppl.experiments.chain import reference_arms
 from orderppl.experiments.config import config_dict
 from orderppl.experiments.evaluate import heuristics, load_order, load_settings
 from orderppl.experiments.fit_order import ORDER_FILE
-from orderppl.models.denoisers import MarkovChainDenoiser
+from orderppl.models.denoisers import ExactDenoiser
 
 SCHEMA = 1  # of the document that `record_replays` makes
 DIGITS = 6  # decimals of its probabilities and nats
@@ -101,7 +101,7 @@ def load_parts(run: Path, device: str, threshold: float) -> list[Part]:
             for arm, policy in _decisions(name, fitted).items():
                 part.arms[arm] = Arm(policy, fitted.model.denoiser, str((folder / ORDER_FILE).relative_to(run)))
         fixed: Mapping[str, Policy]
-        if isinstance(problem.denoiser, MarkovChainDenoiser):
+        if isinstance(problem.denoiser, ExactDenoiser):
             fixed = reference_arms(problem.denoiser, part.settings.num_steps)
         else:
             fixed = heuristics(("uniform",), threshold)

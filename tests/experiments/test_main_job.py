@@ -1,4 +1,4 @@
-"""The experiments of the main job, end to end at a tiny size: chain, antibodies and quickstart by the command."""
+"""The experiments of the main job, end to end at a tiny size: chain, tree, antibodies and quickstart by the command."""
 
 from __future__ import annotations
 
@@ -55,6 +55,19 @@ def test_chain_measures_every_arm_for_every_seed(tmp_path: Path):
     assert again["learned"] == pytest.approx(gaps["learned", 1], abs=1e-6)
 
 
+def test_tree_measures_every_arm(tmp_path: Path):
+    few = [*FEW, "--set", "starts=1", "--set", "task.depth=3", "--set", "task.test=200"]
+    assert call("tree", "--out", str(tmp_path / "t"), "--steps", "2", *few) == 0
+    records = read(tmp_path / "t")["records"]
+    assert {r["task"] for r in records} == {"tree"}
+    gaps = {r["arm"]: r["value"] for r in records if r["metric"] == "gap_nats"}
+    assert {"learned", "learned, sampled", "top prob", "entropy"} < gaps.keys()
+    assert gaps["best fixed order"] < 0.8 < gaps["random"] < gaps["left to right"]
+    fitted = evaluate.Config(run=str(tmp_path / "t" / "seed-0"))
+    again = {r["arm"]: r["value"] for r in evaluate.run(fitted, tmp_path) if r["metric"] == "gap_nats"}
+    assert again["learned"] == pytest.approx(gaps["learned"], abs=1e-6)
+
+
 @needs_weights
 def test_antibodies_learns_from_a_file_and_draws_the_order(tmp_path: Path):
     train, out = fasta(tmp_path / "train.fasta", 30), tmp_path / "a"
@@ -81,6 +94,7 @@ def test_quickstart_draws_its_own_sequences(tmp_path: Path):
     [
         (["chain", "--steps", "0"], "num_steps"),
         (["chain", "--set", "task.name=antibodies"], "task"),
+        (["tree", "--set", "denoiser=markov_chain"], "denoiser.name"),
         (["chain", "--set", "guide={name: renormalised_score, temperature: 0}"], "temperature"),
         (["antibodies", "--train", "no-such-file.fasta"], "train"),
         (["antibodies", "--set", "draw=3"], "draw"),
