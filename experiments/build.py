@@ -34,7 +34,13 @@ from orderppl.decoding import PlannedOrder, Policy, SetSizes, StochasticDecision
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
 from orderppl.experiments.config import RunConfig, setting
-from orderppl.inference import EnumeratedELBO, ImportanceWeightedELBO, RevealTraceGraph_ELBO, SequenceWakeSleep
+from orderppl.inference import (
+    EnumeratedELBO,
+    Imitation,
+    ImportanceWeightedELBO,
+    RevealTraceGraph_ELBO,
+    SequenceWakeSleep,
+)
 from orderppl.inference.annealing import Anneal
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import load_weights, read_config
@@ -528,23 +534,26 @@ def build_sizes(config: SizesConfig) -> SetSizes:
 # ----------------------------------------------------------------------------------------------------------- heuristics
 
 
+Policies = Literal[
+    "random",
+    "top_prob",
+    "margin",
+    "entropy",
+    "left_to_right",
+    "threshold",
+    "factor",
+    "entropy_bound",
+    "klass",
+    "oracle_margin",
+    "greedy_oracle",
+]
+
+
 @dataclass(frozen=True)
 class HeuristicConfig:
     """A decoding policy without parameters, and the options that it has."""
 
-    policy: Literal[
-        "random",
-        "top_prob",
-        "margin",
-        "entropy",
-        "left_to_right",
-        "threshold",
-        "factor",
-        "entropy_bound",
-        "klass",
-        "oracle_margin",
-        "greedy_oracle",
-    ] = setting("top_prob", "the decoding policy")
+    policy: Policies = setting("top_prob", "the decoding policy")
     sizes: SizesConfig | None = setting(None, "ranking policies: positions revealed at each step; null: uniform")
     ties: Literal["leftmost", "random"] | None = setting(None, "ranking policies: first of equally good positions")
     tau: float | None = setting(None, "threshold, klass: confidence", at_least=0, at_most=1)
@@ -948,6 +957,15 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class WarmStartConfig(HeuristicConfig):
+    """A decoding policy to imitate before the bound is climbed."""
+
+    policy: Policies = setting("threshold", "the teacher")
+    smoothing: float = setting(0.05, "probability of a flipped decision of the teacher", at_least=0, below=0.5)
+    updates: int = setting(200, "updates of the imitation", at_least=1)
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """The training loop."""
 
@@ -963,6 +981,7 @@ class FitConfig:
     patience: int | None = setting(None, "validations without progress before stopping", at_least=1)
     ema_decay: float | None = setting(None, "decay of averaged parameters", above=0, below=1)
     checkpoint_every: int | None = setting(100, "updates between two checkpoints", at_least=1)
+    warm_start: WarmStartConfig | None = setting(None, "a policy to imitate first; null: none")
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
@@ -1062,6 +1081,17 @@ def build_elbo(config: ElboConfig) -> ELBO:
             return SequenceWakeSleep(config.num_particles)
         case EnumeratedConfig():
             return EnumeratedELBO(config.max_orders, kl_weight=config.kl_weight)
+
+
+def build_imitation(config: WarmStartConfig, problem: OrderProblem) -> Imitation:
+    """Make the objective of a warm start; its teacher never waits where a student may not."""
+    prior, guide = problem.model.prior, problem.guide
+    assert isinstance(prior, RevealPrior)
+    policy, denoiser = build_heuristic(config, problem.task), _as_denoiser(problem.denoiser)
+    non_empty = prior.non_empty or guide.non_empty
+    with pyro.settings.context(module_local_params=True):
+        teacher = guides.HeuristicGuide(policy, denoiser, guide.num_steps, config.smoothing, non_empty)
+    return Imitation(teacher)
 
 
 def build_optimizer(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]], Optimizer]:

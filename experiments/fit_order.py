@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 2 -m orderppl.experiments.cli fit-order --config chain --out runs/chain-order
 
 The run folder holds order.safetensors (what was learned), order.yaml (what rebuilds its objects), log.jsonl (every
-update), checkpoints, config.yaml and results.json; `orderppl evaluate --run` compares the learned policy with the
-heuristics.
+update), checkpoints, config.yaml and results.json, and warm-start/ the log and checkpoints of a warm start
+(`--set fit.warm_start.policy=threshold`); `orderppl evaluate --run` compares the learned policy with the heuristics.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from orderppl.experiments.build import (
     OrderConfig,
     OrderProblem,
     RefineConfig,
+    WarmStartConfig,
     autocast_dtype,
+    build_imitation,
     build_optimizer,
     build_problem,
     build_schedule,
@@ -44,6 +46,7 @@ from orderppl.models.networks import PositionTable
 CONFIG = "chain"
 DISTRIBUTED = True
 ORDER_FILE, ORDER_SETTINGS, LOG_FILE = "order.safetensors", "order.yaml", "log.jsonl"
+WARM_START = "warm-start"  # folder of a warm start inside that of its run
 METRICS = {"elbo": "elbo", "log_likelihood": "log_likelihood", "kl": "kl", "steps": "mean_steps"}  # ours: reported as
 
 
@@ -85,6 +88,8 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
     settings = config.fit
     held_out = problem.task.stream("validation", settings.batch_size, shuffle=False, device=config.device)
     validate = held_out_bound(problem, held_out, final_kl_weight(config))
+    if settings.warm_start is not None:
+        imitate_teacher(config, settings.warm_start, problem, out / WARM_START, resume)
     fit(
         problem.model,
         problem.guide,
@@ -111,6 +116,31 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         resume=resume,
     )
     return None if config.refine is None else refine_problem(config.refine, problem, config.seed)
+
+
+def imitate_teacher(
+    config: OrderConfig, settings: WarmStartConfig, problem: OrderProblem, out: Path, resume: bool = False
+) -> None:
+    """Learn what a decoding policy reveals, with log and checkpoints in `out`; the denoiser stays as it is."""
+    problem.denoiser.requires_grad_(False)
+    fit(
+        problem.model,
+        problem.guide,
+        problem.task.stream("train", config.fit.batch_size, seed=config.seed, group=config.fit.group),
+        elbo=build_imitation(settings, problem),
+        updates=settings.updates,
+        optimizer=build_optimizer(config.optimizer),
+        scheduler=build_schedule(config.optimizer, settings.updates),
+        grad_clip=config.fit.grad_clip,
+        log_every=config.fit.log_every,
+        device=config.device,
+        autocast_dtype=autocast_dtype(config),
+        out=out,
+        checkpoint_every=config.fit.checkpoint_every,
+        resume=resume,
+        description="imitation",
+    )
+    problem.denoiser.requires_grad_(not config.freeze_denoiser)
 
 
 def refine_problem(config: RefineConfig, problem: OrderProblem, seed: int) -> Refinement:

@@ -6,6 +6,7 @@ from orderppl.inference.elbo import RevealTraceGraph_ELBO
 from orderppl.inference.enumerated import EnumeratedELBO
 from orderppl.inference.exact import ExactTerms, all_orders, exact_elbo, exact_evidence, exact_terms
 from orderppl.inference.fit import OrderLoss, fit
+from orderppl.inference.imitation import Imitation
 from orderppl.inference.importance_weighted import ImportanceWeightedELBO, importance_bound
 from orderppl.inference.objective import Objective
 from orderppl.inference.optimise import FitResult, optimise
@@ -18,6 +19,7 @@ __all__ = [
     "EnumeratedELBO",
     "ExactTerms",
     "FitResult",
+    "Imitation",
     "ImportanceWeightedELBO",
     "Objective",
     "OrderLoss",
