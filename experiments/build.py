@@ -38,6 +38,7 @@ from orderppl.inference import (
     EnumeratedELBO,
     Imitation,
     ImportanceWeightedELBO,
+    RelaxedELBO,
     RevealTraceGraph_ELBO,
     SequenceWakeSleep,
 )
@@ -935,6 +936,16 @@ class EnumeratedConfig(ObjectiveConfig):
     kl_weight: float = setting(1.0, "weight of the KL term", at_least=0)
 
 
+@dataclass(frozen=True)
+class RelaxedConfig(ObjectiveConfig):
+    """The bound with a relaxed gradient, which is biased: for ablations."""
+
+    name: Literal["relaxed"] = "relaxed"
+    num_particles: int = setting(8, "orders drawn per sequence", at_least=1)
+    kl_weight: float = setting(1.0, "weight of the KL term", at_least=0)
+    temperature: float = setting(0.5, "of the Gumbel-softmax", above=0)
+
+
 ElboConfig = (
     RevealTraceGraphConfig
     | TraceGraphConfig
@@ -942,6 +953,7 @@ ElboConfig = (
     | ImportanceWeightedConfig
     | WakeSleepConfig
     | EnumeratedConfig
+    | RelaxedConfig
 )
 
 
@@ -1081,6 +1093,8 @@ def build_elbo(config: ElboConfig) -> ELBO:
             return SequenceWakeSleep(config.num_particles)
         case EnumeratedConfig():
             return EnumeratedELBO(config.max_orders, kl_weight=config.kl_weight)
+        case RelaxedConfig():
+            return RelaxedELBO(config.num_particles, temperature=config.temperature, kl_weight=config.kl_weight)
 
 
 def build_imitation(config: WarmStartConfig, problem: OrderProblem) -> Imitation:

@@ -8,6 +8,8 @@ import torch
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
+from orderppl.errors import UserError
+
 
 @runtime_checkable
 class Denoiser(Protocol):
@@ -31,6 +33,31 @@ class Denoiser(Protocol):
 
         Returns:
             float [N, S, V]: unnormalised log-probabilities of the token at each position (no shift).
+        """
+        ...
+
+
+@runtime_checkable
+class SoftDenoiser(Denoiser, Protocol):
+    """A denoiser that also reads tokens revealed in part, for relaxations of the order.
+
+    Attributes:
+        reads_itself: whether the logits of a position depend on what is visible of its own token.
+    """
+
+    reads_itself: bool
+
+    def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score every position, differentiably in `visible`.
+
+        Args:
+            tokens: int64 [N, S], clean tokens; padding may hold any id.
+            visible: float [N, S], from 0 (as good as MASK) to 1 (the token). Where all are 0 or 1, the result is that
+                of the denoiser for the partially revealed sequence.
+            attention_mask: bool [N, S], False at padding.
+
+        Returns:
+            float [N, S, V], as the denoiser does.
         """
         ...
 
@@ -85,18 +112,47 @@ class Canvas:
         """
         provenance = get_provenance(state)
         state = detach_provenance(state)
-        lead = state.shape[:-1]  # [*, B]
-        attention = self.attention_mask.expand(state.shape)
-        if self.context is not None and self.context_mask is not None:
-            width = self.context.shape[-1]
-            state = torch.cat([self.context.expand(*lead, width), state], -1)  # [*, B, C + L]
+        rows, attention = self._with_prompt(state, self.context)
+        return track_provenance(self._of_response(self.denoiser(rows, attention), state.shape), provenance)
+
+    def soft_logits(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """Token logits of the response positions when tokens are visible in part, in one denoiser call.
+
+        Args:
+            tokens: int64 [*, B, L], clean tokens.
+            visible: float [*, B, L] from 0 (hidden) to 1.
+
+        Returns:
+            As `logits`.
+
+        Raises:
+            UserError: a denoiser that reads tokens or MASK, nothing between.
+        """
+        if not isinstance(self.denoiser, SoftDenoiser):
+            problem = f"{type(self.denoiser).__name__} cannot read tokens that are visible in part"
+            raise UserError("denoiser", problem, "give it a `soft_logits` (see SoftDenoiser), or use another objective")
+        rows, attention = self._with_prompt(tokens, self.context)
+        prompt = None if self.context is None else torch.ones_like(self.context, dtype=visible.dtype)
+        degrees, _ = self._with_prompt(visible, prompt)
+        return self._of_response(self.denoiser.soft_logits(rows, degrees, attention), tokens.shape)
+
+    def _with_prompt(self, response: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows for the denoiser: prompt and response, and what of them is attended, [N, C + L] each."""
+        lead = response.shape[:-1]  # [*, B]
+        attention = self.attention_mask.expand(response.shape)
+        if prompt is not None and self.context_mask is not None:
+            width = prompt.shape[-1]
+            response = torch.cat([prompt.expand(*lead, width), response], -1)  # [*, B, C + L]
             attention = torch.cat([self.context_mask.expand(*lead, width), attention], -1)
-        size = state.shape[-1]
-        logits = self.denoiser(state.reshape(-1, size), attention.reshape(-1, size))  # [N, C + L, V]
-        logits = logits[:, size - self.attention_mask.shape[-1] :]
+        size = response.shape[-1]
+        return response.reshape(-1, size), attention.reshape(-1, size)
+
+    def _of_response(self, logits: Tensor, shape: torch.Size) -> Tensor:
+        """The logits (float [N, C + L, V]) of responses of a shape [*, B, L]."""
+        logits = logits[:, logits.shape[1] - shape[-1] :]
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()  # log-probabilities are summed over positions and steps: eight bits are too few
         if self.mask_index < logits.shape[-1]:
             hidden = torch.arange(logits.shape[-1], device=logits.device) == self.mask_index
             logits = logits.masked_fill(hidden, -torch.inf)
-        return track_provenance(logits.reshape(*lead, -1, logits.shape[-1]), provenance)
+        return logits.reshape(*shape, logits.shape[-1])

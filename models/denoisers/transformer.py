@@ -62,6 +62,8 @@ class TransformerDenoiser(nn.Module):
         UserError: number values for another vocabulary, or heads that do not fit the width.
     """
 
+    reads_itself = True
+
     def __init__(
         self,
         vocab_size: int,
@@ -128,6 +130,20 @@ class TransformerDenoiser(nn.Module):
         Raises:
             UserError: the canvas is longer than `max_length`.
         """
+        return self._read(self.embed(state), state, attention_mask)
+
+    def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score every position from embeddings between MASK and the token; see `orderppl.denoising.SoftDenoiser`.
+
+        A position reads itself as well: what is visible of a token raises its own likelihood.
+        """
+        degree = visible.unsqueeze(-1)
+        mask = self.embed.weight[self.mask_index]
+        mixed = degree * self.embed(tokens) + (1 - degree) * mask  # [N, S, W]
+        return self._read(mixed, torch.where(visible > 0.5, tokens, self.mask_index), attention_mask)
+
+    def _read(self, hidden: Tensor, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits from embeddings, float [N, S, W]."""
         if state.shape[-1] > self.max_length:
             raise UserError(
                 "max_length",
@@ -135,7 +151,6 @@ class TransformerDenoiser(nn.Module):
                 "shorten prompt or response, or train a denoiser with a larger max_length",
             )
         attention_mask = attention_mask.bool()
-        hidden = self.embed(state)  # [N, S, W]
         position = None
         if self.response is not None:
             position, is_response = self._segments(state, attention_mask)

@@ -11,6 +11,7 @@ from orderppl.inference.importance_weighted import ImportanceWeightedELBO, impor
 from orderppl.inference.objective import Objective
 from orderppl.inference.optimise import FitResult, optimise
 from orderppl.inference.refine import Refinement, refine_plan
+from orderppl.inference.relaxed import RelaxedELBO
 from orderppl.inference.wake_sleep import SequenceWakeSleep
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Objective",
     "OrderLoss",
     "Refinement",
+    "RelaxedELBO",
     "RevealTraceGraph_ELBO",
     "SequenceWakeSleep",
     "all_orders",

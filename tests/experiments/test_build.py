@@ -113,7 +113,15 @@ def test_a_fit_is_saved_and_read_back(tmp_path: Path, prior: str, guide: str) ->
     assert problem.task.name == "chain"
 
 
-OBJECTIVES = ["reveal_trace_graph", "trace_graph", "trace", "importance_weighted", "wake_sleep", "enumerated"]
+OBJECTIVES = [
+    "reveal_trace_graph",
+    "trace_graph",
+    "trace",
+    "importance_weighted",
+    "wake_sleep",
+    "enumerated",
+    "relaxed",
+]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -168,6 +176,8 @@ def test_a_tied_guide_shares_the_network_of_its_prior() -> None:
         ("elbo={name: enumerated, one_step: true}", "elbo.one_step"),
         ("elbo={name: trace, leave_one_out: true}", "elbo.leave_one_out"),
         ("elbo={name: wake_sleep, num_particles: 1}", "elbo.num_particles"),
+        ("elbo={name: relaxed, one_step: true}", "elbo.one_step"),
+        ("elbo={name: relaxed, temperature: 0}", "elbo.temperature"),
         ("elbo=elbo", "elbo"),
         ("fit.kl_weight={start: 1.0, end: 0.1, updates: -5}", "fit.kl_weight.updates"),
         ("guide={name: renormalised_score, temperature: 0}", "guide.temperature"),

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orderppl.denoising import Canvas, Denoiser
+from orderppl.denoising import Canvas, Denoiser, SoftDenoiser
 from orderppl.errors import UserError
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import load_weights, read_config, save_weights
@@ -36,6 +36,30 @@ def test_padding_changes_nothing(tied: bool, positions: str) -> None:
     padded = denoiser(batch, masks)
     torch.testing.assert_close(padded[2][mask[0]], alone[0], atol=1e-5, rtol=0)
     assert padded.isfinite().all()
+
+
+@pytest.mark.parametrize("separator", [None, 3])
+@pytest.mark.parametrize("mask", [MASK, 4])
+def test_tokens_visible_in_part_are_between_mask_and_token(mask: int, separator: int | None) -> None:
+    """At 0 and 1 the logits of the partially revealed sequence, with prompt and padding."""
+    denoiser = TransformerDenoiser(
+        V, mask, width=16, layers=2, heads=2, max_length=30, separator_index=separator, prompt_room=8
+    )
+    assert isinstance(denoiser, SoftDenoiser)
+    context, tokens = torch.randint(0, 3, (5, 4)), torch.randint(0, 4, (2, 5, 6))
+    context[:, -1] = 3
+    attended, context_mask = torch.rand(5, 6) < 0.8, torch.ones(5, 4, dtype=torch.bool)
+    context_mask[1, 0] = False
+    canvas = Canvas(denoiser, attended, context, context_mask)
+    hidden = (torch.rand(2, 5, 6) < 0.5) & attended
+    hard = canvas.logits(torch.where(hidden, mask, tokens))
+    visible = (~hidden).float().requires_grad_()
+    soft = canvas.soft_logits(tokens, visible)
+    torch.testing.assert_close(soft, hard, atol=1e-5, rtol=0)
+    (slope,) = torch.autograd.grad(soft.log_softmax(-1)[..., 0][:, attended].sum(), visible)
+    assert slope.isfinite().all()
+    assert (slope[attended.expand(slope.shape)] != 0).all()
+    assert (slope[~attended.expand(slope.shape)] == 0).all()
 
 
 @pytest.mark.parametrize("tied", [True, False])
