@@ -37,7 +37,7 @@ from orderppl.experiments.build import (
 from orderppl.experiments.config import setting
 from orderppl.experiments.evaluate import heuristics
 from orderppl.experiments.fit_order import fit_problem, save_order
-from orderppl.experiments.results import Record, results_table
+from orderppl.experiments.results import Record, results_table, save_figure
 from orderppl.guides import MeanFieldGuide
 from orderppl.inference.checkpoints import write_text
 from orderppl.models.denoisers import AntibodyDenoiser
@@ -144,7 +144,4 @@ def plot_order(problem: OrderProblem, batch: dict[str, Tensor], path: Path) -> N
     figure.colorbar(image, ax=heat)
     bars.bar(range(probs.shape[1]), probs.sum(0), color="#0072b2")
     bars.set(xlabel="step", ylabel="residues", xticks=range(probs.shape[1]))
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)

@@ -37,7 +37,7 @@ from orderppl.distributions import StepwiseReveal
 from orderppl.experiments.benchmark_speed import denoiser_rows, peak_bytes
 from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.replicates import Problem, Replicates, chain_policy_problem, chain_problem, tiny_problem
-from orderppl.experiments.results import Record, results_table
+from orderppl.experiments.results import Record, results_table, save_figure
 from orderppl.inference import (
     EnumeratedELBO,
     ExactTerms,
@@ -362,7 +362,4 @@ def plot_variance(records: Iterable[Record], path: Path) -> None:
     axes.axvline(1.0, color="0.6", linewidth=1)
     axes.axvline(0.1, color="0.6", linewidth=1, linestyle=":")
     axes.legend(fontsize="small")
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)

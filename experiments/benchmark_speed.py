@@ -34,7 +34,7 @@ from tqdm import tqdm
 from orderppl.errors import UserError
 from orderppl.experiments import handwritten
 from orderppl.experiments.config import RunConfig, setting
-from orderppl.experiments.results import Record, results_table
+from orderppl.experiments.results import Record, results_table, save_figure
 from orderppl.guides import MeanFieldGuide, PolicyGuide, SequentialGuide
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.fit import OrderLoss
@@ -480,7 +480,4 @@ def plot(records: Sequence[Record], path: Path) -> None:
         panel.axhline(target, color="0.6", linewidth=0.8)
     panels[2].set_yscale("log")
     panels[2].legend(fontsize="x-small")
-    temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The one writer of `results.json`, and the table that shows it."""
+"""The one writer of `results.json` and of an experiment's figures, and the table that shows the records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -18,6 +18,9 @@ from rich.table import Table
 from orderppl.errors import UserError
 from orderppl.experiments.config import config_dict
 from orderppl.inference.checkpoints import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Record = Mapping[str, object]
 """A flat object: `metric`, `value`, and the labels that identify it (`task`, `arm`, `steps`, `seed`, `n`, ...)."""
@@ -103,6 +106,16 @@ def _checked(index: int, record: Record) -> dict[str, object]:
 def _number(value: object) -> object:
     """A Python number from a 0-dimensional tensor or a numpy scalar; anything else as it is."""
     return value.item() if hasattr(value, "item") and not isinstance(value, (str, bytes)) else value
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG so that a reader sees the whole file or none, and close it."""
+    import matplotlib.pyplot as plt
+
+    temporary = path.with_name(path.stem + ".tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    temporary.replace(path)
 
 
 def results_table(
