@@ -1,0 +1,93 @@
+"""Networks of learned priors and guides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from orderppl.experiments.build.tasks import Task
+from orderppl.experiments.config import setting
+from orderppl.models import networks
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Free numbers per position."""
+
+    name: Literal["table"] = "table"
+    split: int | None = setting(None, "positions indexed from the left end; the others from the right", at_least=0)
+    noise: float = setting(0.0, "standard deviation of the initial numbers", at_least=0)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A transformer over prompt and response."""
+
+    name: Literal["transformer"] = "transformer"
+    width: int = setting(64, "size of the hidden vectors", at_least=8)
+    layers: int = setting(2, "blocks", at_least=1)
+    heads: int = setting(4, "attention heads", at_least=1)
+    zero_init: bool = setting(False, "start with all outputs 0")
+
+
+SequenceConfig = TableConfig | EncoderConfig
+
+
+@dataclass(frozen=True)
+class PolicyNetworkConfig:
+    """Reads a partially revealed sequence and the denoiser's view of it."""
+
+    width: int = setting(64, "size of the hidden vectors", at_least=8)
+    layers: int = setting(2, "blocks", at_least=1)
+    heads: int = setting(4, "attention heads", at_least=1)
+    features: tuple[str, ...] = setting(networks.FEATURES, "denoiser features: confidence, margin, entropy")
+    reads_tokens: bool = setting(True, "see revealed tokens and prompt")
+    bias: float = setting(-2.0, "initial logit")
+
+
+@dataclass(frozen=True)
+class PosteriorNetworkConfig:
+    """Reads the true tokens, a partially revealed sequence and the denoiser's view of it."""
+
+    width: int = setting(64, "size of the hidden vectors", at_least=8)
+    layers: int = setting(2, "blocks", at_least=1)
+    heads: int = setting(4, "attention heads", at_least=1)
+    features: tuple[str, ...] = setting(
+        networks.TRUTH_FEATURES, "denoiser features: confidence, margin, entropy, likelihood (of the true token)"
+    )
+    reads_tokens: bool = setting(True, "see the prompt, and the revealed tokens apart from the true ones")
+    bias: float = setting(-1.0, "initial logit")
+
+
+def build_sequence_network(config: SequenceConfig, task: Task, out: int) -> nn.Module:
+    """Network from whole sequences to `out` numbers per response position."""
+    if isinstance(config, TableConfig):
+        return networks.PositionTable(task.longest, out, split=config.split, noise=config.noise)
+    return networks.SequenceEncoder(
+        task.vocab_size,
+        out,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        max_length=task.canvas_length,
+        zero_init=config.zero_init,
+    )
+
+
+def build_policy_network(
+    config: PolicyNetworkConfig | PosteriorNetworkConfig, task: Task, zero_init: bool = False
+) -> nn.Module:
+    """Network from states, or from states and true tokens, to reveal logits."""
+    return networks.PolicyNetwork(
+        task.vocab_size,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        features=config.features,
+        reads_tokens=config.reads_tokens,
+        zero_init=zero_init,
+        bias=config.bias,
+        sees_truth=isinstance(config, PosteriorNetworkConfig),
+    )

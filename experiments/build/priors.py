@@ -1,0 +1,163 @@
+"""Reveal priors, chosen by their name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from orderppl import models
+from orderppl.experiments.build.heuristics import (
+    HeuristicConfig,
+    SizesConfig,
+    UniformSizesConfig,
+    build_heuristic,
+    build_sizes,
+)
+from orderppl.experiments.build.networks import (
+    PolicyNetworkConfig,
+    SequenceConfig,
+    TableConfig,
+    build_policy_network,
+    build_sequence_network,
+)
+from orderppl.experiments.build.tasks import Task
+from orderppl.experiments.config import setting
+from orderppl.models.priors import RevealPrior
+
+
+@dataclass(frozen=True)
+class UniformStepsConfig:
+    """Every step is as likely for every position."""
+
+    name: Literal["uniform_steps"] = "uniform_steps"
+
+
+@dataclass(frozen=True)
+class CosineStepsConfig:
+    """Few positions early, many late."""
+
+    name: Literal["cosine_steps"] = "cosine_steps"
+
+
+@dataclass(frozen=True)
+class LeftToRightConfig:
+    """The leftmost masked positions first."""
+
+    name: Literal["left_to_right"] = "left_to_right"
+    temperature: float = setting(0.25, "smaller is closer to the fixed order", above=0)
+
+
+@dataclass(frozen=True)
+class EasyFirstConfig:
+    """Confident positions first."""
+
+    name: Literal["easy_first"] = "easy_first"
+    threshold: float = setting(0.9, "confidence at which revealing has odds of one", above=0, below=1)
+    temperature: float = setting(1.0, "towards 0 this is the threshold decoder", above=0)
+
+
+@dataclass(frozen=True)
+class LearnedPolicyConfig:
+    """A network decides from what is visible."""
+
+    name: Literal["learned_policy"] = "learned_policy"
+    network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "its network")
+    non_empty: bool = setting(True, "reveal at least one position at every step")
+
+
+@dataclass(frozen=True)
+class ResidualPolicyConfig:
+    """A heuristic and a learned correction to it, zero at the start."""
+
+    name: Literal["residual_policy"] = "residual_policy"
+    base: EasyFirstConfig | LearnedPolicyConfig = setting(EasyFirstConfig, "the heuristic")
+    network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the correction")
+    non_empty: bool = setting(True, "reveal at least one position at every step")
+
+
+@dataclass(frozen=True)
+class LearnedStepsConfig:
+    """A learned plan of the whole order, from prompt and positions alone."""
+
+    name: Literal["learned_steps"] = "learned_steps"
+    network: SequenceConfig = setting(TableConfig, "network of the plan")
+
+
+@dataclass(frozen=True)
+class LearnedScheduleConfig:
+    """A learned probability of each step, the same for all positions."""
+
+    name: Literal["learned_schedule"] = "learned_schedule"
+
+
+@dataclass(frozen=True)
+class FixedSizesConfig:
+    """Every ordered partition of given set sizes alike."""
+
+    name: Literal["fixed_sizes"] = "fixed_sizes"
+    sizes: SizesConfig = setting(UniformSizesConfig, "positions revealed at each step")
+
+
+@dataclass(frozen=True)
+class HeuristicPriorConfig(HeuristicConfig):
+    """What a decoding policy selects, some decisions flipped."""
+
+    name: Literal["heuristic"] = "heuristic"
+    smoothing: float = setting(0.05, "probability of a flip", above=0, below=0.5)
+    non_empty: bool = setting(True, "reveal at least one position at every step")
+
+
+FreePriorConfig = (
+    UniformStepsConfig
+    | CosineStepsConfig
+    | LearnedScheduleConfig
+    | FixedSizesConfig
+    | HeuristicPriorConfig
+    | LeftToRightConfig
+    | EasyFirstConfig
+    | LearnedPolicyConfig
+    | ResidualPolicyConfig
+    | LearnedStepsConfig
+)
+
+
+@dataclass(frozen=True)
+class StepPriceConfig:
+    """Any prior with a price per executed step."""
+
+    name: Literal["step_price"] = "step_price"
+    prior: FreePriorConfig = setting(UniformStepsConfig, "what the price is put on")
+    price: float = setting(1.0, "nats per executed step", at_least=0)
+
+
+PriorConfig = FreePriorConfig | StepPriceConfig
+
+
+def build_prior(config: PriorConfig, task: Task, num_steps: int) -> RevealPrior:
+    """Make a reveal prior."""
+    match config:
+        case UniformStepsConfig():
+            return models.UniformSteps()
+        case CosineStepsConfig():
+            return models.CosineSteps()
+        case LearnedScheduleConfig():
+            return models.LearnedSchedule(num_steps)
+        case FixedSizesConfig():
+            return models.FixedSizes(build_sizes(config.sizes))
+        case HeuristicPriorConfig():
+            return models.HeuristicPrior(build_heuristic(config, task), config.smoothing, config.non_empty)
+        case LeftToRightConfig():
+            return models.LeftToRight(config.temperature)
+        case EasyFirstConfig():
+            return models.EasyFirst(config.threshold, config.temperature)
+        case LearnedPolicyConfig():
+            return models.LearnedPolicy(build_policy_network(config.network, task), config.non_empty)
+        case ResidualPolicyConfig():
+            base = build_prior(config.base, task, num_steps)
+            assert isinstance(base, models.LogitPrior)
+            correction = build_policy_network(config.network, task, True)
+            return models.ResidualPolicy(base, correction, config.non_empty)
+        case LearnedStepsConfig():
+            return models.LearnedSteps(build_sequence_network(config.network, task, num_steps))
+        case StepPriceConfig():
+            return models.StepPrice(build_prior(config.prior, task, num_steps), config.price)
