@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from orderppl.decoding.heuristics import ROW, TRUTH, Block, policy_score, reveal_rank
-from orderppl.decoding.policy import Policy
+from orderppl.decoding.memory import first_memory
+from orderppl.decoding.policy import Policy, policy_score
+from orderppl.decoding.scores import reveal_rank
+from orderppl.decoding.wrappers import Block
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
 from orderppl.randomness import SELECTION, TOKENS, generator_seed, sample_categorical, uniform_noise
@@ -84,20 +86,6 @@ def evaluation_mode(*objects: object) -> Iterator[None]:
     finally:
         for module in modules:
             module.training = True
-
-
-def first_memory(policy: Policy, rows: Tensor, truth: Tensor | None = None) -> dict[str, Tensor]:
-    """What the memory of a policy holds before the first step.
-
-    Args:
-        policy: finds the truth only if it declares `needs_truth`.
-        rows: int64 [B], index of each row in the batch that the policy's own tensors belong to.
-        truth: int64 [B, L], true tokens that the denoiser has a class for.
-    """
-    memory = {ROW: rows}
-    if truth is not None and getattr(policy, "needs_truth", False):
-        memory[TRUTH] = truth
-    return memory
 
 
 def or_best(policy: Policy, state: UnmaskingState, selected: Tensor) -> Tensor:

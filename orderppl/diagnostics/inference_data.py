@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 
 from orderppl import __version__
 from orderppl.decoding import Entropy, Margin, OracleMargin, TopProb
-from orderppl.decoding.heuristics import TRUTH
+from orderppl.decoding.memory import TRUTH
 from orderppl.diagnostics.backend import InferenceData, inference_data
 from orderppl.diagnostics.draws import (
     STATES,

@@ -13,13 +13,15 @@ from orderppl.decoding import (
     CosineSizes,
     EosAware,
     FractionalSizes,
+    GreedyOracle,
+    OracleMargin,
     PlannedOrder,
     StochasticDecision,
     decode,
     describe_policy,
     make_policy,
 )
-from orderppl.decoding.heuristics import GreedyOracle, OracleMargin, reveal_rank
+from orderppl.decoding.scores import reveal_rank
 from orderppl.denoising import Canvas
 from orderppl.distributions import RevealSet
 from orderppl.errors import UserError

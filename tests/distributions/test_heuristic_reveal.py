@@ -27,7 +27,7 @@ from orderppl.decoding import (
     TopProb,
     follow,
 )
-from orderppl.decoding.heuristics import block_window
+from orderppl.decoding.memory import block_window
 from orderppl.denoising import Canvas
 from orderppl.distributions import HeuristicReveal, SmoothedSet
 from orderppl.errors import UserError

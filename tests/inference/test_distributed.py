@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orderppl.decoding.heuristics import Random
+from orderppl.decoding import Random
 from orderppl.errors import UserError
 from orderppl.experiments import cli
 from orderppl.guides import HeuristicGuide, MeanFieldGuide, PolicyGuide, RenormalisedScoreGuide

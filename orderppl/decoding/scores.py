@@ -1,0 +1,58 @@
+"""Scores of positions and rankings by them, row by row.
+
+Conventions: a score is high where a position should be revealed first; ties go to the leftmost position; every rule is
+applied to each row by itself and to masked positions only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orderppl.states import UnmaskingState
+
+
+def confidence(state: UnmaskingState) -> Tensor:
+    """Largest token probability c at every position: float [*, L]."""
+    return state.log_probs.amax(-1).exp()
+
+
+def prediction_entropy(state: UnmaskingState) -> Tensor:
+    """Entropy H of the token distribution at every position, nats: float [*, L]."""
+    return torch.special.entr(state.log_probs.exp()).sum(-1)
+
+
+def reveal_rank(score: Tensor, masked: Tensor, last: Tensor | None = None, tie_break: Tensor | None = None) -> Tensor:
+    """Rank positions for revealing: 0 is first.
+
+    Args:
+        score: float [*, L], high = first.
+        masked: bool [*, L]; all other positions rank behind the masked ones.
+        last: bool [*, L], positions ranked behind the other masked ones whatever their score.
+        tie_break: float [*, L], high = first among equal scores; the leftmost position when left out.
+
+    Returns:
+        int64 [*, L], a permutation of 0..L-1 per row.
+    """
+    group = torch.where(masked, 0 if last is None else last.long(), 2)
+    if tie_break is None:
+        by_score = score.argsort(dim=-1, descending=True, stable=True)
+    else:
+        by_tie = tie_break.argsort(dim=-1, descending=True)
+        by_score = by_tie.gather(-1, score.gather(-1, by_tie).argsort(dim=-1, descending=True, stable=True))
+    by_group = group.gather(-1, by_score).argsort(dim=-1, stable=True)
+    return by_score.gather(-1, by_group).argsort(-1)
+
+
+def preferred(masked: Tensor, last: Tensor | None) -> Tensor:
+    """Masked positions that are not to come last; all masked ones in rows that have no other."""
+    if last is None:
+        return masked
+    preferred = masked & ~last
+    return torch.where(preferred.any(-1, keepdim=True), preferred, masked)
+
+
+def longest_prefix(sorted_values_ok: Tensor, count: Tensor) -> Tensor:
+    """Largest k in 1..count whose k-th entry holds, at least 1: int64 [*] from bool [*, L]."""
+    k = torch.arange(1, sorted_values_ok.shape[-1] + 1, device=count.device)
+    return torch.where(sorted_values_ok & (k <= count[..., None]), k, 0).amax(-1).clamp(min=1)
