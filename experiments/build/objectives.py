@@ -43,6 +43,12 @@ class RevealTraceGraphConfig(ObjectiveConfig):
     leave_one_out: bool = setting(True, "mean of the other particles as baseline")
     credit: Literal["gain", "expected"] | None = setting(None, "what a reveal set is credited with; null: by program")
 
+    def __post_init__(self) -> None:
+        """Refuse gains, which one step does not show."""
+        super().__post_init__()
+        if self.one_step and self.credit == "gain":
+            raise UserError("credit", "a one-step program cannot see gains", "set it to null, or one_step to false")
+
 
 @dataclass(frozen=True)
 class TraceGraphConfig(ObjectiveConfig):

@@ -175,6 +175,7 @@ def test_a_tied_guide_shares_the_network_of_its_prior() -> None:
         ("elbo={name: wake_sleep, one_step: true}", "elbo.one_step"),
         ("elbo={name: enumerated, one_step: true}", "elbo.one_step"),
         ("elbo={name: trace, leave_one_out: true}", "elbo.leave_one_out"),
+        ("elbo={credit: gain, one_step: true}", "elbo.credit"),
         ("elbo={name: wake_sleep, num_particles: 1}", "elbo.num_particles"),
         ("elbo={name: relaxed, one_step: true}", "elbo.one_step"),
         ("elbo={name: relaxed, temperature: 0}", "elbo.temperature"),
