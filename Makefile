@@ -12,12 +12,15 @@ PIP_FLAGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -c constraints.txt
 OUT ?= runs/quickstart
 PYTEST_FLAGS ?=
+# one worker per core; a worker that is done takes tests of the others
+WORKERS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help quickstart install test test-slow lint types format wheel-check clean
+.PHONY: help quickstart install test test-slow lint types docs format wheel-check clean
 
 help:
 	@echo "make quickstart   install and run the main job into $(OUT) (a few minutes)"
 	@echo "make test         install and run the tests; make test-slow runs the long ones"
+	@echo "make docs         build the documentation site into build/site"
 	@echo "make lint types   ruff and mypy;  make wheel-check   build the wheel and run the command from it"
 
 quickstart: $(VENV)/.installed
@@ -26,16 +29,19 @@ quickstart: $(VENV)/.installed
 install: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow $(WORKERS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
@@ -66,6 +72,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(PIP) -e ".[docs]"
 	touch $@
 
 clean:

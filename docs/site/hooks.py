@@ -1,0 +1,53 @@
+"""Pages that the documentation site makes from files written for other readers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+CELL = re.compile(r"^# %%(?P<markdown> \[markdown\])?.*$", re.MULTILINE)
+TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the README as the first page, a page for every tutorial, and an index of the results."""
+    docs = Path(config.docs_dir)
+    pages = {"index.md": as_front_page((docs.parent / "README.md").read_text("utf-8"))}
+    for script in sorted((docs / "tutorials").glob("*.py")):  # `# %%` cells; the tests run them
+        pages[f"tutorials/{script.stem}.md"] = as_markdown(script.read_text("utf-8"))
+    pages["results.md"] = as_index(sorted((docs / "results").glob("*/README.md")), docs)
+    for page, content in pages.items():
+        files.append(File.generated(config, page, content=content))
+    return files
+
+
+def as_front_page(readme: str) -> str:
+    """Turn links into the repository into links within the site; files that the site lacks become plain text."""
+    readme = readme.replace("](docs/tutorials)", "](tutorials/swap_guide_and_prior.md)").replace("](docs/", "](")
+    return re.sub(r"\[([^\]]+)\]\((CONTRIBUTING\.md|CHANGELOG\.md|LICENSE)\)", r"\1", readme)
+
+
+def as_markdown(script: str) -> str:
+    """Turn a script of cells into text and blocks of code."""
+    parts: list[str] = []
+    cells = list(CELL.finditer(script))
+    ends = [cell.start() for cell in cells[1:]] + [len(script)]
+    for cell, end in zip(cells, ends, strict=True):
+        body = script[cell.end() : end].strip("\n")
+        if cell["markdown"]:
+            parts.append("\n".join(line.removeprefix("#").removeprefix(" ") for line in body.splitlines()))
+        elif body:
+            parts.append(f"```python\n{body}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def as_index(readmes: list[Path], docs: Path) -> str:
+    """List the pages of results by their titles."""
+    lines = ["# Results", "", "Every table stands under the command that wrote it.", ""]
+    for readme in readmes:
+        title = TITLE.search(readme.read_text("utf-8"))
+        lines.append(f"- [{title[1] if title else readme.parent.name}]({readme.relative_to(docs).as_posix()})")
+    return "\n".join(lines) + "\n"
