@@ -15,7 +15,8 @@ import pyro
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# `make test` runs one worker per core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

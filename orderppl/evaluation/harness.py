@@ -1,0 +1,237 @@
+"""A denoiser and a policy as a model of the lm-evaluation-harness, `pip install "orderppl[lm-eval]"`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.model import LM
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from orderppl.data.collate import collate
+from orderppl.data.tokenizers import Tokenizer
+from orderppl.decoding import Policy, decode, follow
+from orderppl.denoising import Denoiser
+from orderppl.errors import UserError
+from orderppl.evaluation.answers import answers_match
+from orderppl.evaluation.path_likelihood import batch_canvas
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+
+class OrderLM(LM):
+    """The text a denoiser writes in the order of a policy, and the likelihood of a text along that order.
+
+    Generation fills a canvas of `max_new_tokens` positions; the answer is its text up to the first end of sequence or
+    stop string. The log-likelihood of a continuation is that of its tokens along the policy's own order, nats: a lower
+    bound that depends on the policy and the budget. A request is answered alike whatever is asked beside it.
+
+    Args:
+        denoiser: see `Denoiser`; it has been trained on canvases of about this size.
+        policy: decides the reveal sets.
+        tokenizer: between text and ids.
+        max_steps: step budget T per canvas.
+        max_new_tokens: canvas of a generated answer, tokens; a task's `max_gen_toks` goes first.
+        max_context: longest prompt, tokens; longer ones lose their beginning. All of it when left out.
+        separate: end every prompt with the end-of-sequence token, as `tokenize(separate=True)` does.
+        batch_size: requests answered together.
+        block_size: semi-autoregressive blocks of this many positions.
+        seed: of stochastic policies and token sampling.
+        device: where to run; that of the denoiser's parameters when left out.
+
+    Raises:
+        UserError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        policy: Policy,
+        tokenizer: Tokenizer,
+        *,
+        max_steps: int,
+        max_new_tokens: int = 256,
+        max_context: int | None = None,
+        separate: bool = False,
+        batch_size: int = 32,
+        block_size: int | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"max_new_tokens": max_new_tokens, "max_context": max_context, "batch_size": batch_size}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise UserError(name, f"{size} is not positive", "give at least 1")
+        self.denoiser = denoiser
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.max_steps = max_steps
+        self.max_new_tokens = max_new_tokens
+        self.max_context = max_context
+        self.separate = separate
+        self.batch_size = batch_size
+        self.block_size = block_size
+        self.seed = seed
+        parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
+        self._device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Decode one answer per request.
+
+        Args:
+            requests: with `args` of a prompt and settings: `until` (one stop string or several), `max_gen_toks` (the
+                canvas), `do_sample`, `temperature`. Others, such as `top_p`, mean nothing here and are left out.
+            disable_tqdm: show no progress.
+
+        Raises:
+            UserError: a canvas below 1.
+        """
+        answers = [""] * len(requests)
+        settings = [self._settings(request.args[1]) for request in requests]
+        asked = sorted(range(len(requests)), key=lambda index: settings[index])
+        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
+            for (length, temperature), same in groupby(asked, key=lambda index: settings[index]):
+                for rows in _slices(list(same), self.batch_size):
+                    batch = self._batch([(self._prompt(requests[row].args[0]), [0] * length) for row in rows])
+                    output = decode(
+                        self.denoiser,
+                        self.policy,
+                        batch["context"],
+                        batch["context_mask"],
+                        length=length,
+                        max_steps=self.max_steps,
+                        block_size=self.block_size,
+                        temperature=temperature,
+                        generator=self._generator(),
+                        row_ids=torch.tensor(rows),
+                        device=self._device,
+                    )
+                    for row, ids in zip(rows, output.sequences.tolist(), strict=True):
+                        answers[row] = _before(self.tokenizer.decode(ids), requests[row].args[1].get("until"))
+                    bar.update(len(rows))
+        return answers
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation given its prompt, and whether decoding would have written it.
+
+        Args:
+            requests: with `args` of a prompt and a continuation.
+            disable_tqdm: show no progress.
+
+        Raises:
+            UserError: an empty continuation.
+        """
+        pairs = [(self._prompt(prompt), self.tokenizer.encode(text)) for prompt, text in (r.args for r in requests)]
+        return list(self._score(pairs, disable_tqdm))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in canvases of `max_new_tokens` tokens that see what stands before them.
+
+        Args:
+            requests: with `args` of one text.
+            disable_tqdm: show no progress.
+        """
+        pairs, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self.tokenizer.encode(request.args[0])
+            for start in range(0, len(ids), self.max_new_tokens):
+                before = ids[max(0, start - (self.max_context or start)) : start]
+                pairs.append((before, ids[start : start + self.max_new_tokens]))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (nats, _) in zip(owners, self._score(pairs, disable_tqdm), strict=True):
+            totals[owner] += nats
+        return totals
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], quiet: bool) -> Iterator[tuple[float, bool]]:
+        """Log-likelihood of the second given the first of each pair, and whether decoding writes it."""
+        if not all(ids for _, ids in pairs):
+            raise UserError("continuation", "an empty one has no likelihood", "remove it from the task")
+        for rows in tqdm(_slices(range(len(pairs)), self.batch_size), desc="likelihoods", disable=quiet):
+            canvas, tokens = batch_canvas(self.denoiser, self._batch([pairs[row] for row in rows]), self._device)
+            options: dict[str, Any] = {"block_size": self.block_size, "row_ids": torch.tensor(rows)}
+            path = follow(self.policy, canvas, tokens, self.max_steps, generator=self._generator(), **options)
+            output = decode(
+                self.denoiser,
+                self.policy,
+                canvas.context,
+                canvas.context_mask,
+                length=canvas.attention_mask.sum(-1),
+                max_steps=self.max_steps,
+                generator=self._generator(),
+                device=self._device,
+                **options,
+            )
+            same = ((output.sequences == tokens) | ~canvas.attention_mask).all(-1)  # bool [B]
+            yield from zip((-path.nats).tolist(), same.tolist(), strict=True)
+
+    def _settings(self, given: Mapping[str, Any]) -> tuple[int, float]:
+        """Canvas and temperature of a request."""
+        length = int(given.get("max_gen_toks", self.max_new_tokens))
+        if length < 1:
+            raise UserError("max_gen_toks", f"a canvas of {length} tokens", "give at least 1")
+        sampled = given.get("do_sample", float(given.get("temperature", 0.0)) > 0)
+        return length, float(given.get("temperature", 1.0)) if sampled else 0.0
+
+    def _prompt(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        if ids and self.separate:
+            ids.append(self.tokenizer.eos_index)
+        return ids if self.max_context is None else ids[-self.max_context :]
+
+    def _batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        rows = [{"context": context, "tokens": tokens} for context, tokens in pairs]
+        return collate(rows, self.tokenizer.pad_index)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+def gsm8k_task(path: str | Path, prompt: str = "{{question}}", name: str = "gsm8k_local") -> dict[str, Any]:
+    """Task of the harness for a local file of GSM8K, scored by our own answer parser.
+
+    Give it to `lm_eval.simple_evaluate(model=OrderLM(...), tasks=[gsm8k_task("test.jsonl")])`.
+
+    Args:
+        path: JSON lines with `question` and `answer`.
+        prompt: template of the prompt.
+        name: of the task.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise UserError("path", f"{path} is not a file", "give a file of JSON lines with question and answer")
+
+    def process_results(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
+        return {"exact_match": float(answers_match(answers[0], row["answer"]))}
+
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": prompt,
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": [], "do_sample": False},
+        "process_results": process_results,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+
+
+def _slices(rows: Sequence[int], size: int) -> list[list[int]]:
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _before(text: str, until: str | Sequence[str] | None) -> str:
+    """Cut a text at the first stop string."""
+    stops = [until] if isinstance(until, str) else list(until or [])
+    return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
