@@ -1,7 +1,10 @@
-"""Denoisers: a small transformer, an exact Markov chain, an exact field on a tree, a pretrained antibody model."""
+"""Denoisers: a small transformer, exact ones, a pretrained antibody model, and public masked language models."""
 
 from orderppl.models.denoisers.antibody import AntibodyDenoiser
+from orderppl.models.denoisers.loading import denoiser_tokenizer, load_denoiser
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
+from orderppl.models.denoisers.pretrained import PretrainedDenoiser
+from orderppl.models.denoisers.smdm import SmdmConfig, SmdmDenoiser
 from orderppl.models.denoisers.training import MaskedDiffusionLoss, masked_diffusion_nelbo, train_denoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 from orderppl.models.denoisers.tree_field import TreeFieldDenoiser
@@ -14,8 +17,13 @@ __all__ = [
     "ExactDenoiser",
     "MarkovChainDenoiser",
     "MaskedDiffusionLoss",
+    "PretrainedDenoiser",
+    "SmdmConfig",
+    "SmdmDenoiser",
     "TransformerDenoiser",
     "TreeFieldDenoiser",
+    "denoiser_tokenizer",
+    "load_denoiser",
     "masked_diffusion_nelbo",
     "train_denoiser",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from orderppl.errors import UserError
+from orderppl.hub import TOKENIZER_FILES, fetch
 
 PAD, MASK, EOS, UNK, JOIN = "<pad>", "<mask>", "<eos>", "<unk>", "<join>"
 SPECIAL = (PAD, MASK, EOS, UNK, JOIN)  # ids 0..4
@@ -256,17 +259,21 @@ class PretrainedTokenizer:
     """A Hugging Face tokeniser behind the interface of `Tokenizer`.
 
     Args:
-        tokenizer: a `PreTrainedTokenizerBase`; it needs a mask token, a pad token and an eos (or sep) token.
+        tokenizer: a `PreTrainedTokenizerBase`; it needs an eos (or sep) token and, without `mask_index`, a mask token.
+        mask_index: id of MASK in the model it belongs to; may lie behind the vocabulary.
+        num_classes: token classes of the model's output head, often more than there are tokens. The ids that stand for
+            no token decode to nothing.
 
     Raises:
-        UserError: one of these tokens is missing.
+        UserError: one of these tokens is missing, or there are fewer classes than tokens.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, mask_index: int | None = None, num_classes: int | None = None) -> None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-        if tokenizer.mask_token_id is None:
+        mask_index = tokenizer.mask_token_id if mask_index is None else mask_index
+        if mask_index is None:
             raise UserError(
                 "tokenizer",
                 f"{name} has no mask token",
@@ -279,10 +286,15 @@ class PretrainedTokenizer:
                 f"{name} has neither an eos nor a sep token",
                 "add one by tokenizer.add_special_tokens({'eos_token': '<eos>'}) and save_pretrained",
             )
+        spelt = len(tokenizer)
+        if num_classes is not None and any(token != mask_index for token in range(num_classes, spelt)):
+            problem = f"{name} has {spelt} tokens, the model has classes for {num_classes}"
+            raise UserError("tokenizer", problem, "use the tokeniser that the model was trained with")
         self.tokenizer = tokenizer
-        self.pad_index, self.mask_index, self.eos_index = int(pad), int(tokenizer.mask_token_id), int(eos)
-        self.vocab_size = len(tokenizer)
-        self.tokens: list[str] = [str(t) for t in tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))]
+        self.pad_index, self.mask_index, self.eos_index = int(pad), int(mask_index), int(eos)
+        self.vocab_size = max(spelt, num_classes or 0, self.mask_index + 1)
+        unused = [MASK if token == self.mask_index else f"<unused{token}>" for token in range(spelt, self.vocab_size)]
+        self.tokens: list[str] = [str(t) for t in tokenizer.convert_ids_to_tokens(list(range(spelt)))] + unused
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
@@ -294,7 +306,7 @@ class PretrainedTokenizer:
         for index in ids:
             if index == self.eos_index:
                 break
-            if index not in (self.pad_index, self.mask_index):
+            if index not in (self.pad_index, self.mask_index) and index < len(self.tokenizer):
                 kept.append(int(index))
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
@@ -304,10 +316,22 @@ class PretrainedTokenizer:
         return torch.tensor([float(t) if t.isascii() and t.isdecimal() else float("nan") for t in plain])  # [V]
 
 
-def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+def load_tokenizer(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    *,
+    mask_index: int | None = None,
+    num_classes: int | None = None,
+    trust_remote_code: bool = False,
+) -> Tokenizer:
     """Load a saved `WordTokenizer` (a `.json` file) or any Hugging Face tokeniser (hub name or local folder).
 
-    Remote code is never run.
+    Args:
+        name_or_path: the file, folder or hub name.
+        revision: branch, tag or commit on the hub.
+        mask_index: see `PretrainedTokenizer`.
+        num_classes: see `PretrainedTokenizer`.
+        trust_remote_code: run the code that comes with it.
 
     Raises:
         UserError: it cannot be loaded, or a special token is missing.
@@ -316,13 +340,25 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return WordTokenizer.load(name_or_path)
     from transformers import AutoTokenizer  # heavy, and not needed for the small vocabulary
 
+    folder = fetch(name_or_path, revision, files=TOKENIZER_FILES, field="tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of old names in the configuration of remote code
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             "tokenizer",
             f"{name_or_path} cannot be loaded ({reason})",
-            "give a saved WordTokenizer (.json), a local folder, or a hub name that can be reached",
+            "give a saved WordTokenizer (.json), or a folder or hub name with a tokeniser",
         ) from error
-    return PretrainedTokenizer(tokenizer)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # without its files transformers makes an empty one
+        problem = f"{name_or_path} cannot be loaded (no vocabulary)"
+        raise UserError("tokenizer", problem, "give a folder or hub name with the files of a tokeniser")
+    return PretrainedTokenizer(tokenizer, mask_index, num_classes)
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Sixteen hexadecimal digits that two tokenisers share if they spell every token alike and have the same MASK."""
+    content = json.dumps([tokenizer.mask_index, tokenizer.tokens], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -78,7 +78,8 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a state dict as safetensors, tied tensors once, so that a reader sees the old file or the new one."""
     stored, aliases = _unique(state)
     temporary = path.with_name(TEMPORARY + path.name)
     save_file(stored, temporary, metadata={"aliases": json.dumps(aliases)})
@@ -128,7 +129,7 @@ def save_weights(module: nn.Module, path: Path | str, config: Mapping[str, Any] 
         config = getattr(module, "config", None)
     if config is not None:
         write_text(path.with_suffix(".json"), json.dumps(dict(config), indent=2) + "\n")
-    _write_tensors(path, module.state_dict())
+    write_tensors(path, module.state_dict())
     return path
 
 
@@ -201,9 +202,9 @@ class CheckpointFolder:
         if not target.exists():
             temporary = self.path / f"{TEMPORARY}{target.name}"
             temporary.mkdir()
-            _write_tensors(temporary / "weights.safetensors", module.state_dict())
+            write_tensors(temporary / "weights.safetensors", module.state_dict())
             if best is not None:
-                _write_tensors(temporary / "best.safetensors", best)
+                write_tensors(temporary / "best.safetensors", best)
             with open(temporary / "state.pt", "wb") as file:
                 torch.save(dict(state), file)
                 file.flush()
