@@ -12,7 +12,6 @@ from collections.abc import Iterator
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="orderppl-tests-"))  # for code beside weights
 
 import numpy as np
 import pyro
@@ -21,7 +20,9 @@ import torch
 
 # `make test` runs one worker per core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+if "HF_MODULES_CACHE" not in os.environ:  # for code beside weights; made and removed by the first process
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="orderppl-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
