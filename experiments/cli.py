@@ -44,6 +44,7 @@ EXPERIMENTS = {
     "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",
     "diagnose": "Diagnose a fitted run: can its order be trusted, and what is it like?",
     "benchmark estimators": "Bias, variance and cost of every gradient estimator, against exact gradients.",
+    "frontier": "Learned orders against every heuristic at equal numbers of denoiser forwards.",
     "report": "One HTML file of a run: tables, figures, and a replay of decoding under two policies.",
     "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
     "benchmark speed": "Time and memory of an SVI update, beside the same update written by hand in plain torch.",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pyro
 import torch
@@ -197,15 +197,29 @@ def autocast_dtype(config: RunConfig) -> torch.dtype | None:
     return torch.bfloat16 if config.dtype == "bfloat16" else None
 
 
-def learned_policy(problem: OrderProblem, decision: Literal["mode", "sample", "rank"] = "mode") -> Policy:
+def learned_policy(
+    problem: OrderProblem,
+    decision: Literal["mode", "sample", "rank"] = "mode",
+    *,
+    beta: float | None = None,
+    price: float | None = None,
+) -> Policy:
     """What a fit learned, as a decoding policy: the plan of a guide that does not see the tokens, else the prior.
 
     Args:
         problem: the fitted objects.
         decision: how probabilities become reveal sets; `rank` is for plans, see `PlannedOrder`.
+        beta: factor on the reveal probabilities of a prior, see `StochasticDecision`; as learned when left out.
+        price: of a prior that was learned for a range of step prices, nats per step.
+
+    Raises:
+        UserError: a dial that what was learned does not have.
     """
     guide, prior = problem.guide, problem.model.prior
     if isinstance(guide, guides.MeanFieldGuide) and not guide.sees_tokens:
+        if beta is not None or price is not None:
+            name = "beta" if beta is not None else "price"
+            raise UserError(name, "a plan has no such dial", "leave it out")
         network = guide.network
 
         def plan(canvas: Canvas) -> Tensor:
@@ -213,5 +227,11 @@ def learned_policy(problem: OrderProblem, decision: Literal["mode", "sample", "r
             return logits  # [B, L, T]
 
         return PlannedOrder(plan, decision)
+    if price is not None:
+        if not hasattr(prior, "at"):
+            raise UserError("price", f"{type(prior).__name__} was not learned for a range of prices", "leave it out")
+        prior = cast(Any, prior).at(price)
     assert isinstance(prior, RevealPrior)
-    return StochasticDecision(prior, "sample") if decision == "sample" else prior
+    if decision == "sample" or (decision == "mode" and beta is not None):
+        return StochasticDecision(prior, decision, 1.0 if beta is None else beta)
+    return prior

@@ -26,14 +26,14 @@ def _check_decision(decision: str, allowed: tuple[str, ...]) -> None:
 class StochasticDecision:
     """Turns a distribution over reveal sets into a set.
 
-    `mode` reveals {p > 0.5}, p the inclusion probability; an empty set falls to the decoder's arg-max rule.
+    `mode` reveals {beta p > 0.5}, p the inclusion probability; an empty set falls to the decoder's arg-max rule.
     `sample` draws from the distribution (exactly, also when it is conditioned to be non-empty) with the noise of the
     state; see `RevealSet.draw`.
 
     Args:
         policy: a policy with a distribution.
         decision: "mode" or "sample".
-        beta: factor on reveal probabilities when sampling, above 0; above 1 reveals more than was trained for.
+        beta: factor on reveal probabilities, above 0; above 1 reveals more than was trained for.
     """
 
     policy: StochasticPolicy
@@ -64,7 +64,7 @@ class StochasticDecision:
         """Return the reveal set: bool [*, L]."""
         distribution = self.policy.distribution(state)
         if self.decision == "mode":
-            return (distribution.probs > 0.5) & state.masked
+            return (self.beta * distribution.probs > 0.5) & state.masked
         noise = state.noise
         if noise is None:
             noise = uniform(state.masked.shape, state.masked.device, torch.float64)

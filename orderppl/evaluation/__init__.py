@@ -2,13 +2,17 @@
 
 from orderppl.evaluation.answers import answers_match, exact_match, parse_answer
 from orderppl.evaluation.evaluate import DecodedAnswers, decode_answers, evaluate_policies
+from orderppl.evaluation.frontier import Advantage, Frontier, Point
 from orderppl.evaluation.intervals import Interval, bootstrap_mean, paired_difference
 from orderppl.evaluation.path_likelihood import PathLikelihood, batch_canvas, path_likelihood
 
 __all__ = [
+    "Advantage",
     "DecodedAnswers",
+    "Frontier",
     "Interval",
     "PathLikelihood",
+    "Point",
     "answers_match",
     "batch_canvas",
     "bootstrap_mean",

@@ -13,7 +13,7 @@ from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
 from orderppl.evaluation.answers import exact_match
 from orderppl.evaluation.intervals import Interval, bootstrap_mean, paired_difference
-from orderppl.evaluation.path_likelihood import Batch, batch_canvas, path_likelihood
+from orderppl.evaluation.path_likelihood import Batch, batch_canvas, batch_rows, path_likelihood
 
 Scalar = str | int | float
 Record = dict[str, Scalar]
@@ -27,7 +27,8 @@ class DecodedAnswers:
     Attributes:
         texts: decoded responses.
         correct: float64 [N], 1 where the answer is right.
-        tokens: int64 [N], response tokens without padding.
+        tokens: int64 [N], response tokens up to the first end token, where one is known; without padding.
+        canvas: int64 [N], response positions that were decoded, those behind the end token included.
         nfe: int64 [N], denoiser forwards.
         nfe_batch_max: int64 [batches], forwards of the slowest row of each batch.
         fallback: int64 [N], steps decided by the decoder's arg-max rule.
@@ -36,6 +37,7 @@ class DecodedAnswers:
     texts: list[str]
     correct: Tensor
     tokens: Tensor
+    canvas: Tensor
     nfe: Tensor
     nfe_batch_max: Tensor
     fallback: Tensor
@@ -55,13 +57,15 @@ def decode_answers(
     seed: int = 0,
     device: torch.device | str | None = None,
     flexible: bool = False,
+    end_index: int | None = None,
 ) -> DecodedAnswers:
     """Decode every batch and compare the answers.
 
     Args:
         denoiser: see `Denoiser`.
         policy: decides the reveal sets.
-        batches: dictionaries of tensors; only the prompts and the lengths of the responses are read.
+        batches: dictionaries of tensors; only the prompts and the lengths of the responses are read, and `row_ids`
+            (int64 [B]), the identities of the rows for the noise, their numbers in order when left out.
         num_steps: step budget T.
         decode_text: token ids of a response (no padding) -> text; it cuts at the end token where there is one.
         references: reference response or bare answer of every row, in order.
@@ -72,6 +76,7 @@ def decode_answers(
         seed: of stochastic policies and token sampling.
         device: where to run; that of the batches when left out.
         flexible: read the last number of a response instead of the one after its last mark.
+        end_index: id of the end token, behind which nothing counts as a response token.
 
     Raises:
         UserError: when there are no rows, or not one reference per row.
@@ -91,12 +96,16 @@ def decode_answers(
             block_size=block_size,
             temperature=temperature,
             generator=generator,
-            row_ids=torch.arange(len(texts), len(texts) + len(tokens)),
+            row_ids=batch_rows(batch, len(texts)),
             device=tokens.device,
         )
         sizes = output.attention_mask.sum(-1)
         texts += [decode_text(row[:size]) for row, size in zip(output.sequences.tolist(), sizes.tolist(), strict=True)]
-        counts.append((sizes, output.nfe, output.nfe.amax(0, keepdim=True), output.fallback))
+        written = sizes
+        if end_index is not None:
+            ended = ((output.sequences == end_index) & output.attention_mask).long().cumsum(-1) > 0  # [B, L]
+            written = torch.minimum(sizes, (~ended).sum(-1) + 1)
+        counts.append((written, sizes, output.nfe, output.nfe.amax(0, keepdim=True), output.fallback))
     if not texts:
         raise UserError("batches", "no rows", "give a split that is not empty")
     correct = exact_match(texts, references, flexible)

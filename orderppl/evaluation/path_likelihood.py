@@ -27,6 +27,11 @@ def batch_canvas(denoiser: Denoiser, batch: Batch, device: torch.device | str | 
     return Canvas(denoiser, attention, context, context_mask), tokens
 
 
+def batch_rows(batch: Batch, first: int) -> Tensor:
+    """Identities of the rows of a batch for the noise: its `row_ids` int64 [B], else the numbers from `first` on."""
+    return batch["row_ids"] if "row_ids" in batch else torch.arange(first, first + len(batch["tokens"]))
+
+
 @dataclass
 class PathLikelihood:
     """Teacher-forced path likelihood of a data set, one entry per row, on the CPU.
@@ -66,7 +71,8 @@ def path_likelihood(
     Args:
         denoiser: see `Denoiser`.
         policy: decides the reveal sets.
-        batches: dictionaries of tensors; rows are numbered in order, so the result does not depend on the batch size.
+        batches: dictionaries of tensors; rows are numbered in order, or have numbers of their own (`row_ids` int64
+            [B]), so the result does not depend on the batch size.
         num_steps: step budget T.
         block_size: semi-autoregressive blocks of this many positions.
         seed: of stochastic policies.
@@ -79,7 +85,7 @@ def path_likelihood(
     rows, outputs = 0, []
     for batch in batches:
         canvas, tokens = batch_canvas(denoiser, batch, device)
-        ids = torch.arange(rows, rows + len(tokens))
+        ids = batch_rows(batch, rows)
         rows += len(tokens)
         path = follow(policy, canvas, tokens, num_steps, block_size=block_size, generator=generator, row_ids=ids)
         sizes = path.attention_mask.sum(-1)
