@@ -61,13 +61,14 @@ wheel-check: $(VENV)/.installed-dev
 	  'import orderppl.models.denoisers, orderppl.guides, pathlib, sys; \
 	   assert pathlib.Path(orderppl.guides.__file__).is_relative_to(sys.prefix), orderppl.guides.__file__'
 
-# sapiens (the antibody language model, 7 MB) names dependencies that its weights do not need.
+# sapiens (the antibody language model, 7 MB) and rxnmapper (the reaction model, 3 MB) name dependencies that their
+# weights do not need.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "orderppl needs Python 3.11 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
-	$(PIP) --no-deps sapiens==1.0.5
+	$(PIP) --no-deps sapiens==1.0.5 rxnmapper==0.4.3
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -53,7 +53,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     policies |= heuristics(config.sizes, config.threshold)
     labels = {"task": task.name, "split": config.split}
     records: list[Record] = []
-    if task.tokenizer is not None:
+    if task.tokenizer is not None and task.references:
         playable = {arm: policy for arm, policy in policies.items() if not getattr(policy, "needs_truth", False)}
         records += evaluate_policies(
             problem.model.denoiser,

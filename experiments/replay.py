@@ -214,10 +214,11 @@ def _problem(task: Task, batch: Mapping[str, Tensor], row: int, recordings: dict
     if task.tokenizer is not None:
         if "context" in batch:
             found["prompt"] = task.tokenizer.decode(batch["context"][row][batch["context_mask"][row].bool()].tolist())
-        reference = task.references["test"][row]
+        reference = task.references["test"][row] if task.references else ""
         for recording in (kinds["decode"] for kinds in recordings.values() if "decode" in kinds):
             answer = task.tokenizer.decode(recording["tokens"])
-            recording["correct"] = bool(exact_match([answer], [reference])[0])
+            if reference:
+                recording["correct"] = bool(exact_match([answer], [reference])[0])
     return found | {"recordings": recordings}
 
 

@@ -11,10 +11,16 @@ from torch import nn
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer, load_tokenizer
 from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
-from orderppl.experiments.build.tasks import AntibodyTask, ChainTask, Task, TaskConfig, TreeTask
+from orderppl.experiments.build.tasks import AntibodyTask, ChainTask, ReactionTask, Task, TaskConfig, TreeTask
 from orderppl.experiments.config import setting
 from orderppl.inference.checkpoints import load_weights, read_config
-from orderppl.models.denoisers import AntibodyDenoiser, MarkovChainDenoiser, TransformerDenoiser, TreeFieldDenoiser
+from orderppl.models.denoisers import (
+    AntibodyDenoiser,
+    MarkovChainDenoiser,
+    ReactionDenoiser,
+    TransformerDenoiser,
+    TreeFieldDenoiser,
+)
 
 DENOISER_FILE = "denoiser.safetensors"
 TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
@@ -43,6 +49,13 @@ class AntibodyDenoiserConfig:
 
 
 @dataclass(frozen=True)
+class ReactionDenoiserConfig:
+    """The pretrained reaction model."""
+
+    name: Literal["reaction"] = "reaction"
+
+
+@dataclass(frozen=True)
 class SavedDenoiserConfig:
     """A transformer that `train-denoiser` has trained."""
 
@@ -64,7 +77,12 @@ class TransformerConfig:
 
 
 DenoiserConfig = (
-    ChainDenoiserConfig | TreeDenoiserConfig | AntibodyDenoiserConfig | SavedDenoiserConfig | TransformerConfig
+    ChainDenoiserConfig
+    | TreeDenoiserConfig
+    | AntibodyDenoiserConfig
+    | ReactionDenoiserConfig
+    | SavedDenoiserConfig
+    | TransformerConfig
 )
 
 
@@ -105,6 +123,10 @@ def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) 
         if not isinstance(task_config, AntibodyTask):
             raise UserError("denoiser.name", f"antibody cannot read {task.name}", "choose another denoiser")
         denoiser = AntibodyDenoiser.from_wheel(config.chain)
+    elif isinstance(config, ReactionDenoiserConfig):
+        if not isinstance(task_config, ReactionTask):
+            raise UserError("denoiser.name", f"reaction cannot read {task.name}", "choose another denoiser")
+        denoiser = ReactionDenoiser.from_wheel()
     elif isinstance(config, SavedDenoiserConfig):
         weights = Path(config.run) / DENOISER_FILE
         denoiser = TransformerDenoiser(**read_config(weights))

