@@ -4,8 +4,8 @@ from orderppl.models.denoisers.antibody import AntibodyDenoiser
 from orderppl.models.denoisers.loading import denoiser_tokenizer, load_denoiser
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
 from orderppl.models.denoisers.pretrained import PretrainedDenoiser
-from orderppl.models.denoisers.smdm import SmdmConfig, SmdmDenoiser
 from orderppl.models.denoisers.reaction import ReactionDenoiser, reaction_vocabulary
+from orderppl.models.denoisers.smdm import SmdmConfig, SmdmDenoiser
 from orderppl.models.denoisers.training import MaskedDiffusionLoss, masked_diffusion_nelbo, train_denoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 from orderppl.models.denoisers.tree_field import TreeFieldDenoiser
@@ -19,9 +19,9 @@ __all__ = [
     "MarkovChainDenoiser",
     "MaskedDiffusionLoss",
     "PretrainedDenoiser",
+    "ReactionDenoiser",
     "SmdmConfig",
     "SmdmDenoiser",
-    "ReactionDenoiser",
     "TransformerDenoiser",
     "TreeFieldDenoiser",
     "denoiser_tokenizer",
