@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,16 +47,25 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
 
-    def forward(self, hidden: Tensor, bias: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Transform float [N, S, W] under an additive attention bias float [N, 1, S, S]."""
-        n, s, width = hidden.shape
+    def project(self, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of float [N, S, W]: float [N, H, S, W/H] each."""
+        n, s, _ = hidden.shape
         qkv = self.qkv(self.norm_attention(hidden)).view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # [N, H, S, W/H]
         if rotary is not None:
             q, k = _rotate(q, *rotary).to(v.dtype), _rotate(k, *rotary).to(v.dtype)
+        return q, k, v
+
+    def mix(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Transform float [N, S, W] by its queries to K keys and values, under an attention bias float [N, 1, S, K]."""
+        n, s, width = hidden.shape
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # [N, H, S, W/H]
         hidden = hidden + self.out(mixed.transpose(1, 2).reshape(n, s, width))
         return hidden + self.mlp(self.norm_mlp(hidden))
+
+    def forward(self, hidden: Tensor, bias: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Transform float [N, S, W] under an additive attention bias float [N, 1, S, S]."""
+        return self.mix(hidden, *self.project(hidden, rotary), bias)
 
 
 class Backbone(nn.Module):
@@ -105,17 +114,60 @@ class Backbone(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        position: Tensor | None = None,
+        is_prompt: Tensor | None = None,
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Mix embedded tokens.
 
         Args:
             hidden: float [N, S, W].
             attention_mask: bool [N, S].
             position: int64 [N, S]; the index among attended tokens when left out.
+            is_prompt: bool [N, S], attended tokens that attend to one another only.
+            before: `keys_values` float [N, layers, 2, H, C, W/H] of tokens that stand before these, and which of them
+                are attended, bool [N, C].
 
         Returns:
             float [N, S, W], normalised; finite but meaningless at padding.
         """
+        hidden, rotary = self._enter(hidden, attention_mask, position)
+        past, keys = None, attention_mask
+        if before is not None:
+            past, keys = before[0], torch.cat([before[1], attention_mask], -1)  # [N, K]
+        bias = self._bias(hidden, keys)
+        if is_prompt is not None:
+            bias = bias.masked_fill((is_prompt[:, :, None] & ~is_prompt[:, None])[:, None], -torch.inf)
+        for layer, block in enumerate(self._blocks()):
+            q, k, v = block.project(hidden, rotary)
+            if past is not None:
+                k, v = torch.cat([past[:, layer, 0], k], 2), torch.cat([past[:, layer, 1], v], 2)
+            hidden = block.mix(hidden, q, k, v, bias)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def keys_values(self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None = None) -> Tensor:
+        """Keys and values of every block, for tokens that come after: float [N, layers, 2, H, S, W/H]."""
+        hidden, rotary = self._enter(hidden, attention_mask, position)
+        bias = self._bias(hidden, attention_mask)
+        kept = []
+        for block in self._blocks():
+            q, k, v = block.project(hidden, rotary)
+            kept.append(torch.stack([k, v], 1))
+            hidden = block.mix(hidden, q, k, v, bias)
+        return torch.stack(kept, 1)
+
+    def _blocks(self) -> Iterator[Block]:
+        return (cast(Block, block) for block in self.blocks)
+
+    def _enter(
+        self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Start of the residual stream, and the tables of rotary positions if these are used."""
         if position is None:
             position = attended_positions(attention_mask)  # [N, S]
         rotary = None
@@ -129,15 +181,15 @@ class Backbone(nn.Module):
             hidden = hidden + self.embed_position(position)
         else:
             rotary = _rotary(position, self.width // self.heads)
+        return self.norm_input(hidden), rotary
+
+    @staticmethod
+    def _bias(hidden: Tensor, keys: Tensor) -> Tensor:
+        """Attention bias of S queries to K keys, float [N, 1, S, K] from which keys are attended, bool [N, K]."""
         # A row without any attended key would give a softmax over nothing; let it look everywhere instead.
-        keys = attention_mask | ~attention_mask.any(-1, keepdim=True)  # [N, S]
+        keys = keys | ~keys.any(-1, keepdim=True)
         bias = torch.zeros_like(keys, dtype=hidden.dtype).masked_fill(~keys, -torch.inf)[:, None, None]
-        bias = bias.expand(-1, 1, hidden.shape[1], -1)  # [N, 1, S, S]
-        hidden = self.norm_input(hidden)
-        for block in self.blocks:
-            hidden = block(hidden, bias, rotary)
-        normed: Tensor = self.norm(hidden)
-        return normed
+        return bias.expand(-1, 1, hidden.shape[1], -1)
 
 
 def _join(

@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from orderppl.decoding.decode import or_best
 from orderppl.decoding.memory import first_memory
 from orderppl.decoding.policy import Policy
 from orderppl.decoding.ranking import due_count
 from orderppl.decoding.schedules import SetSizes, make_sizes
+from orderppl.decoding.step import or_best
 from orderppl.distributions import (
     BernoulliSet,
     HeuristicReveal,

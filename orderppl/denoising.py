@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
@@ -62,6 +62,59 @@ class SoftDenoiser(Denoiser, Protocol):
         ...
 
 
+@runtime_checkable
+class SplitDenoiser(Denoiser, Protocol):
+    """A denoiser that offers its output head by itself, so that decoding can run it at the positions it needs only.
+
+    `denoiser(state, attention_mask)` equals `output_logits(hidden_states(state, attention_mask))`.
+    """
+
+    def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """Everything before the output head: float [N, S, W]; arguments as for the denoiser."""
+        ...
+
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """The output head: float [.., W] -> a new tensor float [.., V]."""
+        ...
+
+
+@runtime_checkable
+class PromptDenoiser(SplitDenoiser, Protocol):
+    """A denoiser whose prompt does not attend to the response, so that decoding reads the prompt once."""
+
+    def encode_prompt(self, context: Tensor, context_mask: Tensor) -> Tensor | None:
+        """What responses attend to.
+
+        Args:
+            context: int64 [N, C], prompts.
+            context_mask: bool [N, C], False at padding.
+
+        Returns:
+            float [N, ..], rows first; None when these prompts cannot be read without their responses.
+        """
+        ...
+
+    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
+        """The hidden states of responses behind an encoded prompt, as `hidden_states` of the whole rows gives them.
+
+        Args:
+            tokens: int64 [N, L], MASK at hidden positions.
+            attention_mask: bool [N, L], False at padding.
+            prompt: float [N, ..], of `encode_prompt`.
+            context_mask: bool [N, C], of the prompt.
+
+        Returns:
+            float [N, L, W].
+        """
+        ...
+
+
+def _offers(denoiser: object, protocol: type) -> bool:
+    """Whether the class itself has the methods: a wrapper (compiled, distributed) that only passes them on has not."""
+    names = ("hidden_states", "output_logits") if protocol is SplitDenoiser else ("encode_prompt", "response_states")
+    return all(callable(getattr(type(denoiser), name, None)) for name in names)
+
+
 class Canvas:
     """The prompt and the padding of a batch, bound to the denoiser that reads it.
 
@@ -89,6 +142,7 @@ class Canvas:
         self.attention_mask = attention_mask.bool()
         self.context = context
         self.context_mask = None if context_mask is None else context_mask.bool()
+        self._prompt: Tensor | None = None
 
     @property
     def mask_index(self) -> int:
@@ -99,7 +153,48 @@ class Canvas:
         """Keep the rows in `index` (int64 or bool [B])."""
         if self.context is None or self.context_mask is None:
             return Canvas(self.denoiser, self.attention_mask[index])
-        return Canvas(self.denoiser, self.attention_mask[index], self.context[index], self.context_mask[index])
+        kept = Canvas(self.denoiser, self.attention_mask[index], self.context[index], self.context_mask[index])
+        kept._prompt = None if self._prompt is None else self._prompt[index]
+        return kept
+
+    def encode_prompt(self) -> None:
+        """Read the prompts once for all calls of `hidden` to come, where the denoiser allows it."""
+        if self.context is not None and self.context_mask is not None and _offers(self.denoiser, PromptDenoiser):
+            self._prompt = cast(PromptDenoiser, self.denoiser).encode_prompt(self.context, self.context_mask)
+
+    def hidden(self, state: Tensor) -> Tensor:
+        """What the output head reads at the response positions, in one denoiser call.
+
+        Args:
+            state: int64 [B, L], MASK at hidden positions.
+
+        Returns:
+            float [B, L, W]; for a denoiser whose head is not offered by itself, its logits, W = V.
+        """
+        if self._prompt is not None and self.context_mask is not None:
+            denoiser = cast(PromptDenoiser, self.denoiser)
+            return denoiser.response_states(state, self.attention_mask, self._prompt, self.context_mask)
+        rows, attention = self._with_prompt(state, self.context)
+        is_split = _offers(self.denoiser, SplitDenoiser)
+        read = cast(SplitDenoiser, self.denoiser).hidden_states if is_split else self.denoiser
+        hidden = read(rows, attention)
+        return hidden[:, hidden.shape[1] - state.shape[-1] :]
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Token logits of rows of `hidden`, which may be written over.
+
+        Args:
+            hidden: float [.., W], a copy of its own.
+
+        Returns:
+            float [.., V], as `logits` gives them.
+        """
+        is_split = _offers(self.denoiser, SplitDenoiser)
+        logits = cast(SplitDenoiser, self.denoiser).output_logits(hidden) if is_split else hidden
+        logits = _wide(logits)
+        if self.mask_index < logits.shape[-1]:
+            logits[..., self.mask_index] = -torch.inf
+        return logits
 
     def logits(self, state: Tensor) -> Tensor:
         """Token logits of the response positions, in one denoiser call.
@@ -150,9 +245,13 @@ class Canvas:
     def _of_response(self, logits: Tensor, shape: torch.Size) -> Tensor:
         """The logits (float [N, C + L, V]) of responses of a shape [*, B, L]."""
         logits = logits[:, logits.shape[1] - shape[-1] :]
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()  # log-probabilities are summed over positions and steps: eight bits are too few
+        logits = _wide(logits)
         if self.mask_index < logits.shape[-1]:
             hidden = torch.arange(logits.shape[-1], device=logits.device) == self.mask_index
             logits = logits.masked_fill(hidden, -torch.inf)
         return logits.reshape(*shape, logits.shape[-1])
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: log-probabilities are summed over positions and steps, eight bits are too few."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -95,6 +95,30 @@ class UnmaskingState:
         """Normalised `logits`, float [*, L, V]."""
         return self.logits.log_softmax(-1)
 
+    def pack(self, values: Tensor) -> Tensor:
+        """Leave out positions that nobody may choose, where that saves work: [*, L, ..] -> [.., ..]; here none."""
+        return values
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Undo `pack`, with 0 where it left positions out."""
+        return values
+
+    @property
+    def packed_log_probs(self) -> Tensor:
+        """`log_probs` of the positions that `pack` keeps, float [.., V]."""
+        return self.log_probs
+
+    def per_position(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A number per position from its token log-probabilities; for heuristics, which look at hidden positions only.
+
+        Args:
+            function: float [.., V] -> [..].
+
+        Returns:
+            [*, L], meaningful at hidden positions.
+        """
+        return function(self.log_probs)
+
     def token_log_prob(self, tokens: Tensor) -> Tensor:
         """l_i(s_t): log-likelihood of every hidden token, float [*, L]; 0 where it is not hidden.
 

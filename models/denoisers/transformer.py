@@ -57,9 +57,12 @@ class TransformerDenoiser(nn.Module):
             and takes positions from `prompt_room` on, whatever the prompt's length, so that "the k-th number of the
             prompt" is always equally far away. None counts prompt and response as one sequence.
         prompt_room: positions kept for prompts, the separator included; with a separator only.
+        prompt_reads_response: False lets prompts attend to themselves only, so that decoding reads them once
+            (`orderppl.denoising.PromptDenoiser`); with a separator only.
 
     Raises:
-        UserError: number values for another vocabulary, or heads that do not fit the width.
+        UserError: number values for another vocabulary, heads that do not fit the width, or prompts that do not read
+            their response and have no separator.
     """
 
     reads_itself = True
@@ -78,9 +81,14 @@ class TransformerDenoiser(nn.Module):
         positions: Positions = "rotary",
         separator_index: int | None = None,
         prompt_room: int = 64,
+        prompt_reads_response: bool = True,
     ) -> None:
         super().__init__()
+        if separator_index is None and not prompt_reads_response:
+            problem = "without a separator no token is known to be of the prompt"
+            raise UserError("prompt_reads_response", problem, "give separator_index, or leave it True")
         self.separator_index, self.prompt_room = separator_index, prompt_room
+        self.prompt_reads_response = prompt_reads_response
         self.vocab_size, self.mask_index, self.max_length = vocab_size, mask_index, max_length
         self.config: dict[str, Any] = {
             "vocab_size": vocab_size,
@@ -94,6 +102,7 @@ class TransformerDenoiser(nn.Module):
             "positions": positions,
             "separator_index": separator_index,
             "prompt_room": prompt_room,
+            "prompt_reads_response": prompt_reads_response,
         }
         self.embed = nn.Embedding(max(vocab_size, mask_index + 1), width)
         room = 0 if separator_index is None else prompt_room
@@ -130,7 +139,42 @@ class TransformerDenoiser(nn.Module):
         Raises:
             UserError: the canvas is longer than `max_length`.
         """
+        return self.output_logits(self.hidden_states(state, attention_mask))
+
+    def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """Everything before the output head, float [N, S, W]; see `orderppl.denoising.SplitDenoiser`."""
         return self._read(self.embed(state), state, attention_mask)
+
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """The output head: float [.., W] -> [.., V]."""
+        weight = self.embed.weight[: self.vocab_size] if self.head is None else self.head.weight
+        return F.linear(hidden, weight, self.bias)
+
+    def encode_prompt(self, context: Tensor, context_mask: Tensor) -> Tensor | None:
+        """Keys and values of prompts; see `orderppl.denoising.PromptDenoiser`.
+
+        Returns:
+            float [N, layers, 2, H, C, W/H]; None for prompts that read their response, or that do not end with their
+            only separator.
+        """
+        if self.prompt_reads_response:
+            return None
+        context_mask = context_mask.bool()
+        position = attended_positions(context_mask)
+        is_end = context_mask & (position == context_mask.sum(-1, keepdim=True) - 1)
+        if not bool((((context == self.separator_index) & context_mask) == is_end).all()) or not is_end.any(-1).all():
+            return None
+        return self.backbone.keys_values(self.embed(context), context_mask, position)
+
+    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
+        """Hidden states of responses, float [N, L, W]; see `orderppl.denoising.PromptDenoiser`."""
+        self._check_length(context_mask.shape[-1] + tokens.shape[-1])
+        attention_mask = attention_mask.bool()
+        hidden = self.embed(tokens)
+        if self.response is not None:
+            hidden = hidden + self.response
+        position = attended_positions(attention_mask) + self.prompt_room
+        return self.backbone(hidden, attention_mask, position, before=(prompt, context_mask))
 
     def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
         """Score every position from embeddings between MASK and the token; see `orderppl.denoising.SoftDenoiser`.
@@ -140,24 +184,29 @@ class TransformerDenoiser(nn.Module):
         degree = visible.unsqueeze(-1)
         mask = self.embed.weight[self.mask_index]
         mixed = degree * self.embed(tokens) + (1 - degree) * mask  # [N, S, W]
-        return self._read(mixed, torch.where(visible > 0.5, tokens, self.mask_index), attention_mask)
+        state = torch.where(visible > 0.5, tokens, self.mask_index)
+        return self.output_logits(self._read(mixed, state, attention_mask))
 
     def _read(self, hidden: Tensor, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits from embeddings, float [N, S, W]."""
-        if state.shape[-1] > self.max_length:
-            raise UserError(
-                "max_length",
-                f"a canvas of {state.shape[-1]} tokens exceeds {self.max_length}",
-                "shorten prompt or response, or train a denoiser with a larger max_length",
-            )
+        """Hidden states from embeddings, float [N, S, W] both."""
+        self._check_length(state.shape[-1])
         attention_mask = attention_mask.bool()
-        position = None
+        position = is_prompt = None
         if self.response is not None:
             position, is_response = self._segments(state, attention_mask)
             hidden = hidden + is_response[..., None] * self.response
-        hidden = self.backbone(hidden, attention_mask, position)  # [N, S, W]
-        weight = self.embed.weight[: self.vocab_size] if self.head is None else self.head.weight
-        return F.linear(hidden, weight, self.bias)
+            if not self.prompt_reads_response:
+                is_prompt = attention_mask & ~is_response
+        mixed: Tensor = self.backbone(hidden, attention_mask, position, is_prompt)
+        return mixed
+
+    def _check_length(self, size: int) -> None:
+        if size > self.max_length:
+            raise UserError(
+                "max_length",
+                f"a canvas of {size} tokens exceeds {self.max_length}",
+                "shorten prompt or response, or train a denoiser with a larger max_length",
+            )
 
     def _segments(self, state: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Positions int64 [N, S], with responses from `prompt_room` on, and which tokens are responses, bool [N, S]."""

@@ -133,13 +133,14 @@ class Klass(Heuristic):
 
     def choose(self, state: UnmaskingState, last: Tensor | None = None) -> Tensor:
         """Return the confident and stable positions and the arg-max."""
-        now, memory = state.log_probs, state.memory
+        now, memory = state.packed_log_probs, state.memory
         if "klass_log_probs" in memory:
-            moved = torch.where(now.isneginf(), 0.0, now.exp() * (now - memory["klass_log_probs"])).sum(-1)
+            before = state.pack(memory["klass_log_probs"])
+            moved = state.unpack(torch.where(now.isneginf(), 0.0, now.exp() * (now - before)).sum(-1))
             memory["klass_stable"] = torch.where(moved < self.eps, memory["klass_stable"] + 1, 0)
         else:
             memory["klass_stable"] = torch.zeros_like(state.tokens)
-        memory["klass_log_probs"] = now
+        memory["klass_log_probs"] = state.unpack(now)
         score, allowed = self.score(state), preferred(state.masked, last)
         settled = (score > self.tau) & (memory["klass_stable"] >= self.stable_steps)
         return (settled | (reveal_rank(score, allowed) == 0)) & allowed

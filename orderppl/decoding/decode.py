@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from orderppl.decoding.memory import first_memory
-from orderppl.decoding.policy import Policy, policy_score
-from orderppl.decoding.scores import reveal_rank
+from orderppl.decoding.policy import Policy, needs_noise
+from orderppl.decoding.predictions import DecodingState, Predictions, true_places
+from orderppl.decoding.step import Write, token_writer, unmask
 from orderppl.decoding.wrappers import Block
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
-from orderppl.randomness import SELECTION, TOKENS, generator_seed, sample_categorical, uniform_noise
-from orderppl.states import VISIBLE, UnmaskingState, partial_state
+from orderppl.randomness import SELECTION, generator_seed, uniform_noise
+from orderppl.states import VISIBLE, partial_state
 
 
 @dataclass
@@ -88,70 +89,63 @@ def evaluation_mode(*objects: object) -> Iterator[None]:
             module.training = True
 
 
-def or_best(policy: Policy, state: UnmaskingState, selected: Tensor) -> Tensor:
-    """What a policy selected (bool [B, L]); in rows where that is nothing, the masked position it scores highest."""
-    selected = selected & state.masked
-    best = (reveal_rank(policy_score(policy, state), state.masked) == 0) & state.masked
-    return torch.where(selected.any(-1, keepdim=True), selected, best)
-
-
 def _unmask(
     policy: Policy,
     canvas: Canvas,
     num_steps: int,
     seed: int,
     row_ids: Tensor,
-    write: Callable[[Tensor, UnmaskingState], Tensor],
+    write: Callable[[Tensor], Write],
     truth: Tensor | None,
     pad_token_id: int = 0,
 ) -> DecodeOutput:
-    """Unmask all rows; `write` gives the tokens int64 [b, L] of the rows `index` int64 [b] still in the batch.
+    """Unmask all rows; `write` says what to write to the rows of an index int64 [b], those still in the batch.
 
-    Every executed forward reveals at least one token of each row in it. Rows leave when they are finished, which takes
-    one synchronisation with the host per step.
+    Every executed forward reveals at least one token of each row in it. Rows leave when they are finished. The host
+    waits for the device once per step, see `unmask`.
     """
-    attention, denoiser = canvas.attention_mask, canvas.denoiser
-    device = attention.device
-    cost = int(getattr(denoiser, "forwards_per_call", 1))  # guidance makes two forwards per call
-    batch, length = attention.shape
-    sequences = torch.where(attention, canvas.mask_index, pad_token_id)
-    reveal_step = torch.full_like(sequences, VISIBLE)
-    log_prob = torch.zeros(batch, length, dtype=torch.float64, device=device)
-    nfe = torch.zeros(batch, dtype=torch.int64, device=device)
-    fallback = torch.zeros_like(nfe)
-
-    index = torch.arange(batch, device=device)
-    tokens, masked = sequences, attention
+    attention = canvas.attention_mask
+    device, (batch, length) = attention.device, attention.shape
+    cost = int(getattr(canvas.denoiser, "forwards_per_call", 1))  # guidance makes two forwards per call
+    noisy = needs_noise(policy)
+    output = DecodeOutput(
+        sequences=torch.where(attention, canvas.mask_index, pad_token_id),
+        attention_mask=attention,
+        nfe=torch.zeros(batch, dtype=torch.int64, device=device),
+        steps=num_steps,
+        reveal_step=torch.full((batch, length), VISIBLE, device=device),
+        token_log_prob=torch.zeros(batch, length, dtype=torch.float64, device=device),
+        fallback=torch.zeros(batch, dtype=torch.int64, device=device),
+    )
+    index, tokens, masked = torch.arange(batch, device=device), output.sequences, attention
+    reveal_step, log_prob, fallback = output.reveal_step, output.token_log_prob, output.fallback.clone()
     memory = first_memory(policy, index, truth)
+    rows_left, masks_left = torch.stack([masked.any(-1).sum(), masked.sum()]).tolist()
     for step in range(num_steps):
-        unfinished = masked.any(-1)
-        if not bool(unfinished.all()):
-            keep = unfinished.nonzero()[:, 0]
-            index, tokens, masked, canvas = index[keep], tokens[keep], masked[keep], canvas.rows(keep)
+        if rows_left < len(index):
+            keep = true_places(masked.any(-1), rows_left)
+            index, tokens, masked, reveal_step, log_prob, fallback = (
+                values[keep] for values in (index, tokens, masked, reveal_step, log_prob, fallback)
+            )
+            canvas = canvas.rows(keep)
             memory = {key: value[keep] for key, value in memory.items()}
-        if index.numel() == 0:
+        if rows_left == 0:
             break
-        noise = uniform_noise(seed, row_ids[index], step, length, SELECTION)
-        now = torch.full_like(index, step)
-        state = UnmaskingState(tokens, masked, now, num_steps, canvas, noise, memory)
-        log_probs = state.log_probs  # the one forward of this step, shared with the policy
-        if step == num_steps - 1:
-            reveal = masked
-        else:
-            reveal = policy.select(state) & masked
-            empty = ~reveal.any(-1)
-            if bool(empty.any()):
-                reveal = or_best(policy, state, reveal)
-                fallback[index] += empty.long()
-        written = write(index, state)  # [b, L]
-        gained = log_probs.gather(-1, written[..., None])[..., 0].double()
-        tokens = torch.where(reveal, written, tokens)
-        masked = masked & ~reveal
-        sequences[index] = tokens
-        reveal_step[index] = torch.where(reveal, step, reveal_step[index])
-        log_prob[index] = torch.where(reveal, gained, log_prob[index])
-        nfe[index] += cost
-    return DecodeOutput(sequences, attention, nfe, num_steps, reveal_step, log_prob, fallback)
+        if step == 0:
+            canvas.encode_prompt()
+        noise = uniform_noise(seed, row_ids[index], step, length, SELECTION) if noisy else None
+        predictions = Predictions(canvas, tokens, masked, masks_left)  # the one forward of this step
+        state = DecodingState(predictions, tokens, step, num_steps, noise, memory)
+        done = unmask(policy, state, write(index), is_last=step == num_steps - 1)
+        tokens, masked, rows_left, masks_left = done.tokens, done.masked, done.rows_left, done.masks_left
+        reveal_step = torch.where(done.reveal, step, reveal_step)
+        log_prob = log_prob.flatten().index_copy(0, done.places, done.log_prob).view_as(masked)
+        fallback = fallback if done.fallback is None else fallback + done.fallback
+        if rows_left < len(index):  # some leave; what is written of the others is written over
+            output.sequences[index], output.reveal_step[index] = tokens, reveal_step
+            output.token_log_prob[index], output.fallback[index] = log_prob, fallback
+            output.nfe[index] = (step + 1) * cost
+    return output
 
 
 def _check_budget(num_steps: int, field: str) -> None:
@@ -245,11 +239,8 @@ def decode(
     policy = _blocks(policy, block_size, longest, max_steps)
     seed, ids = generator_seed(generator), _row_ids(row_ids, batch, where)
 
-    def write(index: Tensor, state: UnmaskingState) -> Tensor:
-        if temperature == 0:
-            return state.logits.argmax(-1)
-        noise = uniform_noise(seed, ids[index], int(state.step[0]), longest, TOKENS)
-        return sample_categorical(state.logits.double() / temperature, noise)
+    def write(index: Tensor) -> Write:
+        return token_writer(temperature, seed, ids[index])
 
     with evaluation_mode(denoiser, policy):
         output = _unmask(policy, canvas, max_steps, seed, ids, write, None, pad_token_id)
@@ -304,7 +295,11 @@ def follow(
     policy = _blocks(policy, block_size, longest, num_steps)
     # Padding may hold any id, also one the denoiser has no class for.
     readable = tokens.masked_fill(~attention, 0)
+
+    def write(index: Tensor) -> Write:
+        return lambda logits, state, places: readable[index].flatten()[places]
+
     with evaluation_mode(canvas.denoiser, policy):
         seed = generator_seed(generator)
-        output = _unmask(policy, canvas, num_steps, seed, ids, lambda index, state: readable[index], readable)
+        output = _unmask(policy, canvas, num_steps, seed, ids, write, readable)
     return PathOutput(attention, output.nfe, num_steps, output.reveal_step, output.token_log_prob, output.fallback)

@@ -41,8 +41,9 @@ class OracleMargin(OracleRank):
 
     def score(self, state: UnmaskingState) -> Tensor:
         """Return p(x_i) - max other p."""
-        truth, probs = self.truth(state)[..., None], state.log_probs.exp()
-        return (probs.gather(-1, truth) - probs.scatter(-1, truth, 0.0).amax(-1, keepdim=True))[..., 0]
+        truth, probs = state.pack(self.truth(state))[..., None], state.packed_log_probs.exp()
+        margin = probs.gather(-1, truth) - probs.scatter(-1, truth, 0.0).amax(-1, keepdim=True)
+        return state.unpack(margin[..., 0])
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,4 @@ class GreedyOracle(OracleRank):
 
     def score(self, state: UnmaskingState) -> Tensor:
         """Return log p(x_i), nats."""
-        return state.log_probs.gather(-1, self.truth(state)[..., None])[..., 0]
+        return state.token_log_prob(self.truth(state))

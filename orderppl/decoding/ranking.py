@@ -85,8 +85,7 @@ class Margin(RankPolicy):
 
     def score(self, state: UnmaskingState) -> Tensor:
         """Return p1 - p2."""
-        first, second = state.log_probs.topk(2, -1).values.exp().unbind(-1)
-        return first - second
+        return state.per_position(lambda log_probs: -log_probs.topk(2, -1).values.exp().diff(dim=-1)[..., 0])
 
 
 @dataclass(frozen=True)

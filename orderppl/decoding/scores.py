@@ -14,12 +14,12 @@ from orderppl.states import UnmaskingState
 
 def confidence(state: UnmaskingState) -> Tensor:
     """Largest token probability c at every position: float [*, L]."""
-    return state.log_probs.amax(-1).exp()
+    return state.per_position(lambda log_probs: log_probs.amax(-1)).exp()
 
 
 def prediction_entropy(state: UnmaskingState) -> Tensor:
     """Entropy H of the token distribution at every position, nats: float [*, L]."""
-    return torch.special.entr(state.log_probs.exp()).sum(-1)
+    return state.per_position(lambda log_probs: torch.special.entr(log_probs.exp()).sum(-1))
 
 
 def reveal_rank(score: Tensor, masked: Tensor, last: Tensor | None = None, tie_break: Tensor | None = None) -> Tensor:

@@ -136,7 +136,7 @@ class EosAware(Heuristic):
         return remembers(self.policy)
 
     def _last(self, state: UnmaskingState) -> Tensor:
-        predicted = state.logits.argmax(-1)  # [*, L]
+        predicted = state.per_position(lambda log_probs: log_probs.argmax(-1))  # [*, L]
         return torch.isin(predicted, torch.tensor(list(self.token_ids), device=predicted.device))
 
     def score(self, state: UnmaskingState) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderppl.decoding.decode import or_best
 from orderppl.decoding.memory import first_memory
 from orderppl.decoding.policy import Policy, needs_noise, remembers
+from orderppl.decoding.step import or_best
 from orderppl.distributions.ordered_partition import SequentialReveal
 from orderppl.distributions.reveal_set import SmoothedSet
 from orderppl.distributions.set_law import SetLaw
