@@ -142,6 +142,7 @@ class Canvas:
         self.attention_mask = attention_mask.bool()
         self.context = context
         self.context_mask = None if context_mask is None else context_mask.bool()
+        self._is_split = _offers(denoiser, SplitDenoiser)
         self._prompt: Tensor | None = None
 
     @property
@@ -175,8 +176,7 @@ class Canvas:
             denoiser = cast(PromptDenoiser, self.denoiser)
             return denoiser.response_states(state, self.attention_mask, self._prompt, self.context_mask)
         rows, attention = self._with_prompt(state, self.context)
-        is_split = _offers(self.denoiser, SplitDenoiser)
-        read = cast(SplitDenoiser, self.denoiser).hidden_states if is_split else self.denoiser
+        read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
         hidden = read(rows, attention)
         return hidden[:, hidden.shape[1] - state.shape[-1] :]
 
@@ -189,8 +189,7 @@ class Canvas:
         Returns:
             float [.., V], as `logits` gives them.
         """
-        is_split = _offers(self.denoiser, SplitDenoiser)
-        logits = cast(SplitDenoiser, self.denoiser).output_logits(hidden) if is_split else hidden
+        logits = cast(SplitDenoiser, self.denoiser).output_logits(hidden) if self._is_split else hidden
         logits = _wide(logits)
         if self.mask_index < logits.shape[-1]:
             logits[..., self.mask_index] = -torch.inf

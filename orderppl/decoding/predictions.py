@@ -132,7 +132,8 @@ class DecodingState(UnmaskingState):
 
     def per_position(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """See `UnmaskingState.per_position`: [B, L], 0 where nothing is masked."""
-        return self.unpack(torch.cat([function(logits.log_softmax(-1)) for logits in self.predictions.chunks()]))
+        found = [function(logits.log_softmax(-1)) for logits in self.predictions.chunks()]
+        return self.unpack(torch.cat(found) if len(found) > 1 else found[0])
 
     def token_log_prob(self, tokens: Tensor) -> Tensor:
         """See `UnmaskingState.token_log_prob`."""

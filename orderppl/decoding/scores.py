@@ -34,14 +34,18 @@ def reveal_rank(score: Tensor, masked: Tensor, last: Tensor | None = None, tie_b
     Returns:
         int64 [*, L], a permutation of 0..L-1 per row.
     """
-    group = torch.where(masked, 0 if last is None else last.long(), 2)
+    # Masked positions stay before the others even where their score is -inf.
+    score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~masked, -torch.inf)
     if tie_break is None:
-        by_score = score.argsort(dim=-1, descending=True, stable=True)
+        order = score.argsort(dim=-1, descending=True, stable=True)  # positions, first to last
     else:
         by_tie = tie_break.argsort(dim=-1, descending=True)
-        by_score = by_tie.gather(-1, score.gather(-1, by_tie).argsort(dim=-1, descending=True, stable=True))
-    by_group = group.gather(-1, by_score).argsort(dim=-1, stable=True)
-    return by_score.gather(-1, by_group).argsort(-1)
+        order = by_tie.gather(-1, score.gather(-1, by_tie).argsort(dim=-1, descending=True, stable=True))
+    if last is not None:
+        group = torch.where(masked, last.long(), 2)
+        order = order.gather(-1, group.gather(-1, order).argsort(dim=-1, stable=True))
+    place = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, place)
 
 
 def preferred(masked: Tensor, last: Tensor | None) -> Tensor:
