@@ -80,7 +80,7 @@ class MaskedDiffusionLoss(nn.Module):
         canvas = Canvas(denoiser, attention, context, context_mask)
         masked, weight = random_masking(attention)
         logits = canvas.logits(partial_state(tokens, masked, canvas.mask_index))  # [B, L, V]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.masked_fill(~masked, 0).flatten(), reduction="none")
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.masked_fill(~masked, 0).flatten(), reduction="none")
         return weight * torch.where(masked, loss.view_as(tokens), 0.0).sum(-1)
 
     def forward(self, **batch: Tensor) -> Tensor:

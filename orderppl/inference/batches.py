@@ -36,6 +36,9 @@ class BatchStream:
             batches: less padding, and still every row once an epoch. 1 leaves rows unsorted.
         device: where batches are moved to; left where they are when None.
 
+    Attributes:
+        weight: 1, or 0 where the last batch had no row for this process.
+
     Raises:
         UserError: an empty set, tensors of different lengths, or a batch size the set cannot fill.
     """
@@ -88,11 +91,11 @@ class BatchStream:
         self.process, self.num_processes = 0, 1
         self._batches = self._permutation()
         self._keys: BatchKeys | None = None
+        self.weight = 1
 
     def share(self, process: int, num_processes: int) -> None:
         """Give out every `num_processes`-th row of each batch from now on, beginning at row `process`.
 
-        A process for which a short batch has no row gets the batch's first one; `weight` says that it does not count.
         The checkpointed position does not depend on the processes.
         """
         self.process, self.num_processes = process, num_processes
@@ -103,11 +106,6 @@ class BatchStream:
         if self._keys is None:
             raise UserError("stream", "no batch has been drawn yet", "call next on it first")
         return self._keys
-
-    @property
-    def weight(self) -> int:
-        """1, or 0 where the last batch had no row for this process."""
-        return int(self.process < len(self.keys.rows))
 
     def checksum(self) -> str:
         """Digest of the data and of what decides the batches: equal on processes that go through the same ones."""
@@ -146,16 +144,25 @@ class BatchStream:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
+        return next(self.pieces(1))
+
+    def pieces(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """This process's share of the next batch in `count` pieces; `keys` and `weight` are those of the latest one.
+
+        A piece of a short batch that has no row gets the batch's first one, with weight 0.
+        """
         if self.position >= self.batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
             self._batches = self._permutation()
         self.position += 1
         rows = self._batches[self.position - 1]
-        mine = torch.arange(len(rows))[self.process :: self.num_processes]
-        if not len(mine):
-            mine = torch.zeros(1, dtype=torch.long)
-        self._keys = BatchKeys(self.epoch, *self._moved({"rows": rows, "mine": mine}).values())
-        return self.batch(rows[mine])
+        for piece in range(count):
+            mine = torch.arange(len(rows))[self.process + piece * self.num_processes :: count * self.num_processes]
+            self.weight = int(len(mine) > 0)
+            if not len(mine):
+                mine = torch.zeros(1, dtype=torch.long)
+            self._keys = BatchKeys(self.epoch, *self._moved({"rows": rows, "mine": mine}).values())
+            yield self.batch(rows[mine])
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """The rows `index` (int64 [B], on the host) as one trimmed batch on the stream's device."""

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +195,7 @@ def optimise(
     optimizer: Callable[[Iterable[Tensor]], Optimizer],
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     grad_clip: float | None = None,
+    accumulate: int = 1,
     dials: Mapping[str, Anneal] | None = None,
     targets: Mapping[str, Any] | None = None,
     log_every: int = 10,
@@ -238,6 +239,8 @@ def optimise(
         optimizer: makes the optimiser from the trainable parameters, e.g. `partial(torch.optim.Adam, lr=0.1)`.
         scheduler: makes a learning-rate scheduler from the optimiser; stepped after every update.
         grad_clip: largest norm of the whole gradient.
+        accumulate: pieces that a process cuts its share of a batch into, one after another, to save memory. The update
+            is that of the whole batch, up to rounding.
         dials: dotted name -> annealed value, set before every update by its 0-based index.
         targets: the objects that dial names start with.
         log_every: updates between two log points (host synchronisation).
@@ -266,6 +269,7 @@ def optimise(
     """
     for name, value in {
         "updates": updates,
+        "accumulate": accumulate,
         "log_every": log_every,
         "validate_every": validate_every,
         "patience": patience,
@@ -389,6 +393,35 @@ def optimise(
         if patience is not None and stale >= patience:
             result.stopped_early = True
 
+    def gradient() -> dict[str, Tensor]:
+        """Leave the gradient of the next batch in the parameters, and return the numbers of its log line."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, Tensor | int] = {}
+        whole = processes.size == 1 and accumulate == 1
+        for piece, batch in enumerate(stream.pieces(accumulate)):
+            waits = processes.size > 1 and piece < accumulate - 1  # gradients are exchanged once, after the last piece
+            with shared_loss.no_sync() if waits else nullcontext():
+                with (
+                    keyed_draws(seed, stream.keys),
+                    torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
+                ):
+                    objective = shared_loss(**batch)
+                values = {"loss": objective, **getattr(loss, "metrics", {})}
+                if whole:
+                    objective.backward()
+                    return values
+                # The gradient of a mean over pieces is a sum: how many items it is over is known after the last one.
+                items = dict.fromkeys(values, len(next(iter(batch.values())))) | getattr(loss, "counts", {})
+                items = {name: count * stream.weight for name, count in items.items()}
+                (objective * items["loss"]).backward()
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value.detach().double() * items[name]
+                counts[name] = counts.get(name, 0) + items[name]
+        means, totals = processes.means(sums, counts)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, processes.size / totals["loss"])  # the processes' gradients come averaged
+        return means
+
     stream.share(processes.rank, processes.size)
     if not processes.is_first:  # losses that draw by torch should not draw the same for other rows
         torch.manual_seed(seed ^ (processes.rank << 40) ^ result.updates)
@@ -398,21 +431,9 @@ def optimise(
             values_of_dials = {name: anneal(result.updates) for name, anneal in dials.items()}
             for name, setting in values_of_dials.items():
                 set_dial(targets, name, setting)
-            batch = next(stream)
             opt.zero_grad(set_to_none=True)
             try:
-                with (
-                    keyed_draws(seed, stream.keys),
-                    torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
-                ):
-                    objective = shared_loss(**batch)
-                values = {"loss": objective, **getattr(loss, "metrics", {})}
-                if processes.size > 1:
-                    counts = dict.fromkeys(values, len(next(iter(batch.values())))) | getattr(loss, "counts", {})
-                    counts = {name: count * stream.weight for name, count in counts.items()}
-                    values, factors = processes.means(values, counts)
-                    objective = objective * factors["loss"].to(objective.dtype)
-                objective.backward()
+                values = gradient()
             except (RuntimeError, ValueError, Warning) as error:
                 flush()  # an earlier update that was not finite is the cause, not what a sampler says about it now
                 if processes.size > 1:

@@ -76,26 +76,24 @@ class Processes:
         return nn.parallel.DistributedDataParallel(loss, find_unused_parameters=True)
 
     def means(
-        self, values: Mapping[str, Tensor], counts: Mapping[str, Tensor | int]
+        self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor | int]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Means over the global batch, in one message.
 
         Args:
-            values: 0-dim tensors, means over this process's share.
-            counts: under the same names, how many items each is a mean over; 0 for a share that does not count.
+            sums: 0-dim tensors, sums over this process's share.
+            counts: under the same names, over how many items.
 
         Returns:
-            The means, and by how much this process's value counts in the mean over all processes: `size` times its part
-            of the items. Both 0-dim float64.
+            The means, and the number of items of all processes under each name. Both 0-dim float64.
         """
-        device = next(iter(values.values())).device
-        mean = torch.stack([value.detach().to(device, torch.float64) for value in values.values()])
-        count = torch.stack([torch.as_tensor(counts[name]).to(device, torch.float64) for name in values])
-        total, items = torch.stack([mean * count, count]), count.clone()
+        device = next(iter(sums.values())).device
+        both = [[torch.as_tensor(of[name], device=device).detach().double() for name in sums] for of in (sums, counts)]
+        total = torch.stack([torch.stack(row) for row in both])  # [2, names]
         if self.size > 1:
             dist.all_reduce(total)
-        means, factors = total[0] / total[1], self.size * items / total[1]
-        return dict(zip(values, means, strict=True)), dict(zip(values, factors, strict=True))
+        means = total[0] / total[1]
+        return dict(zip(sums, means, strict=True)), dict(zip(sums, total[1], strict=True))
 
     def from_first(self, action: Callable[[], T]) -> T:
         """Let the first process act, and give its result, or its `UserError`, to all."""

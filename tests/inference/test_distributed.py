@@ -136,6 +136,7 @@ CASES: dict[str, Callable[..., tuple[nn.Module, FitResult]]] = {
     case.__name__: case for case in (mean_field, policy, one_step, heuristic, masked_diffusion, lazy)
 }
 RESUMED = ("policy", "one_step")
+IN_PIECES = ("mean_field", "masked_diffusion")
 
 COMMAND = ["fit-order", "--config", "chain"]
 for setting in (
@@ -183,6 +184,8 @@ def worker(out: Path) -> None:
         record(case, out, rank)
     for case in RESUMED:
         record(case, out, rank, "_half", updates=UPDATES // 2)
+    for case in IN_PIECES:
+        record(case, out, rank, "_pieces", accumulate=2)
     refusals = {
         "nan": refusal(lambda: optimise(Lazy("nan"), stream(trim=False), **(OPTIONS | {"log_every": 1}))),
         "data": refusal(lambda: optimise(Lazy(), BatchStream(ragged(rank), 3), **OPTIONS)),
@@ -268,6 +271,28 @@ def test_processes_agree_with_each_other_and_with_one(case: str, two: Path, tmp_
     # written once, by the first process
     log = [json.loads(line) for line in (two / case / "log.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in log if "validation" not in entry] == list(range(1, mine["updates"] + 1))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("accumulate", [2, 5])
+def test_a_batch_in_pieces_gives_the_update_of_the_whole(
+    case: str, accumulate: int, tmp_path: Path, double: None
+) -> None:
+    record(case, tmp_path, 0)
+    record(case, tmp_path, 0, "_pieces", accumulate=accumulate)
+    whole, pieces = (parameters(tmp_path / f"{case}{name}_0") for name in ("", "_pieces"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(pieces[name], tensor, rtol=1e-9, atol=1e-11)
+    close(*(json.loads((tmp_path / f"{case}{name}_0.result").read_text()) for name in ("", "_pieces")))
+
+
+@pytest.mark.parametrize("case", IN_PIECES)
+def test_pieces_on_two_processes(case: str, two: Path) -> None:
+    """Batches of three rows on two processes in two pieces: one of the four pieces has no row."""
+    whole, first, second = (parameters(two / f"{case}{name}") for name in ("_0", "_pieces_0", "_pieces_1"))
+    for name, tensor in whole.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", RESUMED)
