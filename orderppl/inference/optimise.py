@@ -399,8 +399,8 @@ def optimise(
         counts: dict[str, Tensor | int] = {}
         whole = processes.size == 1 and accumulate == 1
         for piece, batch in enumerate(stream.pieces(accumulate)):
-            waits = processes.size > 1 and piece < accumulate - 1  # gradients are exchanged once, after the last piece
-            with shared_loss.no_sync() if waits else nullcontext():
+            # The processes exchange gradients once, after the last piece.
+            with processes.apart(shared_loss) if piece < accumulate - 1 else nullcontext():
                 with (
                     keyed_draws(seed, stream.keys),
                     torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -74,6 +74,10 @@ class Processes:
         if self.size == 1:
             return loss
         return nn.parallel.DistributedDataParallel(loss, find_unused_parameters=True)
+
+    def apart(self, loss: nn.Module) -> AbstractContextManager[None]:
+        """Let gradients of a wrapped loss add up on each process, without exchanging them."""
+        return loss.no_sync() if isinstance(loss, nn.parallel.DistributedDataParallel) else nullcontext()
 
     def means(
         self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor | int]
