@@ -8,6 +8,10 @@ denoiser are measured apart. `chain` is the exact Markov chain of 16 positions a
 mean-field plan has a closed form, at the start of a fit and at a plan that is half learned. `short chain` has 8 of its
 positions and a policy that is its own guide, and sums over all orders.
 
+Where all orders can be summed over, two `limit` rows say how little variance any baseline could leave to the default
+estimator (`baseline_limits`): one that knows the best constant for every step and all that was drawn before it, and one
+that may also differ between the parameters.
+
 `bias_z` is the largest |z| over the coordinates of the mean gradient, `bias` the length of its error over that of the
 exact gradient. `gradient_variance` is the summed variance of one sequence's gradient, times the denoiser rows spent
 relative to all steps of all particles, so that an estimator that looks at one step is compared at equal forwards.
@@ -34,15 +38,18 @@ from tqdm.auto import tqdm
 from orderppl.data.chains import sample_chains
 from orderppl.data.collate import tensors
 from orderppl.distributions import StepwiseReveal
+from orderppl.experiments.baseline_limits import baseline_limits
 from orderppl.experiments.benchmark_speed import denoiser_rows, peak_bytes
 from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.replicates import Problem, Replicates, chain_policy_problem, chain_problem, tiny_problem
 from orderppl.experiments.results import Record, results_table, save_figure
+from orderppl.guides import MeanFieldGuide
 from orderppl.inference import (
     EnumeratedELBO,
     ExactTerms,
     ImportanceWeightedELBO,
     OrderLoss,
+    RelaxedELBO,
     RevealTraceGraph_ELBO,
     SequenceWakeSleep,
     all_orders,
@@ -71,6 +78,7 @@ class Estimator:
         target: what its gradient is compared with, a key of `EXACT`.
         unbiased: whether it claims that gradient in expectation.
         small: for enumerable problems only.
+        independent: for guides of independent steps only.
     """
 
     make: Callable[[int], ELBO]
@@ -78,6 +86,7 @@ class Estimator:
     target: str = "elbo"
     unbiased: bool = True
     small: bool = False
+    independent: bool = False
 
 
 def _stock(kind: type[ELBO], particles: int) -> ELBO:
@@ -95,6 +104,7 @@ ESTIMATORS = {
     "enumerated": Estimator(lambda particles: EnumeratedELBO(), small=True),
     "importance weighted": Estimator(ImportanceWeightedELBO, target="importance weighted"),
     "wake-sleep": Estimator(SequenceWakeSleep, target="wake-sleep", unbiased=False),
+    "relaxed": Estimator(RelaxedELBO, unbiased=False, independent=True),
 }
 STOCK = "stock TraceGraph"
 COSTS = ("seconds_per_update", "time_ratio", "peak_megabytes", "memory_ratio")
@@ -106,7 +116,7 @@ class Case:
     """A problem with its exact gradients.
 
     Attributes:
-        task: `tiny` or `chain`.
+        task: `tiny`, `chain` or `short chain`.
         point: which guide, or where the parameters stand.
         problem: makes replicates.
         exact: target -> group of parameters -> gradient of that objective, float64 [P]; a target that is missing has
@@ -118,6 +128,14 @@ class Case:
     problem: Problem
     exact: dict[str, dict[str, Tensor]]
 
+    def admits(self, estimator: Estimator) -> bool:
+        """Whether an estimator works here, and has something to be compared with."""
+        if estimator.small and self.task != "tiny":
+            return False
+        if estimator.independent and not isinstance(self.problem(1, False).guide, MeanFieldGuide):
+            return False
+        return estimator.target in self.exact
+
 
 def run(config: Config, out: Path) -> Iterable[Record]:
     """Measure bias and variance case by case, then time all estimators side by side."""
@@ -126,8 +144,13 @@ def run(config: Config, out: Path) -> Iterable[Record]:
         measured = {
             name: measure(estimator, case, config)
             for name, estimator in tqdm(ESTIMATORS.items(), desc=f"{case.task}, {case.point}")
-            if estimator.target in case.exact and (case.task == "tiny" or not estimator.small)
+            if case.admits(estimator)
         }
+        default = measured["default"]["order"]
+        forwards = default["gradient_variance"] / default["variance_per_update"]
+        limits = {} if case.task == "chain" else baseline_limits(case.problem, config.particles)
+        for name, variance in limits.items():
+            measured[name] = {"order": {"variance_per_update": variance, "gradient_variance": variance * forwards}}
         for name, groups in measured.items():
             for group, numbers in groups.items():
                 stock = measured[STOCK][group]["gradient_variance"]
@@ -136,12 +159,12 @@ def run(config: Config, out: Path) -> Iterable[Record]:
                     "task": case.task,
                     "point": case.point,
                     "gradient": group,
-                    "mode": "one step" if ESTIMATORS[name].one_step else "stacked",
-                    "unbiased": ESTIMATORS[name].unbiased,
                     "particles": config.particles,
-                    "draws": config.draws,
                     "seed": config.seed,
                 }
+                if name in ESTIMATORS:
+                    labels["mode"] = "one step" if ESTIMATORS[name].one_step else "stacked"
+                    labels |= {"unbiased": ESTIMATORS[name].unbiased, "draws": config.draws}
                 numbers["variance_ratio"] = numbers["gradient_variance"] / stock
                 records += [{"metric": metric, "value": value, **labels} for metric, value in numbers.items()]
     records += time_estimators(config)
@@ -353,7 +376,7 @@ def plot_variance(records: Iterable[Record], path: Path) -> None:
             if f"{record['task']}, {record['point']}" != case or not float(str(record["value"])) > 0:
                 continue
             height = names.index(str(record["estimator"])) + 0.12 * (index - len(cases) / 2)
-            face = colour if record["unbiased"] else "none"
+            face = colour if record.get("unbiased", True) else "none"
             axes.plot(float(str(record["value"])), height, "o", color=colour, markerfacecolor=face)
         axes.plot([], [], "o", color=colour, label=case)
     axes.set(xscale="log", xlabel="gradient variance at equal denoiser forwards / stock TraceGraph_ELBO")

@@ -329,13 +329,23 @@ def compiled(denoiser: nn.Module, backend: str) -> nn.Module:
 
 
 def denoiser_rows(denoiser: nn.Module, update: Callable[[], None]) -> int:
-    """Sequences that pass through the denoiser in one update."""
+    """Sequences that pass through the denoiser in one update, softly revealed ones included."""
     rows = []
     handle = denoiser.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    soft_logits: Any = getattr(denoiser, "soft_logits", None)
+
+    def counted(tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
+        rows.append(len(tokens))
+        logits: Tensor = soft_logits(tokens, visible, attention_mask)
+        return logits
+
+    if soft_logits is not None:
+        vars(denoiser)["soft_logits"] = counted
     try:
         update()
     finally:
         handle.remove()
+        vars(denoiser).pop("soft_logits", None)
     return sum(rows)
 
 

@@ -19,7 +19,7 @@ from orderppl.states import UnmaskingState
 
 
 class RowDenoiser(nn.Module):
-    """Arbitrary conditionals of short sequences: logits looked up by what is hidden, one table per row.
+    """Arbitrary conditionals of short sequences: logits looked up by what else is hidden, one table per row.
 
     The rows of a batch hold the same sequence, so what is hidden tells the whole state.
 
@@ -27,15 +27,31 @@ class RowDenoiser(nn.Module):
         table: float [R, 2**L, L, V].
     """
 
+    reads_itself = False
+
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.table = nn.Parameter(table)
         self.vocab_size = self.mask_index = table.shape[-1]
 
+    def _rows(self, like: Tensor) -> Tensor:
+        """Tables of N sequences, int64 [N]; rows are the fastest part of N."""
+        return torch.arange(len(like), device=like.device) % len(self.table)
+
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Look up float [N, L, V]; rows are the fastest part of N."""
-        row = torch.arange(len(state), device=state.device) % len(self.table)
-        return self.table[row, _code(state == self.mask_index)]
+        """Look up float [N, L, V], every position as if it were hidden itself."""
+        position = torch.arange(state.shape[-1], device=state.device)
+        code = _code(state == self.mask_index).unsqueeze(-1) | 1 << position  # [N, L]
+        return self.table[self._rows(state).unsqueeze(-1), code, position]
+
+    def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
+        """Expected logits if the other positions were visible with these probabilities, float [N, L, V]."""
+        size = visible.shape[-1]
+        position = torch.arange(size, device=visible.device)
+        hidden = (torch.arange(2**size, device=visible.device).unsqueeze(-1) >> position & 1).bool()  # [2**L, L]
+        by_position = torch.where(hidden, 1 - visible.unsqueeze(1), visible.unsqueeze(1))  # [N, 2**L, L]
+        others = by_position.unsqueeze(2).masked_fill(torch.eye(size, device=visible.device).bool(), 1.0).prod(-1)
+        return torch.einsum("nsl,nslv->nlv", others * hidden, self.table[self._rows(tokens)])
 
 
 class RowPolicy(nn.Module):
