@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
@@ -11,8 +13,18 @@ from orderppl.denoising import Canvas
 from orderppl.randomness import stratified_uniform
 from orderppl.states import FollowedStates, StackedStates, UnmaskingState, masked_before, partial_state, stacked_steps
 
-# Orders that a policy has just been followed along, with the states it met. The guide that drew an order and the model
-# that scores it are two programs with a path each; through this they share the denoiser calls.
+
+
+class _Followed(NamedTuple):
+    """The states that a policy has met on its way."""
+
+    tokens: Tensor
+    states: StackedStates
+    weights: list[int] | None  # versions of the denoiser's parameters where the states have a gradient to them
+
+
+# Orders that a policy has just been followed along. The guide that drew an order and the model that scores it are two
+# programs with a path each; through this they share the denoiser calls.
 _FOLLOWED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -51,10 +63,10 @@ class RevealPath:
         """States before each step of an order (int64 [*, B, L]), stacked: [S, *, B, L]."""
         reveal_step = detach_provenance(reveal_step)
         if self._last is None or self._last[0] is not reveal_step:
-            followed = _FOLLOWED.get(reveal_step)
-            if self.steps is None and followed is not None and self._shares(*followed):
-                self._last = reveal_step, followed[1]
-                return followed[1]
+            followed = self._followed(reveal_step)
+            if followed is not None:
+                self._last = reveal_step, followed
+                return followed
             shape = torch.broadcast_shapes(reveal_step.shape, self.tokens.shape)  # enumerated orders lack the batch
             order = reveal_step.expand(shape)
             step = stacked_steps(self.num_steps, order).squeeze(-1) if self.steps is None else self.steps
@@ -74,16 +86,32 @@ class RevealPath:
         denoiser = self.canvas.denoiser
         return not (isinstance(denoiser, torch.nn.Module) and any(p.requires_grad for p in denoiser.parameters()))
 
+    def _followed(self, reveal_step: Tensor) -> StackedStates | None:
+        """What was met while this order was drawn, if this path would meet the same."""
+        found = _FOLLOWED.get(reveal_step)
+        if found is None or self.steps is not None or not self._shares(found.tokens, found.states):
+            return None
+        if found.weights is not None:
+            del _FOLLOWED[reveal_step]  # a graph serves once
+            if found.weights != self._weights():
+                return None
+        return found.states
+
+    def _weights(self) -> list[int]:
+        """Versions of the denoiser's parameters: an update changes them."""
+        denoiser = self.canvas.denoiser
+        return [p._version for p in denoiser.parameters()] if isinstance(denoiser, torch.nn.Module) else []
+
     def remember(self, reveal_step: Tensor, states: list[UnmaskingState]) -> None:
         """Keep the states met while an order was drawn, so that scoring it needs no further denoiser call.
 
-        Only for a frozen denoiser: states met while sampling carry no gradient to it.
+        States that lack the gradient to a denoiser that can be trained are of no use.
 
         Args:
             reveal_step: int64 [*, B, L], the order.
             states: its T states; the first without particles, leading shape [B], the others [*, B].
         """
-        if not self.is_frozen:
+        if not (self.is_frozen or torch.is_grad_enabled()):
             return
         was_read = "logits" in states[0].__dict__
         if was_read:
@@ -94,7 +122,8 @@ class RevealPath:
         if not was_read:  # a policy that ignores the logits has made no denoiser call worth keeping
             stacked = StackedStates(stacked.tokens, stacked.masked, stacked.step, self.num_steps, self.canvas)
         self._last = reveal_step, stacked
-        _FOLLOWED[reveal_step] = self.tokens, stacked  # must not hold the key, or it would never be freed
+        weights = self._weights() if was_read and not self.is_frozen else None
+        _FOLLOWED[reveal_step] = _Followed(self.tokens, stacked, weights)  # must not hold the key: it could not be freed
 
     def adopt(self, reveal_step: Tensor, tokens: Tensor, states: UnmaskingState) -> bool:
         """Go on with the states of an order that a path of another program has built, if they are the same T states.

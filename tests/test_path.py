@@ -132,13 +132,39 @@ def test_a_policy_that_ignores_the_logits_makes_no_call():
     assert path.canvas.denoiser.calls == [4 * STEPS]
 
 
-def test_states_of_a_trainable_denoiser_are_not_kept():
-    """They were met without a gradient."""
+def test_states_of_a_trainable_denoiser_are_kept_with_their_gradient():
+    """T calls draw the order, and scoring it elsewhere gives the gradient of a fresh stack; a graph serves once."""
     path = make_path(frozen=False)
+    denoiser = path.canvas.denoiser
     order = SequentialReveal(path, EasyFirst(0.5).distribution).sample()
+    assert denoiser.calls == [4] * STEPS
+    slopes = []
+    for _ in range(2):
+        states = RevealPath(path.canvas, path.tokens, STEPS)(order)
+        states.token_log_prob(path.tokens).square().sum().backward()
+        slopes.append(denoiser.table.grad)
+        denoiser.table.grad = None
+    assert denoiser.calls == [4] * STEPS + [4 * STEPS]
+    assert slopes[0].abs().sum() > 0
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
+def test_states_met_without_a_gradient_are_not_kept_for_one():
+    path = make_path(frozen=False)
+    with torch.no_grad():
+        order = SequentialReveal(path, EasyFirst(0.5).distribution).sample()
     assert path(order).logits.requires_grad
     # The last step reveals everything unasked; the order is scored anew.
     assert path.canvas.denoiser.calls == [4] * (STEPS - 1) + [4 * STEPS]
+
+
+def test_states_are_not_kept_across_an_update_of_the_denoiser():
+    path = make_path(frozen=False)
+    order = SequentialReveal(path, EasyFirst(0.5).distribution).sample()
+    with torch.no_grad():
+        path.canvas.denoiser.table.add_(torch.randn_like(path.canvas.denoiser.table))
+    found = RevealPath(path.canvas, path.tokens, STEPS)(order).logits
+    torch.testing.assert_close(found, RevealPath(path.canvas, path.tokens, STEPS)(order.clone()).logits)
 
 
 def test_states_are_not_shared_with_another_batch_or_budget():

@@ -196,22 +196,20 @@ class SequentialReveal(OrderedPartition):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw orders by following the policy, int64 [*sample_shape, *, L].
 
-        Where no gradient can reach the denoiser, the sets met on the way keep theirs to the policy: scoring the order
-        does not ask the policy again.
+        Where gradients are on, states and sets met on the way keep theirs to denoiser and policy: scoring the order
+        asks neither again.
         """
         lead = torch.Size(sample_shape) + self.masked.shape[:-1]
-        with_gradient = torch.is_grad_enabled() and self.path.is_frozen
         sets: list[SetLaw] = []
 
         def law(state: UnmaskingState) -> SetLaw:
             sets.append(self.distribution(state).expand(lead))
             return sets[-1]
 
-        with torch.set_grad_enabled(with_gradient):
-            reveal_step, states = self._play(law, lead)
-            products = [one for one in sets if isinstance(one, RevealSet)]
-            if with_gradient and products and len(products) == len(sets):
-                self._keep_sets(reveal_step, states[-1], products)
+        reveal_step, states = self._play(law, lead)
+        products = [one for one in sets if isinstance(one, RevealSet)]
+        if torch.is_grad_enabled() and products and len(products) == len(sets):
+            self._keep_sets(reveal_step, states[-1], products)
         return reveal_step
 
     def _play(self, law: Callable[[UnmaskingState], SetLaw], lead: torch.Size) -> tuple[Tensor, list[UnmaskingState]]:
