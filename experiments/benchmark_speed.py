@@ -2,6 +2,7 @@
 
     orderppl benchmark speed --out runs/benchmark-speed
     orderppl benchmark speed --device cuda --out runs/benchmark-speed-gpu
+    orderppl benchmark speed --set axes=trainable  # one comparison of the six
     orderppl benchmark speed --preset quick        # seconds; the numbers mean little
 
 An update is loss, gradient and Adam step on one batch with prompts. The library and its twin (`handwritten`) take
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import matplotlib
 import pyro
@@ -45,6 +46,8 @@ from orderppl.models.networks import PolicyNetwork, SequenceEncoder
 PRESETS = {"quick": "speed_quick"}
 VARIANTS = ("library", "by hand")
 MODES = ("stacked", "sequential", "one_step", "policy")
+Axis = Literal["steps", "length", "particles", "trainable", "precision", "compiled"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def _large() -> DenoiserSize:
 class Config(RunConfig):
     """Settings of benchmark speed."""
 
+    axes: tuple[Axis, ...] = setting(AXES, "what is varied")
     steps: tuple[int, ...] = setting((2, 4, 8, 16, 32), "step budgets T", at_least=1, option="--steps")
     middle: int = setting(8, "step budget of everything that is not measured over T", at_least=2)
     lengths: tuple[int, ...] = setting((16, 32, 64), "response lengths of the growth", at_least=2)
@@ -94,7 +98,7 @@ class Case:
     trainable: bool = False
     precision: str = "float32"
     compiled: bool = False
-    axis: str = "steps"
+    axis: Axis = "steps"
 
     @property
     def labels(self) -> dict[str, object]:
@@ -123,7 +127,7 @@ class Timing:
 
 def run(config: Config, out: Path) -> Iterable[Record]:
     """Time, memory and denoiser rows of all modes; growth; compiled and low-precision denoisers."""
-    if len(set(config.steps)) < 2:
+    if "steps" in config.axes and len(set(config.steps)) < 2:
         raise UserError("steps", f"{config.steps} has no growth to measure", "give at least two step budgets")
     records: list[Record] = []
     device = torch.device(config.device)
@@ -134,7 +138,8 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     records += growth(records)
     records = [{**record, "device": config.device} for record in records]
     show(records)
-    plot(records, out / "speed.png")
+    if "steps" in config.axes:
+        plot(records, out / "speed.png")
     return records
 
 
@@ -148,12 +153,14 @@ def plan(config: Config) -> list[Case]:
     cases += [replace(base, length=length, axis="length") for length in config.lengths]
     for particles in config.particles:
         cases.append(replace(base, size=replace(config.small, particles=particles), axis="particles"))
-    for mode in MODES:
-        cases.append(replace(base, mode=mode, trainable=True, axis="trainable"))
+    for name, size in (("0.6M", config.small), ("10M", config.large)):
+        cases += [
+            replace(base, mode=mode, denoiser=name, size=size, trainable=True, axis="trainable") for mode in MODES
+        ]
     # Slow on CPUs without such instructions, so with the fewest steps.
     cases.append(replace(base, precision="bfloat16", steps=min(config.steps), axis="precision"))
     cases.append(replace(base, compiled=True, axis="compiled"))
-    return cases
+    return [case for case in cases if case.axis in config.axes]
 
 
 @contextmanager
@@ -453,9 +460,9 @@ def show(records: Sequence[Record]) -> None:
     table("Seconds per update, wall clock", by_size, ("variant",), metric=("seconds_per_update",), axis=("steps",))
     table("Share of the update without the denoiser", by_size, ("variant",), metric=("host_share",), axis=("steps",))
     table("Denoiser rows per sequence", by_size, ("variant",), metric=("denoiser_rows",), axis=("steps",))
-    other = ("mode", "axis", "length", "particles", "trainable", "precision", "compiled")
-    rest = ("length", "particles", "trainable", "precision", "compiled")
-    table("Other settings of the 0.6M denoiser", other, ("metric",), metric=ratios, axis=rest)
+    rest = AXES[1:]
+    other = ("mode", "denoiser", "axis", *rest)
+    table("Other settings", other, ("metric",), metric=ratios, axis=rest)
     slopes = ("time_slope", "memory_slope")
     table("Growth: log-log slopes", ("mode", "denoiser", "axis"), ("metric", "variant"), metric=slopes)
     for record in records:

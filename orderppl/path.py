@@ -14,7 +14,6 @@ from orderppl.randomness import stratified_uniform
 from orderppl.states import FollowedStates, StackedStates, UnmaskingState, masked_before, partial_state, stacked_steps
 
 
-
 class _Followed(NamedTuple):
     """The states that a policy has met on its way."""
 
@@ -123,7 +122,8 @@ class RevealPath:
             stacked = StackedStates(stacked.tokens, stacked.masked, stacked.step, self.num_steps, self.canvas)
         self._last = reveal_step, stacked
         weights = self._weights() if was_read and not self.is_frozen else None
-        _FOLLOWED[reveal_step] = _Followed(self.tokens, stacked, weights)  # must not hold the key: it could not be freed
+        # What is kept must not hold the order, or neither would ever be freed.
+        _FOLLOWED[reveal_step] = _Followed(self.tokens, stacked, weights)
 
     def adopt(self, reveal_step: Tensor, tokens: Tensor, states: UnmaskingState) -> bool:
         """Go on with the states of an order that a path of another program has built, if they are the same T states.

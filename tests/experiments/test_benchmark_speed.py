@@ -39,10 +39,19 @@ def test_every_pair_is_measured(records: list[dict[str, object]]) -> None:
         values = [r["value"] for r in chosen(records, metric, axis="steps")]
         assert len(values) == 2 * len(ratios)
         assert min(values) > 0
-    assert {r["trainable"] for r in chosen(records, "time_ratio", axis="trainable")} == {True}
+    trained = chosen(records, "time_ratio", axis="trainable")
+    assert {(r["mode"], r["denoiser"]) for r in trained} == {
+        (m, d) for m in benchmark_speed.MODES for d in ("0.6M", "10M")
+    }
+    assert {r["trainable"] for r in trained} == {True}
     assert len(chosen(records, "time_ratio", precision="bfloat16")) == 1
     assert chosen(records, "compile_available")[0]["value"] == 1  # the quick run compiles without code generation
     assert {r["axis"] for r in chosen(records, "time_slope")} == {"steps", "length", "particles"}
+
+
+def test_one_comparison_can_be_chosen() -> None:
+    chosen_axes = dataclasses.replace(QUICK, axes=("trainable", "length"))
+    assert {case.axis for case in benchmark_speed.plan(chosen_axes)} == {"trainable", "length"}
 
 
 def test_rows_through_the_denoiser(records: list[dict[str, object]]) -> None:
