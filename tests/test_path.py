@@ -202,3 +202,27 @@ def test_kept_states_are_freed_with_their_order():
         assert len(path_module._FOLLOWED) == before
     finally:
         gc.enable()
+
+
+def test_rows_that_agree_are_read_once():
+    """The denoiser gets each partially revealed sequence once per prompt, and every particle its logits."""
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        mask_index, vocab_size = 3, 3
+
+        def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+            seen.append(len(state))
+            return (state * torch.arange(1, state.shape[1] + 1)).double().unsqueeze(-1) + torch.arange(3.0)
+
+    context = torch.tensor([[0], [1]])
+    canvas = Canvas(Recorder(), torch.ones(2, 3, dtype=torch.bool), context)
+    states = torch.tensor([[[3, 3, 3], [3, 3, 3]], [[0, 3, 3], [3, 3, 3]]]).repeat(30, 1, 1)  # [K, B, L]
+    logits = canvas.logits(states)
+    assert seen == [3]  # both prompts with everything hidden, and the first one with a token
+    for index in (0, 1, 2, 59):
+        assert torch.equal(logits[index], canvas.logits(states[index]))
+    different = torch.cartesian_prod(*[torch.arange(4)] * 3)[:, None].expand(-1, 2, -1)  # [64, B, L]
+    seen.clear()
+    canvas.logits(different)
+    assert seen == [128]  # nothing to gain
