@@ -3,6 +3,7 @@
 if __name__ != "orderppl.models":
     raise ImportError("import orderppl.models, not models")
 
+from orderppl.models.price import PriceRange
 from orderppl.models.priors import (
     CosineSteps,
     EasyFirst,
@@ -31,6 +32,7 @@ __all__ = [
     "LearnedSteps",
     "LeftToRight",
     "LogitPrior",
+    "PriceRange",
     "ResidualPolicy",
     "RevealPrior",
     "ScheduledSteps",

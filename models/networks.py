@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor, nn
 
+from orderppl.denoising import distinct_rows
 from orderppl.errors import UserError
+from orderppl.models.price import PriceRange
 from orderppl.states import UnmaskingState
 
 Positions = Literal["rotary", "learned"]
@@ -350,6 +352,7 @@ class PositionTable(nn.Module):
 
 
 FEATURES = ("confidence", "margin", "entropy")
+POLICY_FEATURES = (*FEATURES, "prediction", "price")
 TRUTH_FEATURES = (*FEATURES, "likelihood")
 
 
@@ -369,15 +372,17 @@ class PolicyNetwork(nn.Module):
         layers: number of blocks.
         heads: attention heads.
         features: any of `confidence` (log odds of the top token), `margin` (top minus second probability), `entropy`
-            (share of the largest possible) and, with `sees_truth`, `likelihood` (log-probability of the true token).
-            Without any of them the denoiser is not called.
+            (share of the largest possible), `prediction` (the expected embedding of the token, needs `reads_tokens`),
+            `price` (that of a step, needs `prices`) and, with `sees_truth`, `likelihood` (log-probability of the true
+            token). Without any of those that read its predictions the denoiser is not called.
         reads_tokens: False leaves revealed tokens and prompt out.
         zero_init: start with all logits 0, as a correction on top of a heuristic does.
         bias: initial logit otherwise; the default reveals about one position in eight.
         sees_truth: take the true tokens as a second argument.
+        prices: the range of the feature `price`, shared with the `StepPrice` that charges it.
 
     Raises:
-        UserError: an unknown feature.
+        UserError: an unknown feature, or one without what it needs.
     """
 
     def __init__(
@@ -391,16 +396,23 @@ class PolicyNetwork(nn.Module):
         zero_init: bool = False,
         bias: float = -2.0,
         sees_truth: bool = False,
+        prices: PriceRange | None = None,
     ) -> None:
         super().__init__()
-        known = TRUTH_FEATURES if sees_truth else FEATURES
+        known = (*POLICY_FEATURES, "likelihood") if sees_truth else POLICY_FEATURES
         unknown = [name for name in features if name not in known]
         if unknown:
             raise UserError("features", f"unknown feature {unknown[0]!r}", f"use any of {', '.join(known)}")
+        if "prediction" in features and not reads_tokens:
+            raise UserError("features", "prediction needs the embedding of the tokens", "set reads_tokens")
+        if ("price" in features) != (prices is not None):
+            remedy = "put a step_price with a range on the policy, or leave the feature out"
+            raise UserError("features", "price and a range of prices need each other", remedy)
+        self.prices = prices
         self.features, self.reads_tokens = tuple(features), reads_tokens
         self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None
         self.embed_truth = nn.Embedding(vocab_size, width) if sees_truth else None
-        self.project = nn.Linear(len(self.features) + 4, width)
+        self.project = nn.Linear(len(self.features) - ("prediction" in features) + 4, width)
         self.backbone = Backbone(width, layers, heads)
         self.head = nn.Linear(width, 1)
         if zero_init:
@@ -409,6 +421,10 @@ class PolicyNetwork(nn.Module):
         else:
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.constant_(self.head.bias, bias)
+
+    @property
+    def _reads_denoiser(self) -> bool:
+        return any(name != "price" for name in self.features)
 
     def _describe(
         self, masked: Tensor, steps_left: Tensor, num_steps: int, log_probs: Tensor | None, truth: Tensor | None
@@ -430,6 +446,9 @@ class PolicyNetwork(nn.Module):
                 hidden_truth = torch.where(masked, truth, 0)  # what is not hidden may be no class of the denoiser
                 columns.append(log_probs.gather(-1, hidden_truth[..., None])[..., 0].clamp(min=-10) / 4)
         masked_here = masked.to(columns[0].dtype if columns else self.project.weight.dtype)  # [*, L]
+        if self.prices is not None:
+            places = self.prices.places(masked.shape[-2], masked.device)[:, None]  # [B, 1]
+            columns.append(places.to(masked_here.dtype).expand_as(masked_here))
         left = (steps_left.to(masked_here.dtype) / num_steps)[..., None].expand_as(masked_here)
         count = masked_here.sum(-1, keepdim=True).log1p().expand_as(masked_here) / 4
         return torch.stack([*columns, masked_here, left, count], -1)
@@ -450,7 +469,7 @@ class PolicyNetwork(nn.Module):
         if (tokens is None) == (self.embed_truth is not None):
             raise ValueError("tokens: a network sees the true tokens if sees_truth=True; build it for its place")
         truth = None if tokens is None else tokens.masked_fill(~state.canvas.attention_mask, 0).expand_as(state.tokens)
-        inputs = [state.tokens, state.masked, state.steps_left, state.log_probs if self.features else None]
+        inputs = [state.tokens, state.masked, state.steps_left, state.log_probs if self._reads_denoiser else None]
         provenance = get_provenance(inputs)
         seen, masked, steps_left, log_probs = detach_provenance(inputs)  # run on plain tensors, as a denoiser does
         lead, length = masked.shape[:-1], masked.shape[-1]
@@ -459,9 +478,14 @@ class PolicyNetwork(nn.Module):
         position = attended_positions(attention) / (attention.sum(-1, keepdim=True) - 1).clamp(min=1)
         described = torch.cat([described, position.to(described.dtype)[..., None]], -1)
         hidden = self.project(described.reshape(-1, length, described.shape[-1]).to(self.project.weight.dtype))
+        if "prediction" in self.features and self.embed is not None and log_probs is not None:
+            probs = torch.where(masked.unsqueeze(-1), log_probs, -torch.inf).exp()  # [*, L, V], 0 where visible
+            expected = probs @ self.embed.weight[: probs.shape[-1]].to(probs.dtype)
+            hidden = hidden + expected.reshape(hidden.shape).to(hidden.dtype)
         if self.embed_truth is not None and truth is not None:
             hidden = hidden + self.embed_truth(truth.reshape(-1, length))
         ids, attention = seen.reshape(-1, length), attention.reshape(-1, length)
+        distinct = distinct_rows(torch.cat([steps_left.expand(lead).reshape(-1, 1), ids], -1), lead[-1])
         if self.embed is not None:
             context, context_mask = state.canvas.context, state.canvas.context_mask
             if context is not None:
@@ -471,5 +495,9 @@ class PolicyNetwork(nn.Module):
             embedded = self.embed(ids)  # [N, C + L, W]
             split = embedded.shape[1] - length
             hidden = torch.cat([embedded[:, :split], embedded[:, split:] + hidden], 1)
-        logits = self.head(self.backbone(hidden, attention)[:, -length:]).reshape(*lead, length)
+        if distinct is not None:
+            places, kind = distinct
+            hidden, attention = hidden[places], attention[places]
+        logits = self.head(self.backbone(hidden, attention)[:, -length:]).squeeze(-1)
+        logits = logits.reshape(*lead, length) if distinct is None else logits[kind].reshape(*lead, length)
         return track_provenance(logits, provenance)

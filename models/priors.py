@@ -5,6 +5,7 @@ Every prior is also a decoding policy: `distribution(state)` is its law of the n
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ from orderppl.distributions import (
     UniformSet,
 )
 from orderppl.errors import UserError
+from orderppl.models.price import PriceRange
 from orderppl.path import RevealPath
 from orderppl.states import UnmaskingState
 
@@ -356,31 +358,58 @@ class HeuristicPrior(RevealPrior):
 class StepPrice(RevealPrior):
     """Any prior times exp(-price) per executed step: a geometric prior on the number of steps, up to a constant.
 
-    Without a price nothing in the bound asks for fewer than T steps.
+    Without a price nothing in the bound asks for fewer than T steps. With a `PriceRange` every sequence has a price of
+    its own, and a policy that reads it (feature `price` of `PolicyNetwork`) is learned for all prices at once.
 
     Args:
         prior: the prior to put a price on.
-        price: nats per executed step, at least 0.
+        price: nats per executed step, at least 0; or a range of prices.
     """
 
-    def __init__(self, prior: RevealPrior, price: float) -> None:
+    def __init__(self, prior: RevealPrior, price: float | PriceRange) -> None:
         super().__init__()
-        if price < 0:
+        if not isinstance(price, PriceRange) and price < 0:
             raise ValueError(f"price: {price} is negative; use 0 or more nats per step")
         self.prior = prior
         self.price = price
         self.non_empty = prior.non_empty
         self.sizes = prior.sizes
 
+    def at(self, price: float) -> StepPrice:
+        """The policy for one price of the range, nats: the same weights, for all sequences alike.
+
+        Raises:
+            UserError: the prior was made for one price, or the price is not positive.
+        """
+        if not isinstance(self.price, PriceRange):
+            raise UserError("price", f"this prior has the one price {self.price:g}", "leave the price out")
+        if not price > 0:
+            raise UserError("price", f"{price} is not positive", "give nats per step above 0")
+        copied = copy.deepcopy(self, {id(weight): weight for weight in (*self.parameters(), *self.buffers())})
+        assert isinstance(copied.price, PriceRange)
+        copied.price.chosen = price  # the copy's network reads the copy's range
+        return copied
+
+    def _prices(self, masked: Tensor) -> float | Tensor:
+        """Price of a number of sequences: a number or float [B]."""
+        price = self.price
+        return price.prices(masked.shape[-2], masked.device) if isinstance(price, PriceRange) else price
+
     def forward(self, path: RevealPath) -> OrderedPartition:
         """The law of the prior, priced."""
-        return PricedReveal(self.prior(path), self.price)
+        return PricedReveal(self.prior(path), self._prices(path.attention_mask))
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Same sets as the prior, each step weighed by its price while anything is masked."""
-        executed = state.masked.any(-1)
-        return state.law(self.prior.distribution).weighted(-self.price * executed.to(torch.get_default_dtype()))
+        executed = state.masked.any(-1).to(torch.get_default_dtype())  # [*, B]
+        return state.law(self.prior.distribution).weighted(-self._prices(state.masked) * executed)
 
     def select(self, state: UnmaskingState) -> Tensor:
-        """Selects as the prior does."""
+        """Selects as the prior does.
+
+        Raises:
+            UserError: no price has been chosen from the range.
+        """
+        if isinstance(self.price, PriceRange) and self.price.chosen is None:
+            raise UserError("price", "a range decides nothing", "decode with the policy `at` one price")
         return self.prior.select(state)

@@ -134,6 +134,11 @@ class _KeyedDraws:
         slot = self._next(self.rows)[0].argsort()  # a permutation of the global batch, the same on all processes
         return (slot[self.places] + _unit(self._next(self.mine)[0])) / len(self.rows)
 
+    def even(self) -> Tensor:
+        """float64 [B]; see `even_spread`. The number 0 belongs to no draw."""
+        slot = _absorb(self.rows, torch.zeros_like(self.rows)).argsort()
+        return (slot.double()[self.places] + 0.5) / len(self.rows)
+
 
 _DRAWS: ContextVar[_KeyedDraws | None] = ContextVar("orderppl_draws", default=None)
 
@@ -225,3 +230,22 @@ def generator_seed(generator: torch.Generator | None) -> int:
     the seed of `torch.manual_seed` counts.
     """
     return torch.initial_seed() if generator is None else generator.initial_seed()
+
+
+def even_spread(num_sequences: int, device: torch.device) -> Tensor:
+    """Give every sequence of the (global) batch a place of its own on an even grid, and the same one again if asked.
+
+    Nothing is drawn: all programs that look at one batch find the same places. Under `keyed_draws` the order of the
+    places changes from epoch to epoch; otherwise it is that of the sequences.
+
+    Args:
+        num_sequences: B, sequences of the batch on this process.
+        device: where the numbers are needed.
+
+    Returns:
+        float64 [B], a permutation of (b + 1/2) / B for b = 0..B-1.
+    """
+    draws = _DRAWS.get()
+    if draws is not None and num_sequences == len(draws.mine):
+        return draws.even()
+    return (torch.arange(num_sequences, dtype=torch.float64, device=device) + 0.5) / num_sequences

@@ -9,6 +9,7 @@ import torch
 from orderppl.randomness import (
     TOKENS,
     BatchKeys,
+    even_spread,
     generator_seed,
     keyed_draws,
     sample_categorical,
@@ -171,3 +172,28 @@ def test_stratified_draws_are_spread_evenly_and_uniform_for_each_sequence(keyed)
     assert ((hits - 375) / math.sqrt(3000 / 8 * 7 / 8)).abs().max() < 4.5
     # E = -Var / 7 with Var = 63 / 12; the product of two slots has a standard deviation below 5.25
     assert abs(product + 63 / 12 / 7) < 4.5 * 5.25 / math.sqrt(3000)
+
+
+def test_even_places_are_the_same_whenever_asked_and_on_every_process():
+    """One cell of the grid for each sequence of the global batch; outside of keyed draws in the order of the rows."""
+    torch.testing.assert_close(even_spread(4, CPU), torch.tensor([0.125, 0.375, 0.625, 0.875], dtype=torch.float64))
+    rows = torch.tensor([4, 9, 2, 7, 30])
+    with keyed_draws(9, BatchKeys(3, rows, torch.arange(5))):
+        whole = even_spread(5, CPU)
+        drawn = uniform((5, 2), CPU)
+        assert torch.equal(even_spread(5, CPU), whole)
+    torch.testing.assert_close(whole.sort().values, (torch.arange(5, dtype=torch.float64) + 0.5) / 5)
+    for process in range(2):
+        mine = torch.arange(5)[process::2]
+        with keyed_draws(9, BatchKeys(3, rows, mine)):
+            assert torch.equal(even_spread(len(mine), CPU), whole[mine])
+    with keyed_draws(9, BatchKeys(3, rows, torch.arange(5))):
+        assert torch.equal(uniform((5, 2), CPU), drawn)  # asking takes no draw away
+    places = []
+    for epoch in range(600):
+        with keyed_draws(9, BatchKeys(epoch, rows, torch.arange(5))):
+            places.append(even_spread(5, CPU))
+    # n = 600 epochs: each sequence has each of the 5 places in 1/5 of them, |z| < 4.5.
+    for cell in torch.stack(places).mul(5).long().unbind(1):
+        share = torch.bincount(cell, minlength=5) / 600
+        assert ((share - 0.2).abs() < 4.5 * math.sqrt(0.2 * 0.8 / 600)).all()

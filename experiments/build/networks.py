@@ -9,7 +9,7 @@ from torch import nn
 
 from orderppl.experiments.build.tasks import Task
 from orderppl.experiments.config import setting
-from orderppl.models import networks
+from orderppl.models import PriceRange, networks
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class PolicyNetworkConfig:
     width: int = setting(64, "size of the hidden vectors", at_least=8)
     layers: int = setting(2, "blocks", at_least=1)
     heads: int = setting(4, "attention heads", at_least=1)
-    features: tuple[str, ...] = setting(networks.FEATURES, "denoiser features: confidence, margin, entropy")
+    features: tuple[str, ...] = setting(
+        networks.FEATURES, "confidence, margin, entropy, prediction (of the denoiser), price (of a step, with a range)"
+    )
     reads_tokens: bool = setting(True, "see revealed tokens and prompt")
     bias: float = setting(-2.0, "initial logit")
 
@@ -77,9 +79,12 @@ def build_sequence_network(config: SequenceConfig, task: Task, out: int) -> nn.M
 
 
 def build_policy_network(
-    config: PolicyNetworkConfig | PosteriorNetworkConfig, task: Task, zero_init: bool = False
+    config: PolicyNetworkConfig | PosteriorNetworkConfig,
+    task: Task,
+    zero_init: bool = False,
+    prices: PriceRange | None = None,
 ) -> nn.Module:
-    """Network from states, or from states and true tokens, to reveal logits."""
+    """Network from states, or from states and true tokens, to reveal logits; it reads prices if it has the feature."""
     return networks.PolicyNetwork(
         task.vocab_size,
         width=config.width,
@@ -90,4 +95,5 @@ def build_policy_network(
         zero_init=zero_init,
         bias=config.bias,
         sees_truth=isinstance(config, PosteriorNetworkConfig),
+        prices=prices if "price" in config.features else None,
     )

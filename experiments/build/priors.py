@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orderppl import models
+from orderppl.errors import UserError
 from orderppl.experiments.build.heuristics import (
     HeuristicConfig,
     SizesConfig,
@@ -128,13 +129,29 @@ class StepPriceConfig:
     name: Literal["step_price"] = "step_price"
     prior: FreePriorConfig = setting(UniformStepsConfig, "what the price is put on")
     price: float = setting(1.0, "nats per executed step", at_least=0)
+    highest: float | None = setting(None, "largest price of a range that begins at `price`; null: one price", above=0)
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.highest is not None and not 0 < self.price <= self.highest:
+            problem = f"{self.price:g} to {self.highest:g} is no range of positive prices"
+            raise UserError("highest", problem, "set price above 0 and highest above price")
 
 
 PriorConfig = FreePriorConfig | StepPriceConfig
 
 
-def build_prior(config: PriorConfig, task: Task, num_steps: int) -> RevealPrior:
-    """Make a reveal prior."""
+def build_prior(
+    config: PriorConfig, task: Task, num_steps: int, prices: models.PriceRange | None = None
+) -> RevealPrior:
+    """Make a reveal prior.
+
+    Args:
+        config: which one.
+        task: its data.
+        num_steps: step budget T.
+        prices: the range that a step price around it charges, for networks with the feature `price`.
+    """
     match config:
         case UniformStepsConfig():
             return models.UniformSteps()
@@ -151,13 +168,15 @@ def build_prior(config: PriorConfig, task: Task, num_steps: int) -> RevealPrior:
         case EasyFirstConfig():
             return models.EasyFirst(config.threshold, config.temperature)
         case LearnedPolicyConfig():
-            return models.LearnedPolicy(build_policy_network(config.network, task), config.non_empty)
+            return models.LearnedPolicy(build_policy_network(config.network, task, prices=prices), config.non_empty)
         case ResidualPolicyConfig():
-            base = build_prior(config.base, task, num_steps)
+            base = build_prior(config.base, task, num_steps, prices)
             assert isinstance(base, models.LogitPrior)
-            correction = build_policy_network(config.network, task, True)
+            correction = build_policy_network(config.network, task, True, prices)
             return models.ResidualPolicy(base, correction, config.non_empty)
         case LearnedStepsConfig():
             return models.LearnedSteps(build_sequence_network(config.network, task, num_steps))
         case StepPriceConfig():
-            return models.StepPrice(build_prior(config.prior, task, num_steps), config.price)
+            price = config.price if config.highest is None else models.PriceRange(config.price, config.highest)
+            prices = price if isinstance(price, models.PriceRange) else None
+            return models.StepPrice(build_prior(config.prior, task, num_steps, prices), price)

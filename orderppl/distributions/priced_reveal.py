@@ -17,10 +17,10 @@ class PricedReveal(OrderedPartition):
 
     Args:
         law: p(r); samples are its own.
-        price: nats per executed step.
+        price: nats per executed step, one number or float [B], one for each sequence.
     """
 
-    def __init__(self, law: OrderedPartition, price: float, validate_args: bool | None = None) -> None:
+    def __init__(self, law: OrderedPartition, price: float | Tensor, validate_args: bool | None = None) -> None:
         self.law = law
         self.price = price
         super().__init__(law.masked, law.num_steps, law.steps, validate_args=validate_args)

@@ -34,6 +34,7 @@ from orderppl.models import (
     LearnedSchedule,
     LearnedSteps,
     LeftToRight,
+    PriceRange,
     ResidualPolicy,
     RevealPrior,
     StepPrice,
@@ -88,6 +89,25 @@ class StateTable(nn.Module):
         return local + local.mean(-1, keepdim=True) + self.confidence * certainty + self.step * state.step.unsqueeze(-1)
 
 
+class PricedTable(StateTable):
+    """Policy network: the logits of a state, moved by the price of a step."""
+
+    def __init__(self, prices: PriceRange) -> None:
+        super().__init__()
+        self.prices = prices
+        self.slope = nn.Parameter(torch.randn(LENGTH))
+
+    def forward(self, state: UnmaskingState) -> Tensor:
+        places = self.prices.places(state.masked.shape[-2], state.masked.device)  # [B]
+        return super().forward(state) + self.slope * places[:, None]
+
+
+def priced_range(steps: int) -> StepPrice:
+    """A policy for every price of a range."""
+    prices = PriceRange(0.2, 1.5)
+    return StepPrice(LearnedPolicy(PricedTable(prices)), prices)
+
+
 class PosteriorTable(nn.Module):
     """Posterior network: the policy's logits and one per true token and position."""
 
@@ -117,6 +137,7 @@ PRIORS = {
     "priced_one_each": lambda steps: StepPrice(FixedSizes(UniformSizes(LENGTH)), 0.7),
     "priced_uniform": lambda steps: StepPrice(UniformSteps(), 0.7),
     "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
+    "priced_range": priced_range,
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 GUIDES += ["plackett_luce", "one_each", "point", "oracle", "smoothed", "klass"]
@@ -159,7 +180,8 @@ def is_finite_pair(guide: str, prior: str) -> bool:
     if prior in same_sizes:
         return guide in same_sizes[prior]
     waits = {"random", "mean_field", "plan"}
-    never_waits = {"left_to_right", "easy_first", "learned_policy", "priced_policy", "heuristic", "priced_looking_back"}
+    never_waits = {"left_to_right", "easy_first", "learned_policy", "heuristic"}
+    never_waits |= {"priced_policy", "priced_range", "priced_looking_back"}
     return not (guide in waits and prior in never_waits)
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from orderppl.denoising import Canvas
 from orderppl.errors import UserError
+from orderppl.models import PriceRange
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 from orderppl.models.networks import Backbone, PolicyNetwork, PositionTable, SequenceEncoder, attended_positions
@@ -201,10 +203,14 @@ def cut(state: UnmaskingState, batch: dict[str, Tensor], row: int) -> UnmaskingS
     )
 
 
-@pytest.mark.parametrize("reads_tokens", [True, False])
-def test_policy_ignores_padding_and_other_rows(reads_tokens: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reads_tokens": False}, {"features": ("prediction", "margin")}],
+    ids=["tokens", "blind", "expected"],
+)
+def test_policy_ignores_padding_and_other_rows(options: dict[str, Any]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
-    network = PolicyNetwork(V + 1, width=16, layers=2, reads_tokens=reads_tokens)
+    network = PolicyNetwork(V + 1, width=16, layers=2, **options)
     batch = ragged()
     state = state_of(batch, denoiser, MASK)
     logits = network(state)
@@ -216,9 +222,10 @@ def test_policy_ignores_padding_and_other_rows(reads_tokens: bool) -> None:
         torch.testing.assert_close(logits[:, row][:, mask], alone[:, 0], atol=1e-5, rtol=0)
 
 
-def test_policy_never_sees_hidden_tokens() -> None:
+@pytest.mark.parametrize("features", [("confidence",), ("prediction",)])
+def test_policy_never_sees_hidden_tokens(features: tuple[str, ...]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1)
-    network = PolicyNetwork(V + 1, width=16)
+    network = PolicyNetwork(V + 1, width=16, features=features)
     batch = ragged()
     state = state_of(batch, denoiser, MASK)
     # every hidden token replaced: the partial states stay the same, and so must the logits
@@ -282,6 +289,47 @@ def test_policy_trains_every_parameter_and_the_denoiser_behind_its_features() ->
     every_parameter_gets_gradient(network, network(state))
     assert denoiser.embed.weight.grad is not None
     assert denoiser.embed.weight.grad.abs().sum() > 0
+
+
+def test_policy_reads_what_the_denoiser_expects() -> None:
+    """The feature `prediction` is sum_v p(v) e_v at masked positions: it tells two equally sure predictions apart."""
+
+    class Sure(nn.Module):
+        mask_index, vocab_size = MASK, V
+
+        def __init__(self, token: int) -> None:
+            super().__init__()
+            self.logits = 3.0 * torch.nn.functional.one_hot(torch.tensor(token), V)
+
+        def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.logits.expand(*state.shape, V)
+
+    torch.manual_seed(0)
+    batch = ragged()
+    for features, differs in ((("confidence", "margin", "entropy"), False), (("prediction",), True)):
+        network = PolicyNetwork(V + 1, width=16, features=features)
+        one, other = (network(state_of(batch, Sure(token), MASK)) for token in (1, 2))
+        assert ((one - other).abs().max() > 1e-4) == differs
+    with pytest.raises(UserError, match="prediction"):
+        PolicyNetwork(V + 1, features=("prediction",), reads_tokens=False)
+
+
+def test_policy_reads_the_price_of_each_sequence() -> None:
+    """A sequence reads its own price only; a range without the feature, and the reverse, are refused."""
+    torch.manual_seed(0)
+    denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
+    prices = PriceRange(0.1, 10.0)
+    network = PolicyNetwork(V + 1, width=16, features=("confidence", "price"), prices=prices)
+    batch = ragged()
+    state = state_of(batch, denoiser, MASK)
+    spread = network(state)
+    for row, price in enumerate(prices.prices(5, torch.device("cpu"))[:4]):
+        prices.chosen = float(price)
+        torch.testing.assert_close(network(state)[:, row], spread[:, row], atol=1e-5, rtol=0)
+    assert (network(state)[:, 0] - spread[:, 0]).abs().max() > 1e-4
+    for options in ({"features": ("price",)}, {"prices": prices}):
+        with pytest.raises(UserError, match="price"):
+            PolicyNetwork(V + 1, **options)
 
 
 def test_policy_without_features_does_not_call_the_denoiser() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import LENGTH, PRIORS, TableDenoiser, TokenTable, make_batch
+from programs import LENGTH, PRIORS, PricedTable, TableDenoiser, TokenTable, make_batch
 
 from orderppl.decoding import (
     Block,
@@ -41,6 +41,7 @@ from orderppl.models import (
     LearnedSchedule,
     LearnedSteps,
     LeftToRight,
+    PriceRange,
     ResidualPolicy,
     ScheduledSteps,
     SequentialUnmaskingModel,
@@ -214,6 +215,37 @@ def test_step_price_counts_executed_steps(base):
     assert priced.non_empty is base.non_empty
 
 
+def test_a_range_prices_every_sequence_for_itself():
+    """log p_b(r) = log p(r | price_b) - price_b * executed steps, with log-prices even over the range."""
+    prices = PriceRange(0.1, 1.6)
+    by_hand = 0.1 * 16 ** torch.tensor([0.125, 0.375, 0.625, 0.875])
+    torch.testing.assert_close(prices.prices(4, torch.device("cpu")), by_hand)
+    torch.testing.assert_close(prices.places(4, torch.device("cpu")), torch.tensor([-0.75, -0.25, 0.25, 0.75]))
+    batch = make_batch()
+    path = RevealPath(Canvas(TableDenoiser(), batch["attention_mask"]), batch["tokens"], STEPS)
+    order = torch.tensor([[0, 0, 0], [0, 1, 1], [2, 0, 1], [0, 3, -1]])
+    network = PricedTable(prices)
+    priced = StepPrice(LearnedPolicy(network, non_empty=False), prices)
+    paid = priced(path).log_prob(order)
+    executed = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    for row, price in enumerate(by_hand.tolist()):
+        one = priced.at(price)
+        assert one.prior.network.table is network.table  # the weights are shared, the price is its own
+        torch.testing.assert_close(one(path).log_prob(order)[row], paid[row])
+        free = one.prior(path).log_prob(order)[row]
+        torch.testing.assert_close(paid[row], free - price * executed[row])
+    assert priced.price.chosen is None
+    assert (priced.at(0.1)(path).log_prob(order) - paid)[1:].abs().min() > 1e-3
+    state = make_state([[True] * LENGTH])
+    assert priced.at(0.5).select(state).shape == (1, LENGTH)
+    with pytest.raises(UserError, match="price"):
+        priced.select(state)
+    with pytest.raises(UserError, match="price"):
+        priced.at(0.0)
+    with pytest.raises(UserError, match="price"):
+        StepPrice(UniformSteps(), 0.5).at(0.5)
+
+
 def test_fixed_sizes_is_uniform_over_orders_of_its_sizes():
     """p(r) = prod_t k_t! / n! for each row's own n, and no other order is possible."""
     batch = make_batch()
@@ -320,6 +352,8 @@ def test_settings_no_prior_can_have_are_refused(build, field: str):
         (lambda: EasyFirst(threshold=1.0), "threshold"),
         (lambda: EasyFirst(temperature=-1.0), "temperature"),
         (lambda: StepPrice(UniformSteps(), -0.1), "price"),
+        (lambda: PriceRange(0.0, 1.0), "price"),
+        (lambda: PriceRange(2.0, 1.0), "price"),
         (lambda: ResidualPolicy(UniformSteps(), Constant(0.0)), "base"),
     ],
 )
@@ -332,6 +366,7 @@ def test_bad_settings_are_refused(build, field: str):
 def test_every_prior_is_a_policy(name: str):
     """Selects a subset of what is masked, something when it never waits; rows do not influence each other."""
     prior = PRIORS[name](STEPS)
+    prior = prior.at(0.5) if name == "priced_range" else prior  # rows decoded together pay the same price
     assert isinstance(prior, Policy)
     masked = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]]).bool()
     denoiser = TableDenoiser()
