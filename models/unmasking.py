@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.distributions import HiddenTokens, RevealedTokens, Tracked
+from orderppl.errors import UserError
 from orderppl.models.priors import RevealPrior
 from orderppl.path import RevealPath
 from orderppl.states import UnmaskingState, same_step
@@ -19,7 +20,7 @@ class UnmaskingModel(PyroModule):
     """The generative program of masked diffusion with the order as its latent variable, scored in one piece.
 
         r ~ prior                                  ordered partition of the positions, site `reveal_step`
-        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t, c)_i        site `tokens`
+        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t, c)_i        site `tokens`; with outliers, see `RevealedTokens`
 
     All T states of an order are stacked and go through the denoiser in one call. The states are built from the
     observed tokens: to generate, use `SequentialUnmaskingModel`.
@@ -29,14 +30,30 @@ class UnmaskingModel(PyroModule):
         prior: distribution over orders.
         num_steps: step budget T.
         one_step: look at one uniformly drawn step per sequence instead of all T; unbiased, T times fewer denoiser rows.
+        outlier: share of sequences that may be anything, at least 0 and below 1.
+
+    Raises:
+        UserError: a share outside [0, 1), or one of a program that looks at one step, which only estimates p(x | r).
     """
 
-    def __init__(self, denoiser: Denoiser, prior: RevealPrior, num_steps: int, one_step: bool = False) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        prior: RevealPrior,
+        num_steps: int,
+        one_step: bool = False,
+        outlier: float = 0.0,
+    ) -> None:
+        if not 0 <= outlier < 1:
+            raise UserError("outlier", f"{outlier} is not in [0, 1)", "use 0 for none, or a share such as 0.5")
+        if outlier and one_step:
+            raise UserError("outlier", "a one-step program only estimates the likelihood of a sequence", "use 0")
         super().__init__("model")  # a root name of its own, or pyro.infer.SVI confuses its parameters with the guide's
         self.denoiser = denoiser
         self.prior = prior
         self.num_steps = num_steps
         self.one_step = one_step
+        self.outlier = outlier
 
     def forward(
         self,
@@ -62,7 +79,7 @@ class UnmaskingModel(PyroModule):
         path = RevealPath(canvas, tokens, self.num_steps, self.one_step)
         with pyro.plate("batch", len(tokens), dim=-1):
             reveal_step = pyro.sample("reveal_step", self.prior(path))
-            pyro.sample("tokens", RevealedTokens(path(reveal_step), reveal_step), obs=tokens)
+            pyro.sample("tokens", RevealedTokens(path(reveal_step), reveal_step, self.outlier), obs=tokens)
         return reveal_step
 
 

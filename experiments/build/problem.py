@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -108,6 +108,7 @@ class OrderConfig(RunConfig):
     task: TaskConfig = setting(ChainTask, "data")
     denoiser: DenoiserConfig = setting(ChainDenoiserConfig, "what fills in the tokens")
     freeze_denoiser: bool = setting(True, "learn the order only")
+    outlier: float = setting(0.0, "share of sequences that may be anything; see RevealedTokens", at_least=0, below=1)
     prior: PriorConfig = setting(UniformStepsConfig, "p(order)")
     guide: GuideConfig = setting(MeanFieldConfig, "q(order | sequence)")
     elbo: ElboConfig = setting(RevealTraceGraphConfig, "the objective", unnamed=True)
@@ -127,9 +128,14 @@ class OrderConfig(RunConfig):
             raise UserError("fit.temperature", f"{self.guide.name} has no temperature", "leave it out")
         if self.fit.step_price is not None and not isinstance(self.prior, StepPriceConfig):
             raise UserError("fit.step_price", f"{self.prior.name} has no price", "set prior.name=step_price")
+        if self.fit.step_price is not None and getattr(self.prior, "highest", None) is not None:
+            raise UserError("fit.step_price", "a range of prices is not annealed", "set prior.highest=null")
         if self.fit.kl_weight is not None and not hasattr(self.elbo, "kl_weight"):
             remedy = "set it to null, or choose another objective"
             raise UserError("fit.kl_weight", f"{self.elbo.name} has no weight of a KL to anneal", remedy)
+        if self.outlier and (self.elbo.one_step or self.elbo.name == "relaxed"):
+            problem = "needs the likelihood of whole sequences, which this objective does not know"
+            raise UserError("outlier", problem, "set it to 0, or use elbo=reveal_trace_graph with one_step=false")
 
 
 @dataclass
@@ -156,7 +162,9 @@ def build_problem(config: OrderConfig, task: Task | None = None, denoiser: nn.Mo
     denoiser.requires_grad_(not config.freeze_denoiser)
     prior = build_prior(config.prior, task, config.num_steps)
     with pyro.settings.context(module_local_params=True):  # as `fit` runs them; a program remembers how it was made
-        model = models.UnmaskingModel(as_denoiser(denoiser), prior, config.num_steps, one_step=config.elbo.one_step)
+        model = models.UnmaskingModel(
+            as_denoiser(denoiser), prior, config.num_steps, one_step=config.elbo.one_step, outlier=config.outlier
+        )
         guide = build_guide(config.guide, prior, denoiser, task, config.num_steps)
     return OrderProblem(task, denoiser, model, guide, build_elbo(config.elbo))
 
@@ -210,7 +218,7 @@ def learned_policy(
         problem: the fitted objects.
         decision: how probabilities become reveal sets; `rank` is for plans, see `PlannedOrder`.
         beta: factor on the reveal probabilities of a prior, see `StochasticDecision`; as learned when left out.
-        price: of a prior that was learned for a range of step prices, nats per step.
+        price: of a prior that was learned for a range of step prices, nats per step; its middle when left out.
 
     Raises:
         UserError: a dial that what was learned does not have.
@@ -227,11 +235,11 @@ def learned_policy(
             return logits  # [B, L, T]
 
         return PlannedOrder(plan, decision)
-    if price is not None:
-        if not hasattr(prior, "at"):
-            raise UserError("price", f"{type(prior).__name__} was not learned for a range of prices", "leave it out")
-        prior = cast(Any, prior).at(price)
     assert isinstance(prior, RevealPrior)
+    if isinstance(prior, models.StepPrice) and isinstance(prior.price, models.PriceRange):
+        prior = prior.at(prior.price.middle if price is None else price)
+    elif price is not None:
+        raise UserError("price", f"{type(prior).__name__} was not learned for a range of prices", "leave it out")
     if decision == "sample" or (decision == "mode" and beta is not None):
         return StochasticDecision(prior, decision, 1.0 if beta is None else beta)
     return prior

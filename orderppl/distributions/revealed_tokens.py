@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -21,9 +22,17 @@ class RevealedTokens(dist.TorchDistribution):
 
     With a state stack of S < T uniformly drawn steps this is the unbiased estimate T / S times the sum over those.
 
+    With a share of outliers it is the robust likelihood of a sequence that may be anything instead,
+
+        log[ (1 - outlier) p(x | r) + outlier ]
+
+    so that sequences which no order makes likely stop to matter. Towards 1 it is affine in p(x | r): what is maximised
+    is then the probability of the whole sequence, not its logarithm.
+
     Args:
         state: the stacked states of the order, leading shape [S, *].
         reveal_step: int64 [*, L], the order; its provenance is carried by `log_prob`.
+        outlier: share of outliers, at least 0 and below 1; all T states are needed unless it is 0.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -32,11 +41,13 @@ class RevealedTokens(dist.TorchDistribution):
         self,
         state: UnmaskingState,
         reveal_step: Tensor,
+        outlier: float = 0.0,
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.state = state
         self.reveal_step = reveal_step
+        self.outlier = outlier
         shape = state.masked.shape[1:]
         super().__init__(
             shape[:-1] if batch_shape is None else torch.Size(batch_shape), shape[-1:], validate_args=validate_args
@@ -49,7 +60,15 @@ class RevealedTokens(dist.TorchDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealedTokens:
         """Return the same distribution at a broader batch shape."""
-        return RevealedTokens(self.state, self.reveal_step, batch_shape, validate_args=self._validate_args)
+        state, order = self.state, self.reveal_step
+        return RevealedTokens(state, order, self.outlier, batch_shape, validate_args=self._validate_args)
+
+    def robust(self, log_likelihood: Tensor) -> Tensor:
+        """The log-likelihood of whole sequences among outliers, float of any shape."""
+        if self.outlier == 0:
+            return log_likelihood
+        anything = torch.full_like(log_likelihood, math.log(self.outlier))
+        return torch.logaddexp(log_likelihood + math.log1p(-self.outlier), anything)
 
     def token_log_prob(self, tokens: Tensor) -> Tensor:
         """l_i(s_t): log-likelihood of every hidden token at every state, float [S, *, L]; 0 where it is not hidden."""
@@ -74,7 +93,7 @@ class RevealedTokens(dist.TorchDistribution):
         revealed = detach_provenance(self.reveal_step) == state.step.unsqueeze(-1)  # [S, *, L]
         by_step = self.token_log_prob(value).masked_fill(~revealed, 0.0).sum(-1)  # [S, *]
         total = by_step.sum(0) * (state.num_steps / by_step.shape[0])
-        return track_provenance(total.expand(self.batch_shape), get_provenance(self.reveal_step))
+        return track_provenance(self.robust(total).expand(self.batch_shape), get_provenance(self.reveal_step))
 
 
 class HiddenTokens(dist.TorchDistribution):

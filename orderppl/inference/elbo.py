@@ -44,6 +44,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
                       + stop(gain_t^k - mean_{j != k} gain_t^j) log q(z_t^k | M_t^k)
                       - kl_weight stop(KL_t^k - mean_{j != k} KL_t^j) sum_{u < t} log q(z_u^k | M_u^k) ]
 
+    A likelihood with outliers puts its function of the whole sequence around each of the two sums of a gain, what was
+    revealed before z_t included, and takes the place of the first term of the surrogate.
     A program that looks at one random step per sequence cannot see gains; there the inner expectation itself is used,
     sum_i q_ti l_i(s_t) with its path-wise gradient and the score of the earlier sets (`credit="expected"`).
     Where a set law has no closed form, what was sampled stands in: sum_{i in z_t} l_i(s_t) for its expectation, and
@@ -137,6 +139,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         every_step = len(state.step) == q.num_steps
         if self.credit == "gain" and not every_step:
             raise UserError("credit", "a one-step program cannot see gains", 'leave it out or use "expected"')
+        if self.credit == "expected" and likelihood.outlier:
+            raise UserError("credit", "outliers are scored by whole sequences", 'leave it out or use "gain"')
         if every_step:
             q.share(order, tokens, state)
             q_at, log_q = q.reveal_sets(order), q.step_log_prob(order)  # [T, *]
@@ -154,15 +158,21 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         def expected(probs: Tensor) -> Tensor:
             return total(probs * hidden.masked_fill(probs == 0, 0.0))  # [S, *]
 
-        reward = total(hidden.masked_fill(~revealed, 0.0))
+        def scored(log_likelihood: Tensor) -> Tensor:
+            """Of whole sequences: float of shape [.., *]."""
+            return site_scaled(likelihood.robust(log_likelihood), sites.tokens)
+
+        by_step = hidden.masked_fill(~revealed, 0.0).sum(-1)  # log p(x_{z_t} | s_t), [S, *]
+        reward = scored(by_step.sum(0)) if every_step else weight * site_scaled(by_step, sites.tokens)
         credit = self.credit or ("gain" if every_step else "expected")
         # Credited with gains, the gradient of the expectation reaches the denoiser only: for a frozen one, spare it.
         probs = _inclusion_probs(q_at) if credit == "expected" or hidden.requires_grad else None  # [S, *, L]
         if credit == "gain":
-            fit = reward if probs is None else expected(probs.detach())
-            terms = [(reward.flip(0).cumsum(0).flip(0) - total(hidden), own())]
+            fit = reward if probs is None or likelihood.outlier else expected(probs.detach())
+            at_once = by_step.cumsum(0) - by_step + hidden.sum(-1)  # if everything left were revealed now, [T, *]
+            terms = [(reward - scored(at_once), own())]
         elif probs is None:
-            fit = reward
+            fit = weight * site_scaled(by_step, sites.tokens)  # by step, for their scores
             terms = [(fit, before + own())]
         else:
             fit = expected(probs)

@@ -86,6 +86,8 @@ class RelaxedELBO(RevealTraceGraph_ELBO):
             problem = f"draws its order from a {type(q).__name__}, which has no relaxation"
             raise UserError("guide", problem, "use a MeanFieldGuide, or RevealTraceGraph_ELBO")
         require_all_steps(likelihood, "a relaxed bound")
+        if likelihood.outlier:
+            raise UserError("outlier", "a relaxed bound knows none", "use 0, or RevealTraceGraph_ELBO")
         order = detach_provenance(sites.guide["value"])  # [*, L]
         step = likelihood.state.step  # [T, *]
         hard, soft = relaxed_steps(q.logits, order, self.temperature)  # [T, *, L]

@@ -12,17 +12,19 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from programs import GUIDES, PRIORS, TokenTable, is_finite_pair, make_batch, make_pair
+from programs import GUIDES, PRIORS, TableDenoiser, TokenTable, is_finite_pair, make_batch, make_pair
 
+from orderppl.errors import UserError
 from orderppl.guides import RandomGuide
-from orderppl.inference import RevealTraceGraph_ELBO, exact_elbo, exact_evidence
-from orderppl.inference.exact import all_orders
+from orderppl.inference import RelaxedELBO, RevealTraceGraph_ELBO, exact_elbo, exact_evidence
+from orderppl.inference.exact import all_orders, exact_terms
+from orderppl.models import UniformSteps, UnmaskingModel
 
 PAIRS = [(prior, guide) for prior in PRIORS for guide in GUIDES if is_finite_pair(guide, prior)]
 # The gradient of every pair is checked; by default, of the later guides and priors with some of the others.
 BRIEF = {"uniform", "learned_policy", "fixed_sizes", "priced_one_each", "random", "policy", "one_each"}
 LATER = {"posterior", "plackett_luce", "learned_schedule", "point", "oracle", "smoothed", "klass", "heuristic"}
-LATER |= {"looking_back", "priced_looking_back"}
+LATER |= {"looking_back", "priced_looking_back", "priced_range"}
 GRADIENT_PAIRS = [
     pytest.param(*pair, marks=[pytest.mark.slow] if LATER & {*pair} and not BRIEF & {*pair} else []) for pair in PAIRS
 ]
@@ -118,6 +120,45 @@ def test_every_gradient_path_is_unbiased(prior: str, guide: str, kind: str):
     # One step of a policy that hardly varies has rare, large gradients: 60 draws miss their spread for 3 seeds of 10.
     replicates = 300 if (kind, guide) == ("one_step", "klass") else 60
     assert largest_z(model, guide_program, elbo, batch, replicates, kl_weight=weight) < 5
+
+
+@pytest.mark.parametrize(
+    ("prior", "guide", "frozen"),
+    [("learned_policy", "policy", False), ("uniform", "mean_field", True), ("priced_range", "policy", True)],
+)
+def test_gradient_with_outliers_is_unbiased(prior: str, guide: str, frozen: bool):
+    """60 calls of 64 particles, the likelihood of whole sequences mixed with outliers; |z| < 5 in every coordinate."""
+    model, guide_program = make_pair(prior, guide, num_steps=3, frozen=frozen)
+    model.outlier = 0.05  # sequences of three tokens of four have about this probability
+    assert largest_z(model, guide_program, RevealTraceGraph_ELBO(64), make_batch(), replicates=60) < 5
+
+
+def test_outliers_enter_the_likelihood_of_whole_sequences():
+    """log[(1 - e) p(x | r) + e] for every order, and the bounds of both objectives are those of the enumeration."""
+    model, guide = make_pair("learned_policy", "policy", num_steps=3)
+    batch = make_batch()
+    orders = all_orders(guide, **batch)
+    plain = exact_terms(model, guide, orders, **batch).log_likelihood
+    model.outlier = 0.25
+    mixed = exact_terms(model, guide, orders, **batch).log_likelihood
+    torch.testing.assert_close(mixed, (0.75 * plain.exp() + 0.25).log())
+    exact = exact_elbo(model, guide, orders, **batch).sum().detach()
+    elbo = RevealTraceGraph_ELBO(4000)
+    with torch.no_grad():
+        drawn = -elbo.differentiable_loss(model, guide, **batch)
+    assert abs(float(drawn - exact)) < 0.1  # 4,000 orders whose terms have a standard deviation below 1.5: |z| < 5
+    torch.testing.assert_close(elbo.metrics["elbo"] * 4, drawn, atol=1e-3, rtol=0)
+
+
+def test_outliers_are_refused_where_only_parts_of_a_sequence_are_scored():
+    for options, field in (({"outlier": 1.0}, "outlier"), ({"outlier": 0.1, "one_step": True}, "outlier")):
+        with pytest.raises(UserError, match=f"^{field}: "):
+            UnmaskingModel(TableDenoiser(), UniformSteps(), 3, **options)
+    model, guide = make_pair("uniform", "mean_field", num_steps=3)
+    model.outlier = 0.1
+    for elbo, field in ((RevealTraceGraph_ELBO(2, credit="expected"), "credit"), (RelaxedELBO(2), "outlier")):
+        with pytest.raises(UserError, match=f"^{field}: "):
+            elbo.differentiable_loss(model, guide, **make_batch())
 
 
 def test_the_check_notices_a_biased_gradient():
