@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
-from orderppl.evaluation import decode_answers, path_likelihood
+from orderppl.evaluation import PolicyCost, decode_answers, path_likelihood, policy_cost
 from orderppl.experiments.build import (
     DenoiserConfig,
     SavedDenoiserConfig,
@@ -60,11 +60,12 @@ from orderppl.experiments.sweeps import (
 )
 from orderppl.experiments.train_denoiser import Config as TrainDenoiserConfig
 from orderppl.inference.batches import BatchStream
-from orderppl.inference.checkpoints import write_text
+from orderppl.inference.checkpoints import fingerprint, write_text
 from orderppl.inference.processes import Processes
 
 CONFIG = "frontier"
 DISTRIBUTED = True
+COSTED_ROWS = 64  # rows on which the cost of a policy network is measured
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class Study:
         self.module: nn.Module = module
         self.denoiser: Denoiser = as_denoiser(module)
         self.split = self._split()
+        self.rows = self._unseen(denoiser_config)
         if "accuracy" in config.metrics and self.task.tokenizer is None:
             raise UserError("metrics", f"{self.task.name} has no answers", "set metrics=path_nats")
         longest = int(self.split["attention_mask"].sum(-1).max()) if config.length is None else config.length
@@ -202,7 +204,9 @@ class Study:
     @property
     def title(self) -> str:
         """What is compared on what."""
-        return f"{self.task.name}, {self.config.split} split, n = {len(self.split['tokens'])}"
+        left_out = len(self.split["tokens"]) - len(self.rows)
+        about = f", {left_out} rows left out that a run has seen in training" if left_out else ""
+        return f"{self.task.name}, {self.config.split} split, n = {len(self.rows)}{about}"
 
     def _split(self) -> dict[str, Tensor]:
         held = self.task.held(self.config.split)
@@ -210,12 +214,35 @@ class Study:
         split.setdefault("attention_mask", torch.ones_like(split["tokens"], dtype=torch.bool))
         return split | {"row_ids": torch.arange(len(split["tokens"]))}
 
+    def _unseen(self, denoiser: DenoiserConfig) -> Tensor:
+        """Numbers of the rows that no run has seen in training: int64 [n].
+
+        Runs on the same data under the same seed have not seen them. Another seed draws other data, also for a training
+        seed of an order: then the rows themselves are compared.
+        """
+        everything = torch.arange(len(self.split["tokens"]))
+        if self.config.split == "train":
+            return everything
+        origins: list[tuple[TaskConfig, int]] = []
+        if self.config.source is not None:
+            trained = _trained(self.config.source)
+            origins.append((trained.task, trained.seed))
+        origins += [(settings.task, settings.seed) for settings in map(load_settings, _folders(self.config))]
+        seen: set[Row] = set()
+        for task_config, seed in origins:
+            if (task_config, seed) != (self.task_config, self.data_seed):
+                seen |= set(_whole_rows(build_task(task_config, seed, saved_tokenizer(denoiser)).splits["train"]))
+        unseen = torch.tensor([row not in seen for row in _whole_rows(self.split)])
+        if not bool(unseen.any()):
+            raise UserError("--run", "was trained on all of these rows", "compare it on other rows")
+        return everything[unseen]
+
     def _pieces(self) -> list[Piece]:
         config = self.config
         size = self.split["attention_mask"].sum(-1)
         if "context_mask" in self.split:
             size = size * 2**20 + self.split["context_mask"].sum(-1)  # responses of equal length together
-        rows = size.argsort(stable=True).tolist()
+        rows = self.rows[size[self.rows].argsort(stable=True)].tolist()
         batches = [tuple(rows[start : start + config.batch_size]) for start in range(0, len(rows), config.batch_size)]
         sampled = config.samples
         runs: list[tuple[Arm, Literal["decoding", "teacher_forced"], int, float]] = []
@@ -282,10 +309,32 @@ class Study:
             "batch_size": config.batch_size,
             "canvas": "own length" if config.length is None else config.length,
         }
-        results = Results(config, labels, self.arms, len(self.split["tokens"]))
+        results = Results(config, labels, self.arms, self.rows, self._costs())
         for piece in self.pieces:
             results.add(piece.arm, piece.run, piece.seed, piece.temperature, finished[piece.key])
         return results
+
+    def _costs(self) -> dict[str, dict[str, float]]:
+        """Parameters of every learned policy, and its cost as a share of that of the denoiser.
+
+        Measured once for policies that differ in their weights and dials alone.
+        """
+        middle = self.pieces[len(self.pieces) // 2].rows
+        batch = self.stream.batch(torch.tensor(middle[:COSTED_ROWS]))
+        known: dict[str, PolicyCost] = {}
+        found = {}
+        for arm in self.arms:
+            if arm.network is not None:
+                kind = value_digest([fingerprint(arm.network), arm.identity["decision"], arm.num_steps])
+                if kind not in known:
+                    denoiser = self.denoiser if arm.denoiser is None else arm.denoiser
+                    known[kind] = policy_cost(denoiser, arm.policy, batch, arm.num_steps, device=self.config.device)
+                found[arm.name] = {
+                    "policy_parameters": sum(parameter.numel() for parameter in arm.network.parameters()),
+                    "policy_flops_share": known[kind].flops,
+                    "policy_wall_share": known[kind].wall,
+                }
+        return found
 
 
 def _share(shard: str | None, processes: Processes) -> tuple[int, int]:
@@ -304,15 +353,44 @@ def _subject(config: Config) -> tuple[TaskConfig, DenoiserConfig, int]:
     """Data, denoiser and seed of the data, from wherever they are given."""
     task, denoiser, seed = config.task, config.denoiser, config.seed
     if config.source is not None:
-        trained = load_config(TrainDenoiserConfig, Path(config.source) / "config.yaml")
+        trained = _trained(config.source)
         return task or trained.task, denoiser or SavedDenoiserConfig(run=config.source), trained.seed
-    folders = [*config.runs, *(run for order in config.orders for run in order.runs)]
+    folders = _folders(config)
     if (task is None or denoiser is None) and folders:
         learned = load_settings(folders[0])
         return task or learned.task, denoiser or learned.denoiser, learned.seed
     if task is None or denoiser is None:
         raise UserError("--denoiser", "there is no denoiser", "give the run of one, or --run")
     return task, denoiser, seed
+
+
+def _folders(config: Config) -> list[str]:
+    """Run folders of all learned orders."""
+    return [*config.runs, *(run for order in config.orders for run in order.runs)]
+
+
+def _trained(folder: str) -> TrainDenoiserConfig:
+    """Settings of a run of train-denoiser."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UserError("--denoiser", f"{folder} is no run of train-denoiser", "give its run folder")
+    return load_config(TrainDenoiserConfig, path)
+
+
+Row = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _whole_rows(split: Mapping[str, Tensor]) -> list[Row]:
+    """Prompt and response of every row, without padding."""
+    parts = []
+    for name, mask in (("context", "context_mask"), ("tokens", "attention_mask")):
+        if name in split:
+            present = split[mask].tolist() if mask in split else torch.ones_like(split[name]).tolist()
+            pairs = zip(split[name].tolist(), present, strict=True)
+            parts.append([tuple(token for token, here in zip(*pair, strict=True) if here) for pair in pairs])
+        else:
+            parts.append([()] * len(split["tokens"]))
+    return list(zip(*parts, strict=True))
 
 
 def _kind(config: DenoiserConfig) -> dict[str, Any]:

@@ -49,11 +49,20 @@ class Results:
         config: of the run.
         labels: put on every record.
         arms: in the order of the table.
-        rows: number N of rows.
+        rows: int64 [N], numbers of the rows in their split.
+        costs: arm -> labels of what its policy network costs.
     """
 
-    def __init__(self, config: Config, labels: Labels, arms: Sequence[Arm], rows: int) -> None:
-        self.config, self.labels, self.arms, self.rows = config, labels, arms, rows
+    def __init__(
+        self,
+        config: Config,
+        labels: Labels,
+        arms: Sequence[Arm],
+        rows: Tensor,
+        costs: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        self.config, self.labels, self.arms, self.rows, self.costs = config, labels, arms, len(rows), costs
+        self._place = {row: place for place, row in enumerate(rows.tolist())}
         self._measured: dict[tuple[str, Run, float], dict[int, Measured]] = {}
         self._frontiers: dict[str, Frontier | None] = {}
 
@@ -61,10 +70,11 @@ class Results:
         """Take in a finished piece of work."""
         by_seed = self._measured.setdefault((arm.name, run, temperature), {})
         measured = by_seed.setdefault(seed, Measured())
+        places = [self._place[row] for row in piece["rows"]]
         for name in ("correct", "nats", "tokens", "canvas", "nfe", "fallback"):
             if name in piece:
                 column = measured.columns.setdefault(name, torch.full((self.rows,), math.nan, dtype=torch.float64))
-                column[piece["rows"]] = torch.tensor(piece[name], dtype=torch.float64)
+                column[places] = torch.tensor(piece[name], dtype=torch.float64)
         measured.batch_max.append(max(piece["nfe"]))
         measured.seconds += piece["seconds"]
 
@@ -126,8 +136,11 @@ class Results:
                 continue
             _, weights = self._values(seeds[0], metric)
             single = [bootstrap_mean(*self._values(measured, metric), resamples=1).value for measured in seeds]
-            cost = self._cost(seeds) | {"run": RUN_OF[metric], "temperature": 0.0}
-            cost |= {"n": self.rows, "seeds": len(seeds)}
+            cost: Labels = {"run": RUN_OF[metric], "temperature": 0.0, "n": self.rows, "seeds": len(seeds)}
+            cost |= self._cost(seeds)
+            own = self.costs.get(arm.name)
+            if own is not None:  # NFE as if the policy's operations were the denoiser's
+                cost |= {**own, "nfe_charged": float(cost["nfe"]) * (1 + own["policy_flops_share"])}
             interval = bootstrap_mean(point.values, weights, resamples=self.config.resamples, seed=self.config.seed)
             yield {
                 "metric": metric,
@@ -279,7 +292,7 @@ def arm_table(records: Iterable[Record], title: str) -> Table:
     table.add_column("arm")
     for column in ("steps", "NFE mean ± s.e. (min-max)", "batch max", "tokens/forward", "seeds", "accuracy %"):
         table.add_column(column, justify="right")
-    for column in ("path_nats", "@NFE", "policy weights", "policy/denoiser FLOPs", "ms/row"):
+    for column in ("path_nats", "@NFE", "policy weights", "FLOPs", "wall", "NFE charged", "ms/row"):
         table.add_column(column, justify="right")
     for arm, metrics in lines.items():
         head, path = metrics["nfe"], metrics.get("path_nats", {})
@@ -294,7 +307,8 @@ def arm_table(records: Iterable[Record], title: str) -> Table:
             _interval(metrics.get("path_nats"), 1, 3),
             f"{_real(path, 'nfe'):.2f}" if path else "",
             str(head.get("policy_parameters", "")),
-            f"{_real(head, 'policy_flops_share'):.1%}" if "policy_flops_share" in head else "",
+            *(f"{_real(head, key):+.0%}" if key in head else "" for key in ("policy_flops_share", "policy_wall_share")),
+            f"{_real(head, 'nfe_charged'):.2f}" if "nfe_charged" in head else "",
             f"{1000 * _real(head, 'seconds_per_row'):.1f}",
         )
     return table

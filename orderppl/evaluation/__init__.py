@@ -1,6 +1,7 @@
 """Evaluation: answers, path likelihood, intervals and the records of a comparison."""
 
 from orderppl.evaluation.answers import answers_match, exact_match, parse_answer
+from orderppl.evaluation.cost import PolicyCost, policy_cost
 from orderppl.evaluation.evaluate import DecodedAnswers, decode_answers, evaluate_policies
 from orderppl.evaluation.frontier import Advantage, Frontier, Point
 from orderppl.evaluation.intervals import Interval, bootstrap_mean, paired_difference
@@ -13,6 +14,7 @@ __all__ = [
     "Interval",
     "PathLikelihood",
     "Point",
+    "PolicyCost",
     "answers_match",
     "batch_canvas",
     "bootstrap_mean",
@@ -22,4 +24,5 @@ __all__ = [
     "paired_difference",
     "parse_answer",
     "path_likelihood",
+    "policy_cost",
 ]

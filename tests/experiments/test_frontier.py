@@ -214,6 +214,25 @@ def test_results_of_another_denoiser_are_refused(
     call(folder, whole)  # puts back the results that the refused command had removed
 
 
+def test_rows_that_a_run_has_seen_in_training_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """An order whose seed draws the evaluated problems as training problems."""
+    order = tmp_path / "leaky"
+    shutil.copytree(folder / "order-0", order)
+    settings = (order / "order.yaml").read_text()
+    # one stream of problems: 60 training, 20 validation and 30 test rows here, 95 training rows there
+    leaky = settings.replace("train: 60", "train: 95")
+    assert leaky != settings
+    (order / "order.yaml").write_text(leaky)
+    words = ["frontier", "--denoiser", str(folder / "denoiser"), "--run", str(order), "--out", str(tmp_path / "out")]
+    grid = ["--config", str(folder / "grid.yaml"), "--set", "heuristics=[]", "--set", "dials={}"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, *grid])
+    assert not end.value.code
+    found = records(tmp_path / "out")
+    assert {record["n"] for record in found} == {15}  # rows 80 to 94 are training rows of that run
+    assert "15 rows left out" in (tmp_path / "out" / "tables.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
