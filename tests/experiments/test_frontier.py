@@ -39,12 +39,12 @@ from orderppl.inference.checkpoints import save_weights, write_text
 TASK = ArithmeticTask(variant="dual", num_operations=2, train=60, validation=20, test=30)
 GRID = """
 heuristics:
-  - {policy: [random, margin], budgets: [1, 2, 4], sizes: [uniform]}
+  - {policy: [random, margin], budgets: [2, 4], sizes: [uniform]}
   - {policy: threshold, tau: [0.01, 0.1, 0.3]}
   - {policy: greedy_oracle, budgets: [2]}
 targets: [1.5, 2.0]
 random_seeds: 2
-batch_size: 8
+batch_size: 15
 resamples: 100
 dials: {decisions: [mode, sample], beta: [0.5, 2.0]}
 """
