@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
+from orderppl.data.chains import check_states, draw_offsets
 from orderppl.errors import UserError
 
 
@@ -28,16 +29,11 @@ def sample_trees(n: int, *, num_states: int = 4, stay: float = 0.85, depth: int 
     Raises:
         UserError: a setting is out of range.
     """
-    for name, value, least in (("n", n, 1), ("num_states", num_states, 2), ("depth", depth, 1)):
-        if value < least:
-            raise UserError(name, f"{value} is too small", f"give at least {least}")
-    if not 0 <= stay <= 1:
-        raise UserError("stay", f"{stay} is no probability", "give a number in [0, 1]")
+    check_states(n, num_states, stay)
+    if depth < 1:
+        raise UserError("depth", f"{depth} is too small", "give at least 1")
     uniform = np.random.default_rng(seed).random((n, 2**depth - 1, 2))  # [N, L, 2]
-    # offset 0 with probability stay, else one of 1..K-1, from the parent's state modulo K
-    offset = np.where(
-        uniform[..., 0] < stay, 0, 1 + np.floor(uniform[..., 1] * (num_states - 1)).astype(np.int64)
-    )  # [N, L]
+    offset = draw_offsets(uniform, num_states, stay)  # from the state of the parent, [N, L]
     tokens = np.floor(uniform[..., 1] * num_states).astype(np.int64)  # the root keeps this; children follow
     for node in range(1, tokens.shape[1]):
         tokens[:, node] = (tokens[:, (node - 1) // 2] + offset[:, node]) % num_states
