@@ -163,6 +163,7 @@ def search_plan(config: RefineConfig, problem: OrderProblem, start: Tensor, seed
         start,
         problem.model.num_steps,
         index=table.index(batch["attention_mask"]),
+        kicks=config.kicks,
         screen=config.screen,
         max_evaluations=config.max_evaluations,
         seed=seed,

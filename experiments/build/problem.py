@@ -96,6 +96,7 @@ class RefineConfig:
     """The local search that ends the learning of a plan; it climbs the likelihood alone. See `refine_plan`."""
 
     rows: int = setting(1000, "training sequences it looks at", at_least=1)
+    kicks: int = setting(0, "times it goes on from the best plan with a few places moved at random", at_least=0)
     screen: int = setting(128, "sequences of the first look at a change", at_least=1)
     max_evaluations: int | None = setting(None, "most plans to look at", at_least=1)
 

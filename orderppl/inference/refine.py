@@ -16,6 +16,7 @@ from orderppl.states import VISIBLE, partial_state
 
 STATES_AT_ONCE = 2048  # denoiser rows per call
 CACHED_NUMBERS = 2**25  # float32, 128 MiB
+SMALLEST_GAIN = 1e-6  # nats per sequence; less is rounding
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Refinement:
         after: the same of `steps`.
         accepted: number of changes that were made.
         evaluations: plans that were looked at.
-        finished: False when `max_evaluations` ended the search before a whole neighbourhood had no improvement.
+        finished: False when `max_evaluations` ended the search before a whole neighbourhood had no improvement, or
+            before all kicks.
     """
 
     steps: Tensor
@@ -48,6 +50,8 @@ def refine_plan(
     num_steps: int,
     *,
     index: Tensor | None = None,
+    kicks: int = 0,
+    kick_size: int = 4,
     screen: int = 128,
     finalists: int = 8,
     block: int = 128,
@@ -65,8 +69,10 @@ def refine_plan(
         shift     take r_i out of the sequence and put a step t in at j: everything between moves by one place
 
     Changes are tried in random order, a block at a time: all of a block on the first `screen` rows, the best few of
-    them on all rows, where the best one is made if it is an improvement. The search ends when none of the whole
-    neighbourhood is: a local optimum of the rows' likelihood under all three changes.
+    them on all rows, where the best one is made if it is an improvement. A climb ends when none of the whole
+    neighbourhood is: a local optimum of the rows' likelihood under all three changes. A kick then gives a few places of
+    the best plan so far random steps and climbs again (iterated local search, Lourenco et al. 2003): it gets out of
+    local optima without any knowledge of how the positions hang together, which shifts take for granted.
 
     Args:
         denoiser: see `Denoiser`.
@@ -74,11 +80,13 @@ def refine_plan(
         steps: int64 [P], step of every place of the plan.
         num_steps: step budget T.
         index: int64 [R, L], place of the plan that a position of a row looks up; its own position when left out.
+        kicks: climbs after the first one.
+        kick_size: places that a kick moves.
         screen: rows of the first look.
         finalists: changes of a block that get the second look.
         block: changes looked at together.
-        max_evaluations: most plans to look at.
-        seed: of the random order.
+        max_evaluations: most plans to look at, in all climbs.
+        seed: of the random order and the kicks.
 
     Raises:
         UserError: a step outside the budget, or no rows.
@@ -90,29 +98,56 @@ def refine_plan(
         raise UserError("steps", f"a plan outside 0..{num_steps - 1}", f"give one row of steps below {num_steps}")
     generator = torch.Generator().manual_seed(seed)
     rows = _Rows(denoiser, batch, index, num_steps)
-    first = rows.head(min(screen, len(tokens)))
-    current = start = steps.detach().cpu()
-    nats, nats_first = rows.log_likelihood(current[None])[0], first.log_likelihood(current[None])[0]  # [R], [screen]
-    before, accepted, evaluations = float(nats.mean()), 0, 1
-    neighbourhood = _Neighbourhood(len(current), num_steps)
     limit = math.inf if max_evaluations is None else max_evaluations
-    order, begin = torch.randperm(len(neighbourhood), generator=generator), 0
-    while begin < len(order) and evaluations < limit:
-        plans = neighbourhood.plans(current, order[begin : begin + block])
-        begin += block
-        if not len(plans):
-            continue
-        evaluations += len(plans)
-        gain = (first.log_likelihood(plans) - nats_first).mean(-1)  # [C]
-        plans = plans[gain.topk(min(finalists, len(plans))).indices]
-        by_row = rows.log_likelihood(plans)  # [finalists, R]
-        best = int(by_row.mean(-1).argmax())
-        if float((by_row[best] - nats).mean()) > 1e-6:
-            current, nats = plans[best], by_row[best]
-            nats_first = first.log_likelihood(current[None])[0]
-            accepted += 1
-            order, begin = torch.randperm(len(neighbourhood), generator=generator), 0
-    return Refinement(current, start, before, float(nats.mean()), accepted, evaluations, begin >= len(order))
+    search = _Search(rows, rows.head(min(screen, len(tokens))), finalists, block, limit, generator)
+    start = steps.detach().cpu()
+    before = float(rows.log_likelihood(start[None]).mean())
+    best, after = search.climb(start)
+    for _ in range(kicks):
+        if search.evaluations >= limit:
+            search.finished = False
+            break
+        place = torch.randperm(len(start), generator=generator)[:kick_size]
+        kicked = best.index_copy(0, place, torch.randint(num_steps, (len(place),), generator=generator))
+        found, value = search.climb(kicked)
+        if value > after + SMALLEST_GAIN:
+            best, after = found, value
+    return Refinement(best, start, before, after, search.accepted, search.evaluations, search.finished)
+
+
+class _Search:
+    """Climbs from plan to better plan, and what they have cost."""
+
+    def __init__(
+        self, rows: _Rows, first: _Rows, finalists: int, block: int, limit: float, generator: torch.Generator
+    ) -> None:
+        self.rows, self.first, self.finalists, self.block = rows, first, finalists, block
+        self.limit, self.generator = limit, generator
+        self.accepted, self.evaluations, self.finished = 0, 0, True
+
+    def climb(self, plan: Tensor) -> tuple[Tensor, float]:
+        """Go from a plan (int64 [P]) to a local optimum; return that and its mean log-likelihood, nats."""
+        nats, nats_first = self.rows.log_likelihood(plan[None])[0], self.first.log_likelihood(plan[None])[0]
+        self.evaluations += 1
+        neighbourhood = _Neighbourhood(len(plan), self.rows.num_steps)
+        order, begin = torch.randperm(len(neighbourhood), generator=self.generator), 0
+        while begin < len(order) and self.evaluations < self.limit:
+            plans = neighbourhood.plans(plan, order[begin : begin + self.block])
+            begin += self.block
+            if not len(plans):
+                continue
+            self.evaluations += len(plans)
+            gain = (self.first.log_likelihood(plans) - nats_first).mean(-1)  # [C]
+            plans = plans[gain.topk(min(self.finalists, len(plans))).indices]
+            by_row = self.rows.log_likelihood(plans)  # [finalists, R]
+            best = int(by_row.mean(-1).argmax())
+            if float((by_row[best] - nats).mean()) > SMALLEST_GAIN:
+                plan, nats = plans[best], by_row[best]
+                nats_first = self.first.log_likelihood(plan[None])[0]
+                self.accepted += 1
+                order, begin = torch.randperm(len(neighbourhood), generator=self.generator), 0
+        self.finished = self.finished and begin >= len(order)
+        return plan, float(nats.mean())
 
 
 class _Neighbourhood:
