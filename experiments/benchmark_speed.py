@@ -370,7 +370,7 @@ def take_turns(config: Config, updates: dict[str, Callable[[], None]], device: t
     return timing
 
 
-def timed(update: Callable[[], None], device: torch.device) -> tuple[float, float]:
+def timed(update: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Wall and CPU seconds of one update; waits for the device before and after it only."""
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()

@@ -48,10 +48,11 @@ EXPERIMENTS = {
     "report": "One HTML file of a run: tables, figures, and a replay of decoding under two policies.",
     "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
     "benchmark speed": "Time and memory of an SVI update, beside the same update written by hand in plain torch.",
+    "benchmark decode": "What decoding costs beside the denoiser forwards it needs, and beside a plain loop.",
 }
 """Name on the command line -> one line of help. The module has the same name, with underscores; `benchmark speed`, two
 words, is the command `speed` of the group `benchmark`."""
-GROUPS = {"benchmark": "Measure what the library promises: estimators and speed."}
+GROUPS = {"benchmark": "Measure what the library promises: estimators, speed and decoding."}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
