@@ -80,9 +80,7 @@ class Config(RunConfig):
     prompt: int = setting(16, "most prompt tokens", at_least=2)
     long_prompt: int = setting(96, "most prompt tokens where prompts are read once", at_least=2)
     steps: int = setting(8, "step budget T", at_least=2)
-    sure: float = setting(
-        0.25, "share of positions the threshold policy is sure of at first", above=0, below=1
-    )
+    sure: float = setting(0.25, "share of positions the threshold policy is sure of at first", above=0, below=1)
     spread: float = setting(6.0, "standard deviation of the logits, nats", above=0)
     rounds: int = setting(15, "most rounds of a measurement", at_least=1)
     least_rounds: int = setting(5, "fewest rounds of a measurement", at_least=1)

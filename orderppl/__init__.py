@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orderppl.decoding import decode, follow, make_policy
+    from orderppl.decoding import decode, follow, generate, make_policy
     from orderppl.denoising import Canvas, Denoiser
     from orderppl.errors import UserError
     from orderppl.inference import RevealTraceGraph_ELBO, fit
@@ -23,6 +23,7 @@ _HOME = {
     "decode": "orderppl.decoding",
     "fit": "orderppl.inference",
     "follow": "orderppl.decoding",
+    "generate": "orderppl.decoding",
     "make_policy": "orderppl.decoding",
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "decode",
     "fit",
     "follow",
+    "generate",
     "make_policy",
 ]
 

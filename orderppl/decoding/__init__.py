@@ -4,11 +4,13 @@ from orderppl.decoding.adaptive import EntropyBound, Factor, Klass, Threshold
 from orderppl.decoding.alternatives import Alternatives, alternatives_at_reveal
 from orderppl.decoding.decisions import NetworkPlan, PlannedOrder, StochasticDecision
 from orderppl.decoding.decode import DecodeOutput, PathOutput, decode, follow
+from orderppl.decoding.generate import GenerateOutput, generate
 from orderppl.decoding.heuristic import Heuristic
 from orderppl.decoding.oracles import GreedyOracle, OracleMargin
 from orderppl.decoding.policy import Policy, ScoredPolicy, StochasticPolicy
 from orderppl.decoding.ranking import Entropy, LeftToRight, Margin, Random, RankPolicy, TopProb
 from orderppl.decoding.registry import POLICIES, describe_policy, make_policy
+from orderppl.decoding.scheduler import RevealScheduler, SchedulerOutput
 from orderppl.decoding.schedules import CosineSizes, FractionalSizes, SetSizes, UniformSizes, make_sizes
 from orderppl.decoding.wrappers import Block, EosAware
 from orderppl.randomness import uniform_noise
@@ -24,6 +26,7 @@ __all__ = [
     "EosAware",
     "Factor",
     "FractionalSizes",
+    "GenerateOutput",
     "GreedyOracle",
     "Heuristic",
     "Klass",
@@ -36,6 +39,8 @@ __all__ = [
     "Policy",
     "Random",
     "RankPolicy",
+    "RevealScheduler",
+    "SchedulerOutput",
     "ScoredPolicy",
     "SetSizes",
     "StochasticDecision",
@@ -47,6 +52,7 @@ __all__ = [
     "decode",
     "describe_policy",
     "follow",
+    "generate",
     "make_policy",
     "make_sizes",
     "uniform_noise",
