@@ -3,7 +3,7 @@
     orderppl frontier --denoiser runs/arithmetic-denoiser --split validation --out runs/frontier
     orderppl frontier --denoiser runs/arithmetic-denoiser --run runs/order-0 --run runs/order-1 --out runs/frontier
     orderppl frontier --config frontier_mod20 --denoiser runs/mod20-denoiser --shard 1/2 --out runs/frontier
-    torchrun --nproc_per_node 2 -m orderppl.experiments.cli frontier --denoiser runs/d --run runs/o --out runs/frontier
+    torchrun --nproc_per_node 2 -m -- orderppl.experiments.cli frontier --denoiser runs/d --run runs/o --out runs/f
 
 Each learned order is compared with the best heuristic interpolated at the same mean NFE (`advantage`, positive is
 better), paired over problems, everything estimated again in each bootstrap sample, the choice of the best heuristic
@@ -12,7 +12,8 @@ the test rows once.
 
 Finished batches are kept in rows-*.jsonl: repeat the command after a kill, or with more arms, and it goes on. Shards
 (`--shard 1/2`, `--shard 2/2`) each write a file of their own into the same folder; whichever ends last, or the command
-without --shard, makes the table.
+without --shard, makes the table. (The `--` keeps torchrun from taking --run
+for an option of its own.)
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Config(RunConfig):
     batch_size: int = setting(256, "rows decoded together", at_least=1)
     length: int | None = setting(None, "canvas of every response, tokens; null: each row's own length", at_least=1)
     metrics: tuple[Literal["accuracy", "path_nats"], ...] = setting(
-        ("accuracy", "path_nats"), "accuracy of decoded answers (text tasks), teacher-forced nats per token"
+        ("accuracy", "path_nats"), "accuracy of decoded answers, where the task has some; teacher-forced nats per token"
     )
     heuristics: tuple[SweepConfig, ...] = setting((), "grids of policies without parameters")
     orders: tuple[LearnedSweepConfig, ...] = setting((), "learned curves, beside those of --run")
@@ -182,7 +183,9 @@ class Study:
         self.denoiser: Denoiser = as_denoiser(module)
         self.split = self._split()
         self.rows = self._unseen(denoiser_config)
-        if "accuracy" in config.metrics and self.task.tokenizer is None:
+        answers = self.task.tokenizer is not None
+        self.metrics = tuple(metric for metric in config.metrics if answers or metric != "accuracy")
+        if not self.metrics:
             raise UserError("metrics", f"{self.task.name} has no answers", "set metrics=path_nats")
         longest = int(self.split["attention_mask"].sum(-1).max()) if config.length is None else config.length
         self.arms = heuristic_arms(config.heuristics, self.task, longest)
@@ -248,9 +251,9 @@ class Study:
         runs: list[tuple[Arm, Literal["decoding", "teacher_forced"], int, float]] = []
         for arm in self.arms:
             seeds = range(config.seed, config.seed + (config.random_seeds if arm.draws else 1))
-            if "accuracy" in config.metrics and arm.kind != "oracle":
+            if "accuracy" in self.metrics and arm.kind != "oracle":
                 runs += [(arm, "decoding", seed, 0.0) for seed in seeds]
-            if "path_nats" in config.metrics:
+            if "path_nats" in self.metrics:
                 runs += [(arm, "teacher_forced", seed, 0.0) for seed in seeds]
             if arm.kind != "oracle" and any(fnmatch(arm.name, pattern) for pattern in sampled.arms):
                 draws = range(config.seed, config.seed + sampled.count)
@@ -309,7 +312,7 @@ class Study:
             "batch_size": config.batch_size,
             "canvas": "own length" if config.length is None else config.length,
         }
-        results = Results(config, labels, self.arms, self.rows, self._costs())
+        results = Results(config, self.metrics, labels, self.arms, self.rows, self._costs())
         for piece in self.pieces:
             results.add(piece.arm, piece.run, piece.seed, piece.temperature, finished[piece.key])
         return results

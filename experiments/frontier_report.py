@@ -47,6 +47,7 @@ class Results:
 
     Args:
         config: of the run.
+        metrics: what was measured, of accuracy and path_nats.
         labels: put on every record.
         arms: in the order of the table.
         rows: int64 [N], numbers of the rows in their split.
@@ -56,12 +57,14 @@ class Results:
     def __init__(
         self,
         config: Config,
+        metrics: Sequence[str],
         labels: Labels,
         arms: Sequence[Arm],
         rows: Tensor,
         costs: Mapping[str, Mapping[str, float]],
     ) -> None:
-        self.config, self.labels, self.arms, self.rows, self.costs = config, labels, arms, len(rows), costs
+        self.config, self.metrics, self.labels, self.arms = config, metrics, labels, arms
+        self.rows, self.costs = len(rows), costs
         self._place = {row: place for place, row in enumerate(rows.tolist())}
         self._measured: dict[tuple[str, Run, float], dict[int, Measured]] = {}
         self._frontiers: dict[str, Frontier | None] = {}
@@ -90,11 +93,6 @@ class Results:
             found += self._advantage_records(metric)
         return [*found, *self._pass_records()]
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Metrics that were measured."""
-        return self.config.metrics
-
     def _seeds(self, arm: Arm, metric: str) -> list[Measured]:
         return list(self._measured.get((arm.name, RUN_OF[metric], 0.0), {}).values())
 
@@ -112,6 +110,17 @@ class Results:
             return None
         values = torch.stack([self._values(measured, metric)[0] for measured in seeds]).mean(0)
         return Point(arm.name, arm.family, values, torch.stack([m.columns["nfe"] for m in seeds]).mean(0))
+
+    def curves(self, metric: str) -> dict[tuple[str, int], list[tuple[float, float]]]:
+        """(family, training seed) -> mean NFE and value of its arms, by NFE."""
+        found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        for arm in self.arms:
+            point = self.point(arm, metric)
+            if point is not None:
+                _, weights = self._values(self._seeds(arm, metric)[0], metric)
+                value = float((weights * point.values).sum() / weights.sum())
+                found.setdefault((arm.family, arm.training_seed), []).append((float(point.nfe.mean()), value))
+        return {key: sorted(curve) for key, curve in found.items()}
 
     def frontier(self, metric: str) -> Frontier | None:
         """The best heuristic at every mean NFE; None without heuristics."""
@@ -380,41 +389,37 @@ def _interval(record: Record | None, factor: float, digits: int, sign: str = "")
 
 
 def frontier_figure(results: Results) -> Figure:
-    """One panel per metric: a curve per family, learned ones thick, and the frontier of the heuristics."""
+    """One panel per metric: a thin curve per heuristic family, a thick one per learned curve, and the frontier."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(1, len(results.metrics), figsize=(6.5 * len(results.metrics), 5), squeeze=False)
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    families = list(dict.fromkeys(arm.family for arm in results.arms))
+    kinds = {arm.family: arm.kind for arm in results.arms}
+    learned = [family for family, kind in kinds.items() if kind == "learned"]
+    colours: dict[str, Any] = {family: f"C{number % 10}" for number, family in enumerate(learned)}
+    pale = plt.get_cmap("tab20")
+    colours |= {family: pale(number % 20) for number, family in enumerate(f for f in kinds if f not in colours)}
     for axis, metric in zip(axes[0], results.metrics, strict=True):
-        span: list[float] = []
-        for number, family in enumerate(families):
-            members = [arm for arm in results.arms if arm.family == family]
-            for seed in sorted({arm.training_seed for arm in members}):
-                curve = []
-                for arm in members:
-                    seeds = results._seeds(arm, metric) if arm.training_seed == seed else []
-                    if seeds:
-                        pairs = [bootstrap_mean(*results._values(m, metric), resamples=1).value for m in seeds]
-                        curve.append((float(np.mean([m.columns["nfe"].mean() for m in seeds])), float(np.mean(pairs))))
-                if not curve:
-                    continue
-                x, y = zip(*sorted(curve), strict=True)
-                span += x
-                learned = members[0].kind == "learned"
-                style: dict[str, Any] = {"linewidth": 2.5, "marker": "o", "zorder": 3} if learned else {"linewidth": 1}
-                style |= {} if learned else {"marker": ".", "linestyle": ":" if members[0].kind == "oracle" else "-"}
-                label = None if seed else family
-                axis.plot(x, y, color=colours[number % len(colours)], label=label, **style)
+        curves = results.curves(metric)
+        for (family, seed), curve in curves.items():
+            thick: dict[str, Any] = {"linewidth": 2.5, "marker": "o", "zorder": 3}
+            thin = {"linewidth": 1, "marker": ".", "alpha": 0.7, "linestyle": ":" if kinds[family] == "oracle" else "-"}
+            style = thick if kinds[family] == "learned" else thin
+            axis.plot(*zip(*curve, strict=True), color=colours[family], label=None if seed else family, **style)
+        places = sorted(nfe for curve in curves.values() for nfe, _ in curve)
         frontier = results.frontier(metric)
-        if frontier is not None and span:
-            places = np.linspace(min(span), max(span), 300)
-            best = [(place, found[1]) for place in places if (found := frontier.best(float(place))) is not None]
+        if frontier is not None and places:
+            grid = np.linspace(places[0], places[-1], 400)
+            best = [(place, found[1]) for place in grid if (found := frontier.best(float(place))) is not None]
             axis.plot(*zip(*best, strict=True), color="black", linestyle="--", linewidth=1, label="best heuristic")
         axis.set_xlabel("mean NFE (denoiser forwards per row)")
         axis.set_ylabel("accuracy" if metric == "accuracy" else "path_nats (nats per token, lower is better)")
         axis.set_xscale("log")
+        axis.set_xticks(
+            [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if tick <= max(places, default=1)]
+        )
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()

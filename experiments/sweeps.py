@@ -50,7 +50,9 @@ class SweepConfig:
     gamma: tuple[float, ...] = setting((), "entropy_bound: nats", at_least=0)
     eps: tuple[float, ...] = setting((), "klass: bounds of the KL, nats", above=0)
     stable_steps: tuple[int, ...] = setting((), "klass: predictions in a row", at_least=1)
-    block_size: tuple[int, ...] = setting((), "semi-autoregressive blocks of so many positions; none: no blocks")
+    block_size: tuple[int, ...] = setting(
+        (), "semi-autoregressive blocks of so many positions; none: no blocks", at_least=1
+    )
     eos_aware: bool = setting(False, "text tasks: rank predicted ends and padding behind all others")
 
     def __post_init__(self) -> None:

@@ -154,6 +154,16 @@ def test_two_shards_are_one_run(folder: Path, whole: Path, capsys: pytest.Captur
     assert not (out / "rows-1-of-1.jsonl").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_of_a_launcher_are_one_run(folder: Path, whole: Path) -> None:
+    out = folder / "launched"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "--"]
+    words = [*launcher, "orderppl.experiments.cli", *command(folder, out)]
+    subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    assert records(out) == records(whole)
+    assert {path.name for path in out.glob("*.jsonl")} == {"rows-1-of-2.jsonl", "rows-2-of-2.jsonl"}
+
+
 def test_a_killed_run_goes_on(folder: Path, whole: Path) -> None:
     out = folder / "killed"
     rows = out / "rows-1-of-1.jsonl"
