@@ -7,12 +7,12 @@
 All residues start masked. The order is a plan: one distribution over the steps per aligned position, blind to the
 residues and therefore deployable. The table gives `path_nats` on held-out sequences: nats per residue along each
 arm's own order, with the same number of steps (a threshold uses as many as it needs, up to that budget). The oracle
-ranks positions by the probability of the true residue. The figure shows what was learned.
+ranks positions by the probability of the true residue. With `--set judge=true` an independent model (the package
+antiberty, 97 MB) scores what the arms write freely. The figure shows what was learned, and in which regions.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,25 +20,21 @@ from pathlib import Path
 import matplotlib
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from orderppl.decoding import Policy, decode, make_policy
+from orderppl.data.antibody_regions import REGIONS, antibody_regions
+from orderppl.decoding import decode, make_policy
 from orderppl.errors import UserError
-from orderppl.evaluation import evaluate_policies
-from orderppl.experiments.build import (
-    AntibodyDenoiserConfig,
-    AntibodyTask,
-    OrderConfig,
-    OrderProblem,
-    build_problem,
-    build_task,
-    learned_policy,
-)
+from orderppl.experiments.antibody_judge import AntibodyJudge
+from orderppl.experiments.build import AntibodyDenoiserConfig, AntibodyTask
 from orderppl.experiments.config import setting
-from orderppl.experiments.evaluate import heuristics
-from orderppl.experiments.fit_order import fit_problem, save_order
+from orderppl.experiments.molecules import (
+    Comparison,
+    MoleculeConfig,
+    best_heuristic,
+    learn_and_compare,
+    plan_probabilities,
+)
 from orderppl.experiments.results import Record, results_table, save_figure
-from orderppl.guides import MeanFieldGuide
 from orderppl.inference.checkpoints import write_text
 from orderppl.models.denoisers import AntibodyDenoiser
 from orderppl.models.denoisers.antibody import PADDING
@@ -49,14 +45,14 @@ SHORTEST, LONGEST = 112, 128  # residues of a drawn domain, the bulk of human he
 
 
 @dataclass(frozen=True)
-class Config(OrderConfig):
+class Config(MoleculeConfig):
     """Settings of antibodies."""
 
     train: str | None = setting(None, "FASTA or CSV file of training sequences", file=True, option="--train")
     test: str | None = setting(None, "FASTA or CSV file of held-out sequences", file=True, option="--test")
     draw: int = setting(90, "sequences drawn from the model when no file is given", at_least=20)
     draw_temperature: float = setting(0.25, "of the drawn residues; at 1 the draws leave the family", above=0)
-    threshold: float = setting(0.9, "confidence of the threshold policy", above=0, below=1)
+    judge: bool = setting(False, "let an independent model score what the arms write")
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
@@ -71,37 +67,51 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     """Get sequences, learn the order, compare on held-out sequences, draw the figure."""
     assert isinstance(config.task, AntibodyTask)
     train = config.train or config.task.train
+    source = "drawn" if train is None else "file"
     if train is None:
         train = str(draw_sequences(config, out / DRAWN_FILE))
-    task_config = replace(config.task, train=train, test=config.test or config.task.test)
-    problem = build_problem(config, build_task(task_config, config.seed))
-    if not resume:  # the same command again replaces its own run
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    fit_problem(config, problem, out, resume=resume)
-    save_order(replace(config, task=task_config), problem, out)
+    task = replace(config.task, train=train, test=config.test or config.task.test)
+    labels = {"task": "antibodies", "sequences": source}
+    comparison = learn_and_compare(config, task, out, resume, labels, f"Antibodies ({source})")
+    records = comparison.records + region_steps(comparison)
+    if config.judge and config.rows_written:
+        records += judge_written(config, comparison)
+    plot_order(comparison, out / "order.png")
+    return records
 
-    test = list(problem.task.stream("test", 64, shuffle=False, device=config.device).once())
-    policies: dict[str, Policy] = {
-        "learned": learned_policy(problem, "mode"),
-        "learned, sampled": learned_policy(problem, "sample"),
-        "learned, ranked": learned_policy(problem, "rank"),
-        **heuristics(threshold=config.threshold),
-    }
-    source = "drawn" if (config.train or config.task.train) is None else "file"
-    records = evaluate_policies(
-        problem.model.denoiser,
-        policies,
-        test,
-        config.num_steps,
-        seed=config.seed,
-        baseline="learned",
-        labels={"task": "antibodies", "sequences": source, "train_n": len(problem.task.held("train")["tokens"])},
-    )
-    shown = [record for record in records if record["metric"] in ("path_nats", "nfe")]
-    held_out = sum(len(batch["tokens"]) for batch in test)
-    title = f"Antibodies ({source}), {held_out} held-out domains, {config.num_steps} steps"
-    Console().print(results_table(shown, title=title))
-    plot_order(problem, test[0], out / "order.png")
+
+def region_steps(comparison: Comparison) -> list[Record]:
+    """`mean_step` of every region, from 0, over the held-out domains whose regions can be told."""
+    steps: dict[str, list[float]] = {name: [] for name in REGIONS}
+    for batch in comparison.test:
+        mode = plan_probabilities(comparison.problem, batch).argmax(-1)  # [B, L]
+        for row, attended in enumerate(batch["attention_mask"]):
+            domain = AntibodyDenoiser.decode(batch["tokens"][row], attended)
+            for region, step in zip(antibody_regions(domain) or (), mode[row][attended.cpu()].tolist(), strict=False):
+                steps[region].append(float(step))
+    found = {name: torch.tensor(values) for name, values in steps.items() if values}
+    return [comparison.record("mean_step", values, "learned", region=name) for name, values in found.items()]
+
+
+def judge_written(config: Config, comparison: Comparison) -> list[Record]:
+    """`judge_nats` of real domains, and of those that three arms write at temperature 1."""
+    try:
+        judge = AntibodyJudge()
+    except UserError as error:
+        Console().print(f"no independent judge: {error}")
+        return []
+    real = [
+        AntibodyDenoiser.decode(tokens, attended)
+        for batch in comparison.test
+        for tokens, attended in zip(batch["tokens"], batch["attention_mask"], strict=True)
+    ][: config.rows_written]
+    records = [comparison.record("judge_nats", judge.nats(real), "held-out domains")]
+    for arm in ("learned", best_heuristic(comparison.records), "random uniform"):
+        rows = comparison.written(arm, config.rows_written, config.num_steps, 1.0, config.seed)
+        domains = [AntibodyDenoiser.decode(torch.tensor(row)) for row in rows]
+        records.append(comparison.record("judge_nats", judge.nats(domains), arm))
+    title = "Written freely at temperature 1: nats per residue of an independent model"
+    Console().print(results_table(records, title=title))
     return records
 
 
@@ -127,21 +137,32 @@ def draw_sequences(config: Config, path: Path) -> Path:
     return path
 
 
-def plot_order(problem: OrderProblem, batch: dict[str, Tensor], path: Path) -> None:
-    """Draw P(step | position) of the longest held-out domain, and the mean number of residues per step."""
+def plot_order(comparison: Comparison, path: Path) -> None:
+    """Draw P(step | position) of the longest held-out domain with its regions, and the mean step of every region."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    guide = problem.guide
-    assert isinstance(guide, MeanFieldGuide)
+    batch = comparison.test[0]
     row = int(batch["attention_mask"].sum(-1).argmax())
-    with torch.no_grad():
-        mask = batch["attention_mask"][row : row + 1]
-        probs = guide.network(None, mask, None, None).softmax(-1)[0][mask[0]].cpu().numpy()  # [L, T]
-    figure, (heat, bars) = plt.subplots(2, 1, figsize=(7, 3.6), height_ratios=(2, 1), layout="constrained")
+    attended = batch["attention_mask"][row].cpu()
+    probs = plan_probabilities(comparison.problem, batch)[row][attended].numpy()  # [L, T]
+    figure, (heat, bars) = plt.subplots(2, 1, figsize=(8, 4.2), height_ratios=(2, 1), layout="constrained")
     image = heat.imshow(probs.T, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     heat.set(xlabel="position", ylabel="step", title="P(step | position)", yticks=range(probs.shape[1]))
     figure.colorbar(image, ax=heat)
-    bars.bar(range(probs.shape[1]), probs.sum(0), color="#0072b2")
-    bars.set(xlabel="step", ylabel="residues", xticks=range(probs.shape[1]))
+    regions = antibody_regions(AntibodyDenoiser.decode(batch["tokens"][row].cpu(), attended))
+    if regions is not None:
+        heat.set_title("P(step | position)", pad=16)
+        for name in REGIONS:
+            first = regions.index(name)
+            heat.axvline(first - 0.5, color="white", linewidth=0.8)
+            heat.text(first + regions.count(name) / 2 - 0.5, -0.7, name, ha="center", va="bottom", fontsize=7)
+    means = {r["region"]: r["value"] for r in region_steps(comparison)}
+    if means:
+        loops = ["#d55e00" if str(name).startswith("CDR") else "#0072b2" for name in means]
+        bars.bar(list(means), list(means.values()), color=loops)
+        bars.set(ylabel="mean step")
+    else:
+        bars.bar(range(probs.shape[1]), probs.sum(0), color="#0072b2")
+        bars.set(xlabel="step", ylabel="residues", xticks=range(probs.shape[1]))
     save_figure(figure, path)

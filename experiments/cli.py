@@ -39,6 +39,7 @@ EXPERIMENTS = {
     "chain": "The exact Markov chain, where the log evidence and the best order are known.",
     "tree": "An exact Markov field on a binary tree, like the chain.",
     "antibodies": "Learn the order in which the pretrained antibody model should write a sequence.",
+    "reactions": "Learn the order in which the pretrained reaction model should write a product.",
     "train-denoiser": "Train a small masked-diffusion transformer on a task.",
     "fit-order": "Fit a guide and a reveal prior to a denoiser; can be interrupted and resumed.",
     "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",

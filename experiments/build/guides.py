@@ -139,7 +139,7 @@ def _make_guide(
             return guides.HeuristicGuide(policy, as_denoiser(denoiser), num_steps, config.smoothing, non_empty)
         case MeanFieldConfig():
             if not config.tied:
-                network = build_sequence_network(config.network, task, num_steps)
+                network = build_sequence_network(config.network, task, num_steps, as_denoiser(denoiser))
                 return guides.MeanFieldGuide(network, num_steps, sees_tokens=config.sees_tokens)
             if not isinstance(free, models.LearnedSteps) or config.sees_tokens:
                 problem = "needs a prior it can share a network with"

@@ -7,9 +7,12 @@ from typing import Literal
 
 from torch import nn
 
+from orderppl.denoising import Denoiser
+from orderppl.errors import UserError
 from orderppl.experiments.build.tasks import Task
 from orderppl.experiments.config import setting
 from orderppl.models import PriceRange, networks
+from orderppl.models.plans import OpeningPlan
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,23 @@ class EncoderConfig:
     zero_init: bool = setting(False, "start with all outputs 0")
 
 
-SequenceConfig = TableConfig | EncoderConfig
+@dataclass(frozen=True)
+class OpeningPlanConfig:
+    """Waves over the positions, and what the denoiser expects while everything is hidden; for plans."""
+
+    name: Literal["opening"] = "opening"
+    width: int = setting(32, "size of the hidden vectors", at_least=1)
+    kernel: int = setting(5, "positions that a convolution sees, odd", at_least=1)
+    reads_opening: bool = setting(True, "look at the predictions, and so at the prompt")
+    noise: float = setting(0.1, "standard deviation of the initial weights of the waves", at_least=0)
+
+    def __post_init__(self) -> None:
+        """Refuse kernels without a centre."""
+        if self.kernel % 2 == 0:
+            raise UserError("kernel", f"{self.kernel} is even", "give an odd number")
+
+
+SequenceConfig = TableConfig | EncoderConfig | OpeningPlanConfig
 
 
 @dataclass(frozen=True)
@@ -63,8 +82,23 @@ class PosteriorNetworkConfig:
     bias: float = setting(-1.0, "initial logit")
 
 
-def build_sequence_network(config: SequenceConfig, task: Task, out: int) -> nn.Module:
-    """Network from whole sequences to `out` numbers per response position."""
+def build_sequence_network(config: SequenceConfig, task: Task, out: int, denoiser: Denoiser | None = None) -> nn.Module:
+    """Network from whole sequences to `out` numbers per response position.
+
+    Raises:
+        UserError: a network that reads a denoiser where none is given.
+    """
+    if isinstance(config, OpeningPlanConfig):
+        if denoiser is None:
+            raise UserError("network.name", "opening reads the denoiser", "use it in guide=mean_field, untied")
+        return OpeningPlan(
+            denoiser,
+            out,
+            width=config.width,
+            kernel=config.kernel,
+            reads_opening=config.reads_opening,
+            noise=config.noise,
+        )
     if isinstance(config, TableConfig):
         return networks.PositionTable(task.longest, out, split=config.split, noise=config.noise)
     return networks.SequenceEncoder(

@@ -11,13 +11,12 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro.infer import ELBO
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from orderppl import guides, models
-from orderppl.decoding import PlannedOrder, Policy, StochasticDecision
-from orderppl.denoising import Canvas
+from orderppl.decoding import NetworkPlan, PlannedOrder, Policy, StochasticDecision
 from orderppl.errors import UserError
 from orderppl.experiments.build.denoisers import (
     ChainDenoiserConfig,
@@ -229,13 +228,7 @@ def learned_policy(
         if beta is not None or price is not None:
             name = "beta" if beta is not None else "price"
             raise UserError(name, "a plan has no such dial", "leave it out")
-        network = guide.network
-
-        def plan(canvas: Canvas) -> Tensor:
-            logits: Tensor = network(None, canvas.attention_mask, canvas.context, canvas.context_mask)
-            return logits  # [B, L, T]
-
-        return PlannedOrder(plan, decision)
+        return PlannedOrder(NetworkPlan(guide.network), decision)
     assert isinstance(prior, RevealPrior)
     if isinstance(prior, models.StepPrice) and isinstance(prior.price, models.PriceRange):
         prior = prior.at(prior.price.middle if price is None else price)

@@ -129,8 +129,8 @@ class AntibodyDenoiser(nn.Module):
                 "use variable domains only",
             )
         framed = frame(state, attention_mask, START, END, PADDING)
-        keys = framed.keys  # [N, S + 2]
-        position = torch.where(keys, torch.arange(2, size + 4, device=state.device), PADDING)
+        keys = framed.keys  # [N, F]
+        position = torch.where(keys, torch.arange(2, keys.shape[-1] + 2, device=state.device), PADDING)
 
         hidden = self.norm_embedding(self.embed_tokens(framed.tokens) + self.embed_positions(position))
         for layer in self.layers:

@@ -83,7 +83,7 @@ class ReactionDenoiser(nn.Module):
             UserError: the canvas is longer than the position table.
         """
         framed = self._framed(state, attention_mask)
-        hidden = self.albert.albert(framed.tokens, framed.keys).last_hidden_state  # [N, S + 2, W]
+        hidden = self.albert.albert(framed.tokens, framed.keys).last_hidden_state  # [N, F, W]
         logits: Tensor = self.albert.predictions(framed.unframe(hidden))
         return logits.masked_fill(self.impossible, -torch.inf)
 

@@ -86,6 +86,14 @@ class NetworkPlan:
         logits: Tensor = self.network(None, canvas.attention_mask, canvas.context, canvas.context_mask)
         return logits
 
+    def of_opening(self, state: UnmaskingState) -> Tensor:
+        """The same at the first state; a network with a `plan_from` reads the denoiser's forward there."""
+        plan_from = getattr(self.network, "plan_from", None)
+        if plan_from is None:
+            return self(state.canvas)
+        logits: Tensor = plan_from(state.log_probs, state.attention_mask)
+        return logits
+
 
 @dataclass(frozen=True)
 class PlannedOrder:
@@ -119,7 +127,8 @@ class PlannedOrder:
         if isinstance(self.plan, Tensor):
             plan = self.plan.to(state.tokens.device)
             return plan.expand(state.tokens.shape) if plan.dim() == 1 else plan[state.memory[ROW]]
-        logits = self.plan(state.canvas)  # [B, L, T]
+        made = self.plan
+        logits = made.of_opening(state) if isinstance(made, NetworkPlan) else made(state.canvas)  # [B, L, T]
         if logits.shape[-1] > state.num_steps:
             problem = f"{state.num_steps} steps for a plan of {logits.shape[-1]}"
             raise UserError("max_steps", problem, "allow as many steps as the plan has")

@@ -14,14 +14,14 @@ from orderppl.experiments.cli import main
 FEW = ["--set", "fit.updates=3", "--set", "fit.kl_weight.updates=2", "--set", "elbo.num_particles=2"]
 
 
-def has_antibody_weights() -> bool:
+def installed(package: str, wanted: str) -> bool:
     try:
-        return version("sapiens") == "1.0.5"
+        return version(package) == wanted
     except PackageNotFoundError:
         return False
 
 
-needs_weights = pytest.mark.skipif(not has_antibody_weights(), reason="the antibody weights are not installed")
+needs_weights = pytest.mark.skipif(not installed("sapiens", "1.0.5"), reason="the antibody weights are not installed")
 
 
 def call(*arguments: str) -> int:

@@ -46,7 +46,7 @@ def padded(rows: list[list[int]], width: int | None = None) -> tuple[Tensor, Ten
 def test_frame_closes_gaps() -> None:
     state = torch.tensor([[9, 5, 9, 6], [7, 9, 9, 9], [9, 9, 9, 9]])
     framed = frame(state, torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]), start=1, end=2, padding=0)
-    assert framed.tokens.tolist() == [[1, 5, 6, 2, 0, 0], [1, 7, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
+    assert framed.tokens.tolist() == [[1, 5, 6, 2], [1, 7, 2, 0], [1, 2, 0, 0]]
     assert framed.keys.long().sum(-1).tolist() == [4, 3, 2]
     moved = framed.unframe(framed.tokens[..., None].float())[..., 0]
     assert (moved[0, 1], moved[0, 3], moved[1, 0]) == (5, 6, 7)
