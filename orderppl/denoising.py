@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -109,10 +110,25 @@ class PromptDenoiser(SplitDenoiser, Protocol):
         ...
 
 
-def _offers(denoiser: object, protocol: type) -> bool:
-    """Whether the class itself has the methods: a wrapper (compiled, distributed) that only passes them on has not."""
-    names = ("hidden_states", "output_logits") if protocol is SplitDenoiser else ("encode_prompt", "response_states")
-    return all(callable(getattr(type(denoiser), name, None)) for name in names)
+_CALL, _HEAD, _PROMPT = (
+    ("forward", "__call__"),
+    ("hidden_states", "output_logits"),
+    ("encode_prompt", "response_states"),
+)
+
+
+def _offers(denoiser: object, methods: Sequence[str], instead_of: Sequence[str]) -> bool:
+    """Whether a denoiser has methods, and using them comes to the same as using others of it.
+
+    Not so for a wrapper (compiled, distributed) that only passes attributes on, for a subclass that changes the others
+    alone, nor for a module with hooks on its call.
+    """
+    if getattr(denoiser, "_forward_hooks", None) or getattr(denoiser, "_forward_pre_hooks", None):
+        return False
+    heirs = type(denoiser).__mro__
+    has = all(any(name in vars(heir) for heir in heirs) for name in methods)
+    changed = (name for heir in heirs for name in (*methods, *instead_of) if name in vars(heir))  # the latest first
+    return has and next(changed) in methods
 
 
 LARGE = 100  # rows of a batch in which it pays to look for equal ones
@@ -169,7 +185,7 @@ class Canvas:
         self.attention_mask = attention_mask.bool()
         self.context = context
         self.context_mask = None if context_mask is None else context_mask.bool()
-        self._is_split = _offers(denoiser, SplitDenoiser)
+        self._is_split = _offers(denoiser, _HEAD, _CALL)
         self._prompt: Tensor | None = None
 
     @property
@@ -187,7 +203,9 @@ class Canvas:
 
     def encode_prompt(self) -> None:
         """Read the prompts once for all calls of `hidden` to come, where the denoiser allows it."""
-        if self.context is not None and self.context_mask is not None and _offers(self.denoiser, PromptDenoiser):
+        if self.context is None or self.context_mask is None:
+            return
+        if self._is_split and _offers(self.denoiser, _PROMPT, _HEAD + _CALL):
             self._prompt = cast(PromptDenoiser, self.denoiser).encode_prompt(self.context, self.context_mask)
 
     def hidden(self, state: Tensor) -> Tensor:

@@ -178,6 +178,57 @@ def test_klass_waits_for_stable_predictions(table):
     assert chosen(policy, third) == [[3]]
 
 
+# Rows of 5, 4 and 3 positions. Confidences .99 .9 .9 .6 .98: the first is visible in rows 0 and 2, the last is padding
+# in rows 1 and 2, the second and third tie. Sorted among the masked: .98 .9 .9 .6 / .99 .9 .9 .6 / .9 .9.
+ROWS = {
+    "confidences": [0.99, 0.9, 0.9, 0.6, 0.98],
+    "attention": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]],
+    "masked": [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 0, 0]],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("threshold", {"tau": 0.85}, [[1, 2, 4], [0, 1, 2], [1, 2]]),
+        ("threshold", {"tau": 0.95}, [[4], [0], [1]]),  # the arg-max of row 2 is the leftmost of two
+        # (k + 1)(1 - c_k): .04 .3 .4 2 / .02 .3 .4 2 / .2 .3
+        ("factor", {"factor": 0.25}, [[4], [0], [1]]),
+        ("factor", {"factor": 0.35}, [[1, 4], [0, 1], [1, 2]]),
+        ("factor", {"factor": 0.45}, [[1, 2, 4], [0, 1, 2], [1, 2]]),
+        # H: .098 .325 .325 .673 / .056 .325 .325 .673 / .325 .325
+        # sum - max: 0 .098 .423 .748 / 0 .056 .381 .706 / 0 .325
+        ("entropy_bound", {"gamma": 0.05}, [[4], [0], [1]]),
+        ("entropy_bound", {"gamma": 0.1}, [[1, 4], [0, 1], [1]]),
+        ("entropy_bound", {"gamma": 0.4}, [[1, 4], [0, 1, 2], [1, 2]]),
+        # due at the first of T = 2 steps, of 5, 4 and 3 positions: 2, 2, 1, of which row 0 and row 2 have 1
+        ("top_prob", {}, [[4], [0, 1], [1]]),
+        ("margin", {}, [[4], [0, 1], [1]]),
+        ("entropy", {}, [[4], [0, 1], [1]]),
+        ("left_to_right", {}, [[1], [0, 1], [1]]),
+        ("random", {}, [[3], [2, 3], [2]]),  # by the noise .1 .2 .3 .4 .35
+    ],
+)
+def test_every_rule_row_by_row(confident, name, options, expected):
+    noise = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.35]] * 3, dtype=torch.float64)
+    denoiser = confident(ROWS["confidences"])
+    state = state_of(denoiser, ROWS["masked"], ROWS["attention"], num_steps=2, noise=noise)
+    assert chosen(make_policy(name, **options), state) == expected
+
+
+def test_klass_row_by_row(confident):
+    """At first only the arg-max; then, with predictions that have not moved, everything above tau."""
+    state = state_of(confident(ROWS["confidences"]), ROWS["masked"], ROWS["attention"])
+    for tau, expected in ((0.85, [[1, 2, 4], [0, 1, 2], [1, 2]]), (0.95, [[4], [0], [1]])):
+        state.memory = {"row": torch.arange(3)}
+        policy = make_policy("klass", tau=tau, eps=0.01)
+        assert chosen(policy, state) == [[4], [0], [1]]
+        assert chosen(policy, state) == expected
+    state.memory = {"row": torch.arange(3)}
+    patient = make_policy("klass", tau=0.85, eps=0.01, stable_steps=2)
+    assert [chosen(patient, state)[0] for _ in range(3)] == [[4], [4], [1, 2, 4]]
+
+
 def test_oracles_use_the_truth_of_the_row(table):
     probs = [[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]
     truth = torch.tensor([[0, 1, 2], [1, 0, 0]])

@@ -197,6 +197,31 @@ def test_a_wrapper_is_called_itself():
     assert_same(out, decode(denoiser.denoiser, POLICIES["top_prob"], **problem(), max_steps=4))
 
 
+def test_a_changed_call_is_not_left_out():
+    """A subclass that changes the call alone, and a hook on the call."""
+
+    class Shifted(Counting):
+        def forward(self, state, attention_mask):
+            return super().forward(state, attention_mask) + 5.0 * torch.nn.functional.one_hot(state * 0 + 4, VOCAB)
+
+    plain = decode(Counting(), POLICIES["top_prob"], **problem(), max_steps=4)
+    shifted = decode(Shifted(), POLICIES["top_prob"], **problem(), max_steps=4)
+    assert not torch.equal(plain.sequences, shifted.sequences)
+
+    class Blank(Counting):
+        def hidden_states(self, state, attention_mask):
+            return 0 * super().hidden_states(state, attention_mask)
+
+    blank = Blank(separator_index=SEPARATOR, prompt_reads_response=False)
+    decode(blank, POLICIES["top_prob"], **problem(), max_steps=4)
+    assert blank.prompts == []
+    calls = []
+    counted = Counting()
+    counted.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    decode(counted, POLICIES["top_prob"], **problem(), max_steps=4)
+    assert len(calls) == 4
+
+
 def test_packed_numbers_are_those_of_the_masked_positions(monkeypatch):
     """Logits, log-probabilities and numbers per position, in chunks of any size; full logits on demand."""
     denoiser = Counting()
