@@ -5,8 +5,10 @@
 
 For every seed a plan is learned from a few short fits with different random starts, each followed by a local search on
 training rows, because fits of independent steps end in local optima; the one with the best validation bound is kept.
-`gap_nats` is the log evidence minus the path log-likelihood, nats per sequence: 0 is perfect. Where the
-denoiser is exactly symmetric, confidence rules break ties at random (leftmost-first would make them left-to-right).
+The best fixed order, and the best of all policies that see what is revealed, come from dynamic programming.
+`gap_nats` is the log evidence minus the path log-likelihood, nats per sequence: 0 is perfect; `expected_gap_nats` is
+its exact expectation. Where the denoiser is exactly symmetric, confidence rules break ties at random (leftmost-first
+would make them left-to-right).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from orderppl.experiments.build import (
     learned_policy,
 )
 from orderppl.experiments.config import setting
-from orderppl.experiments.evaluate import chain_gaps
+from orderppl.experiments.evaluate import best_arms, chain_gaps
 from orderppl.experiments.fit_order import (
     LOG_FILE,
     final_kl_weight,
@@ -71,7 +73,9 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     assert isinstance(denoiser, ExactDenoiser)
     test = list(problem.task.stream("test", 500, shuffle=False, device=config.device).once())
     labels = {"task": problem.task.name}
-    records = chain_gaps(denoiser, reference_arms(denoiser, num_steps), test, num_steps, config.seed, labels)
+    arms, expected = reference_arms(denoiser, num_steps)
+    records: list[Record] = [{**record, **labels} for record in expected]
+    records += chain_gaps(denoiser, arms, test, num_steps, config.seed, labels)
     for seed in range(config.seed, config.seed + config.seeds):
         if seed != config.seed:
             problem, refinement = best_of_starts(config, seed, out)
@@ -89,12 +93,12 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     return records
 
 
-def reference_arms(denoiser: ExactDenoiser, num_steps: int) -> dict[str, Policy]:
-    """Heuristics, and the best fixed order found by dynamic programming."""
-    arms: dict[str, Policy] = {"best fixed order": PlannedOrder(denoiser.best_order(num_steps)[0])}
+def reference_arms(denoiser: ExactDenoiser, num_steps: int) -> tuple[dict[str, Policy], list[Record]]:
+    """What is best, with its exact expectation, and heuristics."""
+    arms, expected = best_arms(denoiser, num_steps)
     for name in ("random", "top_prob", "entropy", "left_to_right"):
         arms[name.replace("_", " ")] = make_policy(name, ties="random")
-    return arms
+    return arms, expected
 
 
 def best_of_starts(config: Config, seed: int, out: Path) -> tuple[OrderProblem, Refinement | None]:

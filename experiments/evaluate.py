@@ -27,7 +27,7 @@ from orderppl.experiments.config import RunConfig, load_config, setting
 from orderppl.experiments.fit_order import ORDER_FILE, ORDER_SETTINGS, learned_modules
 from orderppl.experiments.results import Record, results_table
 from orderppl.inference.checkpoints import load_weights
-from orderppl.models.denoisers import ExactDenoiser
+from orderppl.models.denoisers import ExactDenoiser, MarkovChainDenoiser
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ def run(config: Config, out: Path) -> Iterable[Record]:
             labels=labels,
         )
     if isinstance(problem.denoiser, ExactDenoiser):
-        best, _ = problem.denoiser.best_order(num_steps)
-        policies["best fixed order"] = PlannedOrder(best)
+        optima, expected = best_arms(problem.denoiser, num_steps)
+        policies |= optima
+        records += [{**record, **labels} for record in expected]
         records += chain_gaps(problem.denoiser, policies, batches, num_steps, seed=config.seed, labels=labels)
     records += evaluate_policies(
         problem.model.denoiser, policies, batches, num_steps, seed=config.seed, baseline="learned", labels=labels
@@ -124,6 +125,22 @@ def heuristics(sizes: Sequence[str] = ("uniform", "cosine"), threshold: float = 
         for size in sizes
     }
     return named | {f"threshold {threshold:g}": make_policy("threshold", tau=threshold)}
+
+
+def best_arms(denoiser: ExactDenoiser, num_steps: int) -> tuple[dict[str, Policy], list[Record]]:
+    """What dynamic programming finds: the best fixed order and, on a chain, the best policy; no data are needed.
+
+    Returns:
+        The arms, and the exact expectation of their gap: `expected_gap_nats`, nats per sequence.
+    """
+    order, gap = denoiser.best_order(num_steps)
+    arms: dict[str, Policy] = {"best fixed order": PlannedOrder(order)}
+    gaps = {"best fixed order": gap}
+    if isinstance(denoiser, MarkovChainDenoiser):
+        arms["best policy"], gaps["best policy"] = denoiser.best_policy(num_steps)
+    return arms, [
+        {"metric": "expected_gap_nats", "value": gap, "arm": arm, "steps": num_steps} for arm, gap in gaps.items()
+    ]
 
 
 def chain_gaps(

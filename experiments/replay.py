@@ -102,7 +102,7 @@ def load_parts(run: Path, device: str, threshold: float) -> list[Part]:
                 part.arms[arm] = Arm(policy, fitted.model.denoiser, str((folder / ORDER_FILE).relative_to(run)))
         fixed: Mapping[str, Policy]
         if isinstance(problem.denoiser, ExactDenoiser):
-            fixed = reference_arms(problem.denoiser, part.settings.num_steps)
+            fixed, _ = reference_arms(problem.denoiser, part.settings.num_steps)
         else:
             fixed = heuristics(("uniform",), threshold)
         part.arms |= {arm: Arm(policy, problem.model.denoiser) for arm, policy in fixed.items()}

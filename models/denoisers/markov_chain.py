@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from orderppl.errors import UserError
-
-Matrix = NDArray[np.float64]
-
-
-def _entropy(p: Matrix) -> float:
-    positive = p[p > 0]
-    return float(-(positive * np.log(positive)).sum())
+from orderppl.models.denoisers.chain_orders import OPEN, GapPolicy, GapSearch, entropy, nearest_revealed
 
 
 def _nearest(revealed: Tensor) -> Tensor:
@@ -99,14 +91,10 @@ class MarkovChainDenoiser(nn.Module):
 
         The chain is reversible with a uniform stationary law, so the flipped canvas gives the right side.
         """
-        revealed = attended & (state != self.mask_index)
-        column = torch.arange(state.shape[-1], device=state.device)
-        nearest = torch.where(revealed, column, -1).cummax(-1).values
-        nearest = torch.cat([torch.full_like(nearest[:, :1], -1), nearest[:, :-1]], -1)  # strictly to the left
         position = attended.long().cumsum(-1)  # padding takes no place in the chain
-        found = nearest.clamp(min=0)
-        distance = torch.where(nearest >= 0, position - position.gather(-1, found), 0).clamp(0, self.length)
-        token = state.gather(-1, found).clamp(0, self.num_states - 1)
+        number, token = nearest_revealed(state, attended & (state != self.mask_index), position)
+        distance = torch.where(number > 0, position - number, 0).clamp(0, self.length)
+        token = token.clamp(0, self.num_states - 1)
         return self.log_power[distance, token]
 
     def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
@@ -187,21 +175,8 @@ class MarkovChainDenoiser(nn.Module):
         log_prob = joint.log_softmax(-1).gather(-1, index).squeeze(-1)  # [B, L, D, D]
         return torch.einsum("blt,bldt,blet,blde->b", probs, *nearest, log_prob)
 
-    def _costs(self, size: int) -> Matrix:
-        """Entropy of each of `size` hidden positions between two revealed ones: float64 [size]."""
-        costs = np.empty(size)
-        for b in range(1, size + 1):
-            left, right = self._powers[b], self._powers[size + 1 - b]
-            joint = np.einsum("ak,kc->akc", left, right) / self.num_states
-            costs[b - 1] = _entropy(joint) - _entropy(joint.sum(1))
-        return costs
-
     def best_order(self, num_steps: int, length: int | None = None) -> tuple[Tensor, float]:
-        """The fixed reveal steps with the smallest expected loss, by dynamic programming over hidden gaps.
-
-        What a reveal set costs inside a gap depends only on the gap's size and on which ends are revealed, and a set
-        splits the gap into independent ones with one step fewer. Within a gap the best set is a shortest path from
-        end to end, whose nodes are revealed positions and whose edges are the remaining gaps. Time O(T L^3).
+        """The fixed reveal steps with the smallest expected loss; see `GapSearch`.
 
         Args:
             num_steps: step budget T.
@@ -213,65 +188,34 @@ class MarkovChainDenoiser(nn.Module):
         Raises:
             UserError: no step, or more positions than the chain has.
         """
+        search = self._search(num_steps, length, sees_tokens=False)
+        return search.fixed_order(), self._gap(search)
+
+    def best_policy(self, num_steps: int, length: int | None = None) -> tuple[GapPolicy, float]:
+        """The policy with the smallest expected loss of all that see what is revealed; see `GapSearch`.
+
+        With two steps it is the best fixed order, because the first set is chosen before anything is seen. With more
+        it may choose a set by whether the revealed tokens around a gap are equal.
+
+        Args:
+            num_steps: step budget T.
+            length: number of positions; the chain's length when left out.
+
+        Returns:
+            The policy, and its gap: entropy of the chain minus expected path log-likelihood, nats.
+
+        Raises:
+            UserError: no step, or more positions than the chain has.
+        """
+        search = self._search(num_steps, length, sees_tokens=True)
+        return GapPolicy(search), self._gap(search)
+
+    def _search(self, num_steps: int, length: int | None, sees_tokens: bool) -> GapSearch:
         length = self.length if length is None else length
-        if num_steps < 1:
-            raise UserError("num_steps", f"{num_steps} is not positive", "use at least 1")
         if not 1 <= length <= self.length:
             raise UserError("length", f"{length} is not within 1..{self.length}", "build a longer chain")
-        uniform = float(np.log(self.num_states))
-        one_sided = np.array([_entropy(p) / self.num_states for p in self._powers[1 : length + 1]])
-        between = [self._costs(size) for size in range(length + 1)]
+        return GapSearch(self._powers[: length + 1], num_steps, sees_tokens)
 
-        # Kind of a gap = number of revealed ends; a one-ended gap has its revealed end on the left.
-        def node_costs(kind: int, size: int) -> Matrix:
-            return (np.full(size, uniform), one_sided[:size], between[size])[kind]
-
-        value = np.zeros((num_steps + 1, 3, length + 1))  # [steps left, kind, size]
-        chosen: dict[tuple[int, int, int], list[int]] = {}
-        for left in range(1, num_steps + 1):
-            for kind in range(3):
-                for size in range(1, length + 1):
-                    costs = node_costs(kind, size)
-                    if left == 1:
-                        value[left, kind, size], chosen[left, kind, size] = costs.sum(), list(range(1, size + 1))
-                        continue
-                    before = value[left - 1]
-                    best = np.zeros(size + 2)  # cheapest way to get to a node, its own cost included
-                    origin = np.zeros(size + 2, dtype=int)
-                    for node in range(1, size + 2):
-                        gaps = node - 1 - np.arange(node)  # hidden positions between an earlier node and this one
-                        closed = node <= size
-                        edges = before[2][gaps].copy()
-                        # node 0 and node size + 1 are the ends of the gap, and may be open
-                        if not closed and kind < 2:
-                            edges = before[1][gaps].copy()
-                        if kind == 0:
-                            edges[0] = before[1 if closed else 0][gaps[0]]
-                        total = best[:node] + edges
-                        origin[node] = int(total.argmin())
-                        best[node] = total[origin[node]] + (costs[node - 1] if closed else 0.0)
-                    path, node = [], int(origin[size + 1])
-                    while node:
-                        path.append(node)
-                        node = int(origin[node])
-                    value[left, kind, size], chosen[left, kind, size] = best[size + 1], path[::-1]
-
-        reveal_step = torch.zeros(length, dtype=torch.long)
-
-        def assign(left: int, start: int, size: int, ends: tuple[bool, bool]) -> None:
-            if not size:
-                return
-            picked = chosen[left, sum(ends), size]
-            if ends == (False, True):  # mirrored: the table has the revealed end on the left
-                picked = [size + 1 - node for node in reversed(picked)]
-            edges = [0, *picked, size + 1]
-            for node in picked:
-                reveal_step[start + node - 1] = num_steps - left
-            if left > 1:
-                for a, b in itertools.pairwise(edges):
-                    inner = (ends[0] if a == 0 else True, ends[1] if b == size + 1 else True)
-                    assign(left - 1, start + a, b - a - 1, inner)
-
-        assign(num_steps, 0, length, (False, False))
-        entropy = uniform + (length - 1) * one_sided[0]
-        return reveal_step, float(value[num_steps, 0, length] - entropy)
+    def _gap(self, search: GapSearch) -> float:
+        chain = math.log(self.num_states) + (search.length - 1) * entropy(self.transition[0])
+        return float(search.value[search.num_steps, OPEN, search.length] - chain)

@@ -61,7 +61,7 @@ def replay(run: Path) -> dict:
 def test_every_arm_is_recorded_on_every_row(replay: dict) -> None:
     (part,) = replay["parts"]
     learned = [f"learned (seed-{seed}){how}" for seed in (0, 1) for how in ("", ", sampled", ", ranked")]
-    fixed = ["best fixed order", "random", "top prob", "entropy", "left to right"]
+    fixed = ["best fixed order", "best policy", "random", "top prob", "entropy", "left to right"]
     assert [arm["name"] for arm in part["arms"]] == learned + fixed
     sources = {arm["source"] for arm in part["arms"]}
     assert sources == {None, "seed-0/order.safetensors", "seed-1/order.safetensors"}
