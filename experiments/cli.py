@@ -43,6 +43,8 @@ EXPERIMENTS = {
     "train-denoiser": "Train a small masked-diffusion transformer on a task.",
     "fit-order": "Fit a guide and a reveal prior to a denoiser; can be interrupted and resumed.",
     "evaluate": "Compare the policy of a fitted run with the heuristics on held-out data.",
+    "share": "Make a learned order a folder to share: weights, configuration and a card.",
+    "generate": "Generate with a shared order, and watch the text being revealed.",
     "diagnose": "Diagnose a fitted run: can its order be trusted, and what is it like?",
     "benchmark estimators": "Bias, variance and cost of every gradient estimator, against exact gradients.",
     "frontier": "Learned orders against every heuristic at equal numbers of denoiser forwards.",
@@ -214,6 +216,9 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
         if not processes.is_first:
             return out / "results.json"
         results = write_results(out, name, config, records, time.perf_counter() - begin)
+    except torch.OutOfMemoryError as error:
+        remedy = "lower the batch size or elbo.num_particles, or set dtype=bfloat16 (and denoiser.dtype=bfloat16)"
+        raise UserError("memory", f"{config.device} has none left", remedy) from error
     except UserError:
         if is_new and [path.name for path in out.iterdir()] == [saved.name]:
             shutil.rmtree(out)

@@ -31,7 +31,8 @@ from orderppl.experiments.build.heuristics import (
 from orderppl.experiments.config import config_dict, setting
 from orderppl.experiments.evaluate import load_order, load_settings
 from orderppl.experiments.fit_order import ORDER_FILE
-from orderppl.experiments.identity import file_digest, tensor_digest
+from orderppl.experiments.identity import tensor_digest
+from orderppl.inference.checkpoints import file_digest
 
 RANKINGS = ("random", "top_prob", "margin", "entropy", "left_to_right", "oracle_margin", "greedy_oracle")
 DIALS = ("tau", "factor", "gamma")

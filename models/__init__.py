@@ -3,6 +3,8 @@
 if __name__ != "orderppl.models":
     raise ImportError("import orderppl.models, not models")
 
+from orderppl.models.architectures import ARCHITECTURES
+from orderppl.models.order_policy import DenoiserIdentity, OrderPolicy, as_policy
 from orderppl.models.price import PriceRange
 from orderppl.models.priors import (
     CosineSteps,
@@ -23,7 +25,9 @@ from orderppl.models.priors import (
 from orderppl.models.unmasking import SequentialUnmaskingModel, UnmaskingModel
 
 __all__ = [
+    "ARCHITECTURES",
     "CosineSteps",
+    "DenoiserIdentity",
     "EasyFirst",
     "FixedSizes",
     "HeuristicPrior",
@@ -32,6 +36,7 @@ __all__ = [
     "LearnedSteps",
     "LeftToRight",
     "LogitPrior",
+    "OrderPolicy",
     "PriceRange",
     "ResidualPolicy",
     "RevealPrior",
@@ -40,4 +45,5 @@ __all__ = [
     "StepPrice",
     "UniformSteps",
     "UnmaskingModel",
+    "as_policy",
 ]

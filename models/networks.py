@@ -243,6 +243,15 @@ class SequenceEncoder(nn.Module):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
+        self.config = {
+            "vocab_size": vocab_size,
+            "out": out,
+            "width": width,
+            "layers": layers,
+            "heads": heads,
+            "positions": positions,
+            "max_length": max_length,
+        }
         self.placeholder = vocab_size  # stands at response positions that may not be seen
         self.embed = nn.Embedding(vocab_size + 1, width)
         # Tells response tokens from prompt tokens, which use the same ids, and from each other: rotary attention alone
@@ -305,6 +314,7 @@ class PositionTable(nn.Module):
         if split is not None and not 0 <= split <= length:
             raise UserError("split", f"{split} is outside a table of {length} positions", "use 0 to the length")
         self.length, self.split = length, split
+        self.config = {"length": length, "out": out, "split": split}
         self.logits = nn.Parameter(noise * torch.randn(length, out))
 
     def forward(
@@ -409,6 +419,16 @@ class PolicyNetwork(nn.Module):
             remedy = "put a step_price with a range on the policy, or leave the feature out"
             raise UserError("features", "price and a range of prices need each other", remedy)
         self.prices = prices
+        self.config = {
+            "vocab_size": vocab_size,
+            "width": width,
+            "layers": layers,
+            "heads": heads,
+            "features": list(features),
+            "reads_tokens": reads_tokens,
+            "sees_truth": sees_truth,
+            "prices": prices,
+        }
         self.features, self.reads_tokens = tuple(features), reads_tokens
         self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None
         self.embed_truth = nn.Embedding(vocab_size, width) if sees_truth else None

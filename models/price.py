@@ -39,6 +39,11 @@ class PriceRange:
         self.chosen: float | None = None
 
     @property
+    def config(self) -> dict[str, float]:
+        """The arguments that make a range like this one."""
+        return {"low": self.low, "high": self.high}
+
+    @property
     def middle(self) -> float:
         """Geometric mean of the ends, nats."""
         return math.sqrt(self.low * self.high)

@@ -6,8 +6,10 @@ Every prior is also a decoding policy: `distribution(state)` is its law of the n
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,11 @@ class RevealPrior(nn.Module):
 
     non_empty = False
     sizes: SetSizes | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make a prior like this one, which it keeps under their names."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Law of z_t given s_t, batch shape [*], event [L]. The last step's completion is the caller's."""
@@ -120,6 +127,7 @@ class LearnedSchedule(ScheduledSteps):
 
     def __init__(self, num_steps: int) -> None:
         super().__init__(self._remaining)
+        self.num_steps = num_steps
         self.logits = nn.Parameter(torch.zeros(num_steps))
 
     def _remaining(self, u: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from orderppl.experiments.build.denoisers import (
     DENOISER_FILE,
     AntibodyDenoiserConfig,
     DenoiserConfig,
+    PretrainedDenoiserConfig,
     ReactionDenoiserConfig,
     SavedDenoiserConfig,
     TransformerConfig,
@@ -37,6 +38,7 @@ from orderppl.experiments.build.problem import (
     build_optimizer,
     build_problem,
     build_schedule,
+    learned_order,
     learned_policy,
 )
 from orderppl.experiments.build.tasks import (
@@ -69,6 +71,7 @@ __all__ = [
     "OrderConfig",
     "OrderProblem",
     "PolicyGuideConfig",
+    "PretrainedDenoiserConfig",
     "PriorConfig",
     "RandomGuideConfig",
     "ReactionDenoiserConfig",
@@ -91,6 +94,7 @@ __all__ = [
     "build_problem",
     "build_schedule",
     "build_task",
+    "learned_order",
     "learned_policy",
     "save_tokenizer",
     "saved_tokenizer",

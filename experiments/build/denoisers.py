@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer, load_tokenizer
@@ -13,16 +14,19 @@ from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
 from orderppl.experiments.build.tasks import AntibodyTask, ChainTask, ReactionTask, Task, TaskConfig, TreeTask
 from orderppl.experiments.config import setting
-from orderppl.inference.checkpoints import load_weights, read_config
 from orderppl.models.denoisers import (
+    TRAINED,
     AntibodyDenoiser,
     MarkovChainDenoiser,
     ReactionDenoiser,
     TransformerDenoiser,
     TreeFieldDenoiser,
+    denoiser_tokenizer,
+    load_denoiser,
+    load_trained,
 )
 
-DENOISER_FILE = "denoiser.safetensors"
+DENOISER_FILE = TRAINED
 TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
 
 
@@ -76,18 +80,40 @@ class TransformerConfig:
     number_features: bool = setting(True, "start number embeddings as Fourier features of their value")
 
 
+@dataclass(frozen=True)
+class PretrainedDenoiserConfig:
+    """A public masked model: any AutoModelForMaskedLM, SMDM, LLaDA or Dream; see `load_denoiser`."""
+
+    name: Literal["pretrained"] = "pretrained"
+    model: str = setting(
+        "nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors", "folder, safetensors file of SMDM, or hub name"
+    )
+    revision: str | None = setting(None, "branch, tag or commit on the hub")
+    trust_remote_code: bool = setting(False, "run the code that comes with LLaDA or Dream")
+    dtype: Literal["float32", "float64", "bfloat16"] = setting("float32", "dtype of its weights")
+    tokenizer: str | None = setting(None, "folder or hub name of another tokeniser than its own")
+
+
 DenoiserConfig = (
     ChainDenoiserConfig
     | TreeDenoiserConfig
     | AntibodyDenoiserConfig
     | ReactionDenoiserConfig
     | SavedDenoiserConfig
+    | PretrainedDenoiserConfig
     | TransformerConfig
 )
 
 
 def saved_tokenizer(config: DenoiserConfig) -> Tokenizer | None:
-    """Tokeniser that a trained denoiser came with, if it has one."""
+    """Tokeniser that a trained or public denoiser comes with, if it has one."""
+    if isinstance(config, PretrainedDenoiserConfig):
+        return denoiser_tokenizer(
+            config.model,
+            tokenizer=config.tokenizer,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
     if not isinstance(config, SavedDenoiserConfig):
         return None
     for path in (Path(config.run) / TOKENIZER_FILE, Path(config.run) / TOKENIZER_FOLDER):
@@ -128,15 +154,13 @@ def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) 
             raise UserError("denoiser.name", f"reaction cannot read {task.name}", "choose another denoiser")
         denoiser = ReactionDenoiser.from_wheel()
     elif isinstance(config, SavedDenoiserConfig):
-        weights = Path(config.run) / DENOISER_FILE
-        denoiser = TransformerDenoiser(**read_config(weights))
-        load_weights(denoiser, weights)
+        denoiser = load_trained(config.run)
         if (denoiser.vocab_size, denoiser.mask_index) != (task.vocab_size, task.mask_index):
             problem = f"has {denoiser.vocab_size} tokens, {task.name} has {task.vocab_size}"
             raise UserError("denoiser.run", problem, "use a denoiser trained on this task")
-        if task.canvas_length > denoiser.max_length:
-            problem = f"{config.run} reads {denoiser.max_length} tokens, the longest row has {task.canvas_length}"
-            raise UserError("task.max_length", problem, "lower it, or train a denoiser on longer rows")
+        _check_length(denoiser.max_length, config.run, task)
+    elif isinstance(config, PretrainedDenoiserConfig):
+        denoiser = _public_denoiser(config, task)
     else:
         values = task.tokenizer.number_values() if config.number_features and task.tokenizer is not None else None
         denoiser = TransformerDenoiser(
@@ -155,6 +179,31 @@ def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) 
             ),
         )
     return denoiser
+
+
+def _public_denoiser(config: PretrainedDenoiserConfig, task: Task) -> nn.Module:
+    if task.tokenizer is None:
+        raise UserError("denoiser.name", f"pretrained reads text, {task.name} has none", "choose another denoiser")
+    denoiser = load_denoiser(
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=getattr(torch, config.dtype),
+    )
+    known = max(denoiser.vocab_size, denoiser.mask_index + 1)
+    if (known, denoiser.mask_index) != (task.vocab_size, task.mask_index):
+        problem = f"{config.model} knows {known} tokens and MASK {denoiser.mask_index}, "
+        problem += f"{task.name} was read with {task.vocab_size} and {task.mask_index}"
+        raise UserError("denoiser.model", problem, "read the task with the tokeniser of the model")
+    _check_length(getattr(denoiser, "max_length", None), config.model, task)
+    assert isinstance(denoiser, nn.Module)
+    return denoiser
+
+
+def _check_length(longest: int | None, source: str, task: Task) -> None:
+    if longest is not None and task.canvas_length > longest:
+        problem = f"{source} reads {longest} tokens, the longest row has {task.canvas_length}"
+        raise UserError("task.max_length", problem, "lower it, or use a denoiser that reads longer rows")
 
 
 def as_denoiser(module: nn.Module) -> Denoiser:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from orderppl import guides, models
-from orderppl.decoding import NetworkPlan, PlannedOrder, Policy, StochasticDecision
+from orderppl.decoding import Policy
 from orderppl.errors import UserError
 from orderppl.experiments.build.denoisers import (
     ChainDenoiserConfig,
@@ -223,17 +223,13 @@ def learned_policy(
     Raises:
         UserError: a dial that what was learned does not have.
     """
+    return models.as_policy(learned_order(problem), decision, beta, price)
+
+
+def learned_order(problem: OrderProblem) -> nn.Module:
+    """What of a fit generates: the network of a guide that does not see the tokens, which is a plan, else the prior."""
     guide, prior = problem.guide, problem.model.prior
     if isinstance(guide, guides.MeanFieldGuide) and not guide.sees_tokens:
-        if beta is not None or price is not None:
-            name = "beta" if beta is not None else "price"
-            raise UserError(name, "a plan has no such dial", "leave it out")
-        return PlannedOrder(NetworkPlan(guide.network), decision)
+        return guide.network
     assert isinstance(prior, RevealPrior)
-    if isinstance(prior, models.StepPrice) and isinstance(prior.price, models.PriceRange):
-        prior = prior.at(prior.price.middle if price is None else price)
-    elif price is not None:
-        raise UserError("price", f"{type(prior).__name__} was not learned for a range of prices", "leave it out")
-    if decision == "sample" or (decision == "mode" and beta is not None):
-        return StochasticDecision(prior, decision, 1.0 if beta is None else beta)
     return prior

@@ -1,9 +1,9 @@
 """Denoisers: a small transformer, exact ones, pretrained models of molecules, and public masked language models."""
 
 from orderppl.models.denoisers.antibody import AntibodyDenoiser
-from orderppl.models.denoisers.loading import denoiser_tokenizer, load_denoiser
+from orderppl.models.denoisers.loading import TRAINED, denoiser_tokenizer, load_denoiser, load_trained
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
-from orderppl.models.denoisers.pretrained import PretrainedDenoiser
+from orderppl.models.denoisers.pretrained import PretrainedDenoiser, SplitPretrainedDenoiser
 from orderppl.models.denoisers.reaction import ReactionDenoiser, reaction_vocabulary
 from orderppl.models.denoisers.smdm import SmdmConfig, SmdmDenoiser
 from orderppl.models.denoisers.training import MaskedDiffusionLoss, masked_diffusion_nelbo, train_denoiser
@@ -14,6 +14,7 @@ ExactDenoiser = MarkovChainDenoiser | TreeFieldDenoiser
 """Those that know their log evidence and the best fixed order."""
 
 __all__ = [
+    "TRAINED",
     "AntibodyDenoiser",
     "ExactDenoiser",
     "MarkovChainDenoiser",
@@ -22,10 +23,12 @@ __all__ = [
     "ReactionDenoiser",
     "SmdmConfig",
     "SmdmDenoiser",
+    "SplitPretrainedDenoiser",
     "TransformerDenoiser",
     "TreeFieldDenoiser",
     "denoiser_tokenizer",
     "load_denoiser",
+    "load_trained",
     "masked_diffusion_nelbo",
     "reaction_vocabulary",
     "train_denoiser",

@@ -18,7 +18,7 @@ from orderppl.errors import UserError
 from orderppl.hub import fetch
 from orderppl.inference.checkpoints import load_weights, read_config
 from orderppl.models.denoisers import smdm
-from orderppl.models.denoisers.pretrained import Padding, PretrainedDenoiser
+from orderppl.models.denoisers.pretrained import Padding, PretrainedDenoiser, SplitPretrainedDenoiser
 from orderppl.models.denoisers.remote_code import check_loads_alike, load_remote
 from orderppl.models.denoisers.smdm import SmdmDenoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
@@ -75,9 +75,7 @@ def load_denoiser(
         if source.kind == "smdm":
             denoiser = SmdmDenoiser.from_pretrained(source.path, dtype=dtype)
         elif source.kind == "trained":
-            denoiser = TransformerDenoiser(**read_config(source.path / TRAINED))
-            load_weights(denoiser, source.path / TRAINED)
-            denoiser = denoiser.to(dtype).eval()
+            denoiser = load_trained(source.path).to(dtype).eval()
         else:
             denoiser = _adapt(source, dtype)
         denoiser = denoiser.to(device)
@@ -85,11 +83,25 @@ def load_denoiser(
     return denoiser
 
 
+def load_trained(run: str | Path) -> SmdmDenoiser | TransformerDenoiser:
+    """Load what train-denoiser wrote into its run folder.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    weights = Path(run) / TRAINED
+    config = read_config(weights)
+    denoiser: SmdmDenoiser | TransformerDenoiser
+    if config.pop("model_type", None) == smdm.MODEL_TYPE:
+        denoiser = SmdmDenoiser(smdm.SmdmConfig(**config))
+    else:
+        denoiser = TransformerDenoiser(**config)
+    load_weights(denoiser, weights)
+    return denoiser
+
+
 def find_source(name_or_path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Find the files of a model and what kind they are of; arguments and errors as of `load_denoiser`."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     path = fetch(name_or_path, revision, field="denoiser")
     if path.is_file():
         return Source(path, {}, "smdm")
@@ -104,8 +116,9 @@ def find_source(name_or_path: str | Path, revision: str | None = None, trust_rem
         raise UserError("denoiser", problem, "give the folder or hub name of a model") from error
     if kind == smdm.MODEL_TYPE:
         return Source(path, config, "smdm")
-    in_transformers = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_MASKED_LM_MAPPING
-    if in_transformers and not config.get("is_encoder_decoder", False):
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # slow to import
+
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_encoder_decoder", False):
         return Source(path, config, "masked_lm")
     if kind not in LOGIT_SHIFT and "AutoModelForMaskedLM" not in config.get("auto_map", {}):
         known = ", ".join(("any AutoModelForMaskedLM", smdm.MODEL_TYPE, *LOGIT_SHIFT))
@@ -163,24 +176,29 @@ def _adapt(source: Source, dtype: torch.dtype) -> PretrainedDenoiser:
     embeddings = next((m for m in network.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
     first = None if embeddings is None else int(embeddings.padding_idx) + 1  # RoBERTa counts from behind the padding
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_sequence_length", None)
-    denoiser = PretrainedDenoiser(
-        network,
-        tokenizer.mask_index,
-        len(network.get_output_embeddings().weight),
-        begin_index=inner.cls_token_id if source.kind == "masked_lm" else None,
-        pad_index=tokenizer.pad_index,
-        logit_shift=LOGIT_SHIFT.get(str(source.config.get("model_type")), 0),
-        first_position=first,
-        max_length=None if longest is None else int(longest) - (first or 0),
-    )
-    denoiser.padding = _way_to_pad(denoiser, dtype)
+    known = tokenizer.mask_index, len(network.get_output_embeddings().weight)
+    options: dict[str, Any] = {
+        "begin_index": inner.cls_token_id if source.kind == "masked_lm" else None,
+        "pad_index": tokenizer.pad_index,
+        "logit_shift": LOGIT_SHIFT.get(str(source.config.get("model_type")), 0),
+        "first_position": first,
+        "max_length": None if longest is None else int(longest) - (first or 0),
+    }
+    whole = PretrainedDenoiser(network, *known, **options)
+    options["padding"] = whole.padding = _way_to_pad(whole, dtype)
+    logits = _probe(whole)
     if trust:
-        once = _probe(denoiser)
-        denoiser.network = nn.Module()  # one copy in memory at a time
+        whole.network = nn.Module()  # one copy in memory at a time
         del network
-        denoiser.network = _load_network(source, dtype)
-        check_loads_alike(once, _probe(denoiser), str(source.path))
-    return denoiser
+        whole.network = network = _load_network(source, dtype)
+        check_loads_alike(logits, _probe(whole), str(source.path))
+    if not isinstance(network.get_output_embeddings(), nn.Linear):
+        return whole
+    split = SplitPretrainedDenoiser(network, *known, **options)
+    if torch.equal(_probe(split), logits):
+        return split
+    split.rejoin()  # something happens to the logits behind the head
+    return whole
 
 
 def _load_network(source: Source, dtype: torch.dtype) -> Any:

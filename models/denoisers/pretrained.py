@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,11 +57,6 @@ class PretrainedDenoiser(nn.Module):
         self.options = {key: value for key, value in {"use_cache": False, "return_dict": True}.items() if key in known}
         self.eval()
 
-    @property
-    def hidden_size(self) -> int:
-        """Size W of the hidden vectors."""
-        return int(self.network.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
-
     def train(self, mode: bool = True) -> PretrainedDenoiser:
         """Keep the model in evaluation mode."""
         super().train(mode)
@@ -68,8 +64,11 @@ class PretrainedDenoiser(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in the format it was loaded from."""
+        """Write the model in the format it was loaded from, the code that came with it included."""
         self.network.save_pretrained(folder)  # type: ignore[operator]
+        if type(self.network).__module__.startswith("transformers_modules"):
+            for file in Path(inspect.getfile(type(self.network))).parent.glob("*.py"):
+                shutil.copy(file, folder)
 
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """Score every position; see `orderppl.denoising.Denoiser`.
@@ -77,15 +76,10 @@ class PretrainedDenoiser(nn.Module):
         Raises:
             UserError: the canvas is longer than the model's positions.
         """
-        return self._read(state, attention_mask)[0]
+        return self._read(state, attention_mask)
 
-    def logits_and_hidden(self, state: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, and the last hidden vectors, float [N, S, W], shifted as the logits are."""
-        logits, hidden = self._read(state, attention_mask, with_hidden=True)
-        assert hidden is not None
-        return logits, hidden
-
-    def _read(self, state: Tensor, attention_mask: Tensor, with_hidden: bool = False) -> tuple[Tensor, Tensor | None]:
+    def _read(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the network gives for every position, float [N, S, D]."""
         attended = attention_mask.bool()
         begin = 0 if self.begin_index is None else 1
         if self.max_length is not None and state.shape[-1] + begin > self.max_length:
@@ -101,14 +95,12 @@ class PretrainedDenoiser(nn.Module):
             keys = torch.cat([torch.ones_like(keys[:, :1]), keys[:, 1:]], 1)  # no softmax over nothing
         column = (attended.long().cumsum(-1) - 1).clamp(min=0) + begin  # [N, S], where each token stands now
         column = (column - self.logit_shift).clamp(min=0)
-        outputs = [_take(output, column) for output in self._call(tokens, keys, with_hidden)]
-        return outputs[0], outputs[1] if with_hidden else None
+        found = self._call(tokens, keys)
+        return found.gather(1, column[..., None].expand(-1, -1, found.shape[-1]))
 
-    def _call(self, tokens: Tensor, keys: Tensor, with_hidden: bool) -> tuple[Tensor, ...]:
-        """Logits and, if asked for, hidden vectors of rows that stand at the left, float [N, S, V] and [N, S, W]."""
+    def _call(self, tokens: Tensor, keys: Tensor) -> Tensor:
+        """Read rows that stand at the left: float [N, S, D] from int64 and bool [N, S]."""
         options: dict[str, Any] = dict(self.options)
-        if with_hidden:
-            options["output_hidden_states"] = True
         if self.first_position is not None:
             position = torch.arange(tokens.shape[1], device=tokens.device) + self.first_position
             options["position_ids"] = position.expand(tokens.shape)
@@ -118,27 +110,64 @@ class PretrainedDenoiser(nn.Module):
             options["attention_mask"] = keys[:, None, None].expand(-1, 1, keys.shape[1], -1)
         else:
             options["attention_mask"] = keys.long()
-        return _tensors(self.network(input_ids=tokens, **options), with_hidden)
+        found: Tensor = self.network(input_ids=tokens, **options).logits
+        return found
 
-    def _call_by_length(self, tokens: Tensor, keys: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _call_by_length(self, tokens: Tensor, keys: Tensor, options: dict[str, Any]) -> Tensor:
         """Read the rows of one length after another; costs a synchronisation with the host."""
-        with_hidden = "output_hidden_states" in options
         counts = keys.sum(-1)
-        found: list[Tensor] = []
+        found: Tensor | None = None
         for length in counts.unique().tolist():
             rows = (counts == length).nonzero()[:, 0]
-            part = _tensors(self.network(input_ids=tokens[rows, :length], **options), with_hidden)
-            if not found:
-                found = [output.new_zeros((*tokens.shape, output.shape[-1])) for output in part]
-            here = rows[:, None], torch.arange(length, device=rows.device)
-            found = [whole.index_put(here, output) for whole, output in zip(found, part, strict=True)]
-        return tuple(found)
+            if "position_ids" in options:
+                options["position_ids"] = options["position_ids"][: len(rows), :length]
+            part = self.network(input_ids=tokens[rows, :length], **options).logits
+            found = part.new_zeros((*tokens.shape, part.shape[-1])) if found is None else found
+            found = found.index_put((rows[:, None], torch.arange(length, device=rows.device)), part)
+        assert found is not None
+        return found
 
 
-def _tensors(output: Any, with_hidden: bool) -> tuple[Tensor, ...]:
-    return (output.logits, output.hidden_states[-1]) if with_hidden else (output.logits,)
+class SplitPretrainedDenoiser(PretrainedDenoiser):
+    """The same with the output head taken out of the model; see `orderppl.denoising.SplitDenoiser`.
 
+    The head of these models has 30,000 to 150,000 classes: it is run where its output is needed only, and rows are put
+    back into place before it, not behind it. `rejoin` gives the head back.
+    """
 
-def _take(values: Tensor, column: Tensor) -> Tensor:
-    """Columns int64 [N, S] of values float [N, *, D]: float [N, S, D]."""
-    return values.gather(1, column[..., None].expand(-1, -1, values.shape[-1]))
+    def __init__(self, network: nn.Module, mask_index: int, vocab_size: int, **options: Any) -> None:
+        super().__init__(network, mask_index, vocab_size, **options)
+        head = network.get_output_embeddings()  # type: ignore[operator]
+        self.place = next(name for name, module in network.named_modules() if module is head)
+        network.set_submodule(self.place, nn.Identity())
+        self.head: nn.Module = head
+
+    def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score every position; see `orderppl.denoising.Denoiser`.
+
+        Raises:
+            UserError: the canvas is longer than the model's positions.
+        """
+        return self.output_logits(self.hidden_states(state, attention_mask))
+
+    def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """Everything before the output head, float [N, S, W]."""
+        return self._read(state, attention_mask)
+
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """The output head: float [.., W] -> [.., V]."""
+        logits: Tensor = self.head(hidden)
+        return logits
+
+    def rejoin(self) -> nn.Module:
+        """Give the model its output head back, and return it; the denoiser is of no use any more."""
+        self.network.set_submodule(self.place, self.head)
+        return self.network
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model, head included, in the format it was loaded from."""
+        self.rejoin()
+        try:
+            super().save_pretrained(folder)
+        finally:
+            self.network.set_submodule(self.place, nn.Identity())

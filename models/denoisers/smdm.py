@@ -116,7 +116,7 @@ class SmdmDenoiser(nn.Module):
         self.architecture = config
         self.config = {"model_type": MODEL_TYPE, **asdict(config)}
         self.vocab_size = self.mask_index = config.vocab_size
-        self.max_length, self.hidden_size = config.block_size, config.n_embd
+        self.max_length = config.block_size
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer = nn.ModuleDict(
             {
@@ -173,10 +173,15 @@ class SmdmDenoiser(nn.Module):
         Raises:
             UserError: the canvas is longer than `block_size`.
         """
-        return self.logits_and_hidden(state, attention_mask)[0]
+        return self.output_logits(self.hidden_states(state, attention_mask))
 
-    def logits_and_hidden(self, state: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, and the normalised hidden vectors under the output head, float [N, S, W]."""
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """The output head: float [.., W] -> [.., V]."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        """Everything before the output head, float [N, S, W]; see `orderppl.denoising.SplitDenoiser`."""
         if state.shape[-1] > self.max_length:
             problem = f"a canvas of {state.shape[-1]} tokens exceeds the model's {self.max_length}"
             raise UserError("max_length", problem, "shorten prompt or response")
@@ -187,8 +192,8 @@ class SmdmDenoiser(nn.Module):
         rotary = rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype)
         for block in self.transformer["h"].children():
             hidden = block(hidden, keys, rotary)
-        hidden = self.transformer["ln_f"](hidden)
-        return self.lm_head(hidden), hidden
+        normed: Tensor = self.transformer["ln_f"](hidden)
+        return normed
 
 
 def _rotary(position: Tensor, size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

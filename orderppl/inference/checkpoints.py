@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,14 @@ def fingerprint(module: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
+def learned_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict without frozen parameters, such as those of a public denoiser: they are as they were built."""
+    frozen = {
+        name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+    }
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
 def check_fingerprint(saved: Mapping[str, list[int]], module: nn.Module, source: Path) -> None:
     """Refuse weights of another architecture.
 
@@ -68,6 +77,12 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -163,9 +178,10 @@ def read_config(path: Path | str) -> dict[str, Any]:
 class CheckpointFolder:
     """The last few training states of a run.
 
-    A checkpoint is a folder `update_<n>` with `weights.safetensors`, `state.pt` (loadable with `weights_only=True`),
-    `meta.json` and, when a best module is kept, `best.safetensors`. It is written under a temporary name and renamed
-    when every file has reached the disk, so a crash at any moment leaves the previous one in place.
+    A checkpoint is a folder `update_<n>` with `weights.safetensors` (without frozen parameters), `state.pt` (loadable
+    with `weights_only=True`), `meta.json` and, when a best module is kept, `best.safetensors`. It is written under a
+    temporary name and renamed when every file has reached the disk, so a crash at any moment leaves the previous one
+    in place.
 
     Args:
         path: folder of the checkpoints.
@@ -191,7 +207,7 @@ class CheckpointFolder:
 
         Args:
             update: number of finished updates.
-            module: everything trained or needed for it.
+            module: everything trained or needed for it; frozen parameters are not stored.
             state: tensors, numbers, strings and containers of them.
             best: state dict of the best module so far.
         """
@@ -202,7 +218,7 @@ class CheckpointFolder:
         if not target.exists():
             temporary = self.path / f"{TEMPORARY}{target.name}"
             temporary.mkdir()
-            write_tensors(temporary / "weights.safetensors", module.state_dict())
+            write_tensors(temporary / "weights.safetensors", learned_state(module))
             if best is not None:
                 write_tensors(temporary / "best.safetensors", best)
             with open(temporary / "state.pt", "wb") as file:
@@ -236,7 +252,11 @@ class CheckpointFolder:
             return None
         meta = json.loads((latest / "meta.json").read_text(encoding="utf-8"))
         check_fingerprint(meta["tensors"], module, latest)
-        load_tensors(module, latest / "weights.safetensors")
+        saved = _read_tensors(latest / "weights.safetensors")
+        learned, shapes = learned_state(module), fingerprint(module)
+        kept = {name: shape for name, shape in shapes.items() if name not in learned}
+        check_fingerprint(kept | {name: list(tensor.shape) for name, tensor in saved.items()}, module, latest)
+        module.load_state_dict(saved, strict=False)
         try:
             # RNG states must stay on the host, so nothing is mapped here; optimisers move their own state.
             state: dict[str, Any] = torch.load(latest / "state.pt", map_location="cpu", weights_only=True)

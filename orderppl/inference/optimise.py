@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from orderppl.errors import UserError
 from orderppl.inference.annealing import Anneal, set_dial
 from orderppl.inference.batches import BatchStream
-from orderppl.inference.checkpoints import TEMPORARY, CheckpointFolder
+from orderppl.inference.checkpoints import TEMPORARY, CheckpointFolder, learned_state
 from orderppl.inference.processes import Processes
 from orderppl.randomness import keyed_draws
 
@@ -256,7 +256,8 @@ def optimise(
         autocast_dtype: run the loss under autocast in this dtype (bfloat16).
         out: folder for `log.jsonl` and `checkpoints/`.
         checkpoint_every: updates between two checkpoints; the last update is always saved when `out` is given.
-        resume: continue from the newest checkpoint in `out`; from the start when there is none.
+        resume: continue from the newest checkpoint in `out`; from the start when there is none. Frozen parameters are
+            not in it: build them as before.
         progress: show a progress bar with loss, ELBO, expected steps and seconds per update.
         description: label of the progress bar.
 
@@ -387,7 +388,7 @@ def optimise(
             if math.isfinite(score) and (result.best is None or score < sign * result.best[monitor]):
                 result.best, stale = record, 0
                 if restore_best:
-                    best_weights = {name: tensor.detach().clone() for name, tensor in loss.state_dict().items()}
+                    best_weights = {name: tensor.detach().clone() for name, tensor in learned_state(loss).items()}
             else:
                 stale += 1
         if patience is not None and stale >= patience:
@@ -477,7 +478,7 @@ def optimise(
         _set_rng_state(processes.from_first(lambda: _rng_state(where)), where)
     with torch.no_grad():
         if restore_best and best_weights is not None:
-            loss.load_state_dict(best_weights)
+            loss.load_state_dict(best_weights, strict=False)
         elif average is not None:
             torch._foreach_copy_(parameters, average)
     return result

@@ -18,11 +18,11 @@ from tiny_models import KINDS, MASKED_LM, write_model, write_tokenizer
 
 from orderppl.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from orderppl.decoding import decode, make_policy
-from orderppl.denoising import Canvas, Denoiser
+from orderppl.denoising import Canvas, Denoiser, SplitDenoiser, _offers
 from orderppl.errors import UserError
 from orderppl.hub import fetch
 from orderppl.models import LearnedPolicy, SequentialUnmaskingModel
-from orderppl.models.denoisers import PretrainedDenoiser, denoiser_tokenizer, load_denoiser
+from orderppl.models.denoisers import PretrainedDenoiser, SplitPretrainedDenoiser, denoiser_tokenizer, load_denoiser
 from orderppl.models.denoisers.remote_code import check_loads_alike
 from orderppl.models.networks import PolicyNetwork
 from orderppl.states import UnmaskingState
@@ -66,8 +66,10 @@ def test_protocol_and_padding(denoisers: dict[str, Any], kind: str) -> None:
             canvas = torch.randint(5, 40, (1, 10))
             canvas[places] = tokens[row, :size]
             torch.testing.assert_close(denoiser(canvas, places)[0, columns], alone, rtol=1e-4, atol=1e-4)
-    hidden = denoiser.logits_and_hidden(tokens, mask)[1]
-    assert hidden.shape == (3, 7, denoiser.hidden_size)
+    assert _offers(denoiser, SplitDenoiser)
+    hidden = denoiser.hidden_states(tokens, mask)
+    assert hidden.shape == (3, 7, 16)
+    assert torch.equal(denoiser.output_logits(hidden), right)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,7 +94,7 @@ def test_reload_is_equal(denoisers: dict[str, Any], folders: dict[str, Path], tm
     again = load_denoiser(folders[kind], trust_remote_code=True)
     assert torch.equal(again(tokens, mask), denoiser(tokens, mask))
     denoiser.save_pretrained(tmp_path)
-    for file in [*folders[kind].glob("*.py"), *folders[kind].glob("tokenizer*")]:
+    for file in folders[kind].glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     saved = load_denoiser(tmp_path, trust_remote_code=True)
     assert torch.equal(saved(tokens, mask), denoiser(tokens, mask))
@@ -164,9 +166,10 @@ def test_frame_and_shift(denoisers: dict[str, Any]) -> None:
     bert, dream = denoisers["bert"], denoisers["Dream"]
     tokens, mask = rows(bert)[0][:1], rows(bert)[1][:1]
     framed = torch.cat([torch.full((1, 1), 2), tokens], 1)
-    torch.testing.assert_close(bert(tokens, mask), bert.network(framed).logits[:, 1:], rtol=1e-4, atol=1e-4)
+    raw = bert.output_logits(bert.network(framed).logits)
+    torch.testing.assert_close(bert(tokens, mask), raw[:, 1:], rtol=1e-4, atol=1e-4)
     tokens = rows(dream)[0][:1]
-    raw = dream.network(tokens).logits
+    raw = dream.output_logits(dream.network(tokens).logits)
     torch.testing.assert_close(dream(tokens, mask), torch.cat([raw[:, :1], raw[:, :-1]], 1), rtol=1e-4, atol=1e-4)
     assert denoisers["llada"].logit_shift == 0
 
@@ -178,7 +181,8 @@ def test_roberta_reads_attended_padding_tokens(denoisers: dict[str, Any]) -> Non
     tokens = torch.tensor([[7, 1, 9, denoiser.mask_index]])
     position = torch.arange(2, 7)[None]
     framed = torch.cat([torch.zeros(1, 1, dtype=torch.long), tokens], 1)
-    expected = denoiser.network(framed, attention_mask=torch.ones_like(framed), position_ids=position).logits[:, 1:]
+    hidden = denoiser.network(framed, attention_mask=torch.ones_like(framed), position_ids=position).logits[:, 1:]
+    expected = denoiser.output_logits(hidden)
     torch.testing.assert_close(denoiser(tokens, torch.ones(1, 4, dtype=torch.bool)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -187,6 +191,18 @@ def test_ways_to_pad(denoisers: dict[str, Any], tmp_path: Path) -> None:
     assert ways == {**dict.fromkeys(MASKED_LM, "mask"), "llada": "lengths", "Dream": "square"}
     reads = load_denoiser(write_model(tmp_path / "llada", "llada", reads_mask=True), trust_remote_code=True)
     assert reads.padding == "mask"  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_logits_that_are_changed_behind_the_head(tmp_path: Path, denoisers: dict[str, Any]) -> None:
+    """Then the head is no part by itself, and stays in the model."""
+    torch.manual_seed(0)
+    capped = load_denoiser(write_model(tmp_path / "llada", "llada", flaw="caps"), trust_remote_code=True)
+    torch.manual_seed(0)
+    plain = load_denoiser(write_model(tmp_path / "plain", "llada"), trust_remote_code=True)
+    assert type(capped) is PretrainedDenoiser
+    tokens, mask = rows(plain)
+    torch.testing.assert_close(capped(tokens, mask), plain(tokens, mask).tanh())
 
 
 def test_dream_frequencies_are_recomputed(denoisers: dict[str, Any]) -> None:
@@ -245,8 +261,9 @@ def test_remote_code_that_fails(tmp_path: Path) -> None:
 
 def test_tied_weights_of_remote_code(tmp_path: Path) -> None:
     tied = load_denoiser(write_model(tmp_path / "dream", "Dream", tie_word_embeddings=True), trust_remote_code=True)
-    network = tied.network  # type: ignore[attr-defined]
-    assert network.lm_head.weight is network.model.embed_tokens.weight
+    assert isinstance(tied, SplitPretrainedDenoiser)
+    network: Any = tied.network
+    assert tied.head.weight is network.model.embed_tokens.weight
 
 
 def test_not_a_masked_model(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ LLADA_MODEL = """
                 hidden = block(hidden, keys)
             hidden = self.model.transformer.ln_f(hidden)
             logits = self.get_output_embeddings()(hidden)
+            if self.config.flaw == "caps":
+                logits = logits.tanh()
             return CausalLMOutputWithPast(logits=logits, hidden_states=(hidden,) if output_hidden_states else None)
 
         def get_input_embeddings(self):
