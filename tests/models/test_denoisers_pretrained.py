@@ -18,7 +18,7 @@ from tiny_models import KINDS, MASKED_LM, write_model, write_tokenizer
 
 from orderppl.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from orderppl.decoding import decode, make_policy
-from orderppl.denoising import Canvas, Denoiser, SplitDenoiser, _offers
+from orderppl.denoising import Canvas, Denoiser, SplitDenoiser
 from orderppl.errors import UserError
 from orderppl.hub import fetch
 from orderppl.models import LearnedPolicy, SequentialUnmaskingModel
@@ -66,7 +66,8 @@ def test_protocol_and_padding(denoisers: dict[str, Any], kind: str) -> None:
             canvas = torch.randint(5, 40, (1, 10))
             canvas[places] = tokens[row, :size]
             torch.testing.assert_close(denoiser(canvas, places)[0, columns], alone, rtol=1e-4, atol=1e-4)
-    assert _offers(denoiser, SplitDenoiser)
+    assert isinstance(denoiser, SplitDenoiser)
+    assert Canvas(denoiser, mask)._is_split
     hidden = denoiser.hidden_states(tokens, mask)
     assert hidden.shape == (3, 7, 16)
     assert torch.equal(denoiser.output_logits(hidden), right)
