@@ -3,6 +3,7 @@
     orderppl train-denoiser --out runs/arithmetic-denoiser
     orderppl train-denoiser --config arithmetic_denoiser --set task.variant=dual --set fit.updates=6000
     orderppl train-denoiser --out runs/arithmetic-denoiser --resume          # after an interruption
+    orderppl train-denoiser --set denoiser.name=saved --set denoiser.run=runs/arithmetic-denoiser --out runs/longer
     torchrun --nproc_per_node 2 -m orderppl.experiments.cli train-denoiser --out runs/arithmetic-denoiser
 
 The run folder holds denoiser.safetensors with its architecture in denoiser.json and the tokeniser, which
@@ -23,12 +24,14 @@ from orderppl.experiments.build import (
     ArithmeticTask,
     ChainTask,
     Gsm8kTask,
+    SavedDenoiserConfig,
     Task,
     TransformerConfig,
     autocast_dtype,
     build_denoiser,
     build_task,
     save_tokenizer,
+    saved_tokenizer,
 )
 from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.results import Record, results_table
@@ -63,13 +66,15 @@ class Config(RunConfig):
     """Settings of train-denoiser."""
 
     task: ArithmeticTask | Gsm8kTask | ChainTask = setting(ArithmeticTask, "data")
-    denoiser: TransformerConfig = setting(TransformerConfig, "architecture")
+    denoiser: TransformerConfig | SavedDenoiserConfig = setting(
+        TransformerConfig, "architecture, or a trained denoiser to go on from"
+    )
     fit: DenoiserFitConfig = setting(DenoiserFitConfig, "the training loop")
 
 
 def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     """Train, save, and measure the bound on the test split."""
-    task = build_task(config.task, config.seed)
+    task = build_task(config.task, config.seed, saved_tokenizer(config.denoiser))
     denoiser = build_denoiser(config.denoiser, task, config.task)
     fit_denoiser(config, task, denoiser, out, resume=resume)
     if not Processes.join(config.device).is_first:

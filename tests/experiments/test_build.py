@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from orderppl.errors import UserError
 from orderppl.experiments import cli, evaluate, fit_order, train_denoiser
@@ -224,9 +225,17 @@ def test_a_trained_denoiser_carries_an_order(tmp_path: Path) -> None:
     task = "task={name: arithmetic, num_operations: 2, train: 200, validation: 20, test: 20}"
     fast = ["denoiser={name: transformer, width: 16, layers: 1, heads: 2}", "fit={updates: 3, batch_size: 16}"]
     trained = load_config(train_denoiser.Config, None, [task, *fast])
-    cli.run_experiment("train-denoiser", train_denoiser, trained, tmp_path / "denoiser")
-    order = [task, f"denoiser={{name: saved, run: {tmp_path / 'denoiser'}}}", "num_steps=3"]
-    order += ["prior={name: step_price, prior: residual_policy}", "guide=policy"]
+    cli.run_experiment("train-denoiser", train_denoiser, trained, tmp_path / "first")
+    saved = f"denoiser={{name: saved, run: {tmp_path / 'first'}}}"
+    further = load_config(train_denoiser.Config, None, [task, saved, "fit={updates: 1, batch_size: 16, lr: 1e-9}"])
+    cli.run_experiment("train-denoiser", train_denoiser, further, tmp_path / "denoiser")
+    first, last = (load_file(tmp_path / name / "denoiser.safetensors") for name in ("first", "denoiser"))
+    for name, weights in first.items():  # it goes on from where the other run has ended
+        torch.testing.assert_close(last[name], weights, atol=1e-6, rtol=0)
+    order = [task, f"denoiser={{name: saved, run: {tmp_path / 'denoiser'}}}", "num_steps=3", "outlier=0.5"]
+    network = "network: {features: [confidence, prediction, price]}"
+    order += [f"prior={{name: step_price, price: 0.1, highest: 2, prior: {{name: residual_policy, {network}}}}}"]
+    order += ["guide=policy"]
     order += ["elbo.num_particles=2", "fit={updates: 2, batch_size: 8}"]
     fitted = load_config(fit_order.Config, None, order)
     cli.run_experiment("fit-order", fit_order, fitted, tmp_path / "order")
@@ -239,10 +248,23 @@ def test_a_trained_denoiser_carries_an_order(tmp_path: Path) -> None:
     assert ("accuracy", "greedy_oracle uniform") not in arms  # an oracle cannot decode
 
 
+def test_a_range_of_prices_is_checked_when_it_is_read() -> None:
+    for wrong, field in (
+        (("prior={name: step_price, price: 2, highest: 1}",), "prior.highest"),
+        (("prior={name: step_price, price: 0, highest: 1}",), "prior.highest"),
+        (("prior={name: step_price, highest: 2}", "fit.step_price={start: 1, end: 2, updates: 3}"), "fit.step_price"),
+        (("outlier=0.1", "elbo.one_step=true"), "outlier"),
+        (("outlier=0.1", "elbo=relaxed"), "outlier"),
+    ):
+        with pytest.raises(UserError, match=f"^{field}: "):
+            load_config(fit_order.Config, "chain", wrong)
+
+
 @pytest.mark.parametrize("name", ["chain", "arithmetic_order", "arithmetic_denoiser"])
 def test_packaged_configs_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kind = train_denoiser.Config if name == "arithmetic_denoiser" else fit_order.Config
     assert name in packaged_configs()
-    (tmp_path / "runs" / "train-denoiser").mkdir(parents=True)
+    for run in ("train-denoiser", "mod20-denoiser"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     load_config(kind, name)
