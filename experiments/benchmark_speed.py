@@ -460,9 +460,8 @@ def show(records: Sequence[Record]) -> None:
     table("Seconds per update, wall clock", by_size, ("variant",), metric=("seconds_per_update",), axis=("steps",))
     table("Share of the update without the denoiser", by_size, ("variant",), metric=("host_share",), axis=("steps",))
     table("Denoiser rows per sequence", by_size, ("variant",), metric=("denoiser_rows",), axis=("steps",))
-    rest = AXES[1:]
-    other = ("mode", "denoiser", "axis", *rest)
-    table("Other settings", other, ("metric",), metric=ratios, axis=rest)
+    other = ("axis", "mode", "denoiser", "length", "particles")
+    table("Other settings", other, ("metric",), metric=ratios, axis=AXES[1:])
     slopes = ("time_slope", "memory_slope")
     table("Growth: log-log slopes", ("mode", "denoiser", "axis"), ("metric", "variant"), metric=slopes)
     for record in records:
