@@ -362,18 +362,22 @@ def time_estimators(config: Config, batch_size: int = 16, num_steps: int = 4) ->
 
 
 def plot_variance(records: Iterable[Record], path: Path) -> None:
-    """Draw the variance of the order's gradient relative to stock TraceGraph; hollow marks are biased estimators."""
+    """Draw the variance of the order's gradient relative to stock TraceGraph; hollow marks are biased estimators.
+
+    Sums over all orders, whose variance is rounding, are left out.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = [r for r in records if r["metric"] == "variance_ratio" and r["gradient"] == "order"]
+    shown = [record for record in shown if float(str(record["value"])) > 1e-9]
     names = list(dict.fromkeys(str(record["estimator"]) for record in shown))
     cases = list(dict.fromkeys(f"{record['task']}, {record['point']}" for record in shown))
     colours = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
     figure, axes = plt.subplots(figsize=(7, 0.4 * len(names) + 1.6), layout="constrained")
     for index, (case, colour) in enumerate(zip(cases, colours, strict=False)):
         for record in shown:
-            if f"{record['task']}, {record['point']}" != case or not float(str(record["value"])) > 0:
+            if f"{record['task']}, {record['point']}" != case:
                 continue
             height = names.index(str(record["estimator"])) + 0.12 * (index - len(cases) / 2)
             face = colour if record.get("unbiased", True) else "none"
