@@ -405,7 +405,14 @@ def frontier_figure(results: Results) -> Figure:
             thick: dict[str, Any] = {"linewidth": 2.5, "marker": "o", "zorder": 3}
             thin = {"linewidth": 1, "marker": ".", "alpha": 0.7, "linestyle": ":" if kinds[family] == "oracle" else "-"}
             style = thick if kinds[family] == "learned" else thin
-            axis.plot(*zip(*curve, strict=True), color=colours[family], label=None if seed else family, **style)
+            nfe, values = (np.array(column) for column in zip(*curve, strict=True))
+            # Straight in NFE, as it is interpolated, which is not straight on a logarithmic axis.
+            grid = np.unique(np.concatenate([nfe, np.geomspace(nfe[0], nfe[-1], 100)]))
+            line = {"color": colours[family], "alpha": style.pop("alpha", 1.0), "zorder": style.pop("zorder", 2)}
+            axis.plot(
+                grid, np.interp(grid, nfe, values), label=None if seed else family, **line, **style | {"marker": ""}
+            )
+            axis.plot(nfe, values, **line, **style | {"linestyle": ""})
         places = sorted(nfe for curve in curves.values() for nfe, _ in curve)
         frontier = results.frontier(metric)
         if frontier is not None and places:
