@@ -183,7 +183,7 @@ class Study:
         self.denoiser: Denoiser = as_denoiser(module)
         self.split = self._split()
         self.rows = self._unseen(denoiser_config)
-        answers = self.task.tokenizer is not None
+        answers = self.task.tokenizer is not None and bool(self.task.references)
         self.metrics = tuple(metric for metric in config.metrics if answers or metric != "accuracy")
         if not self.metrics:
             raise UserError("metrics", f"{self.task.name} has no answers", "set metrics=path_nats")
