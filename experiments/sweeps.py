@@ -33,9 +33,11 @@ from orderppl.experiments.evaluate import load_order, load_settings
 from orderppl.experiments.fit_order import ORDER_FILE
 from orderppl.experiments.identity import tensor_digest
 from orderppl.inference.checkpoints import file_digest
+from orderppl.models import PriceRange
 
 RANKINGS = ("random", "top_prob", "margin", "entropy", "left_to_right", "oracle_margin", "greedy_oracle")
 DIALS = ("tau", "factor", "gamma")
+PRICES = 7  # of a policy that was learned for a range of them
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class DialsConfig:
         ("mode",), "how probabilities become reveal sets: mode, sample or (plans) rank"
     )
     beta: tuple[float, ...] = setting((), "factors on reveal probabilities; none: as learned", above=0)
-    price: tuple[float, ...] = setting((), "prices of a policy learned for a range of them, nats per step", above=0)
+    price: tuple[float, ...] = setting(
+        (), "nats per step, for a policy learned for a range of prices; none: across its range", above=0
+    )
     budgets: tuple[int, ...] = setting((), "step budgets T; none: that of the run", at_least=1)
 
 
@@ -248,7 +252,8 @@ def learned_arms(sweeps: Sequence[LearnedSweepConfig], task: Task, denoiser: nn.
 def _turned(
     sweep: LearnedSweepConfig, folder: str, weights: str, num_steps: int, frozen: bool, problem: OrderProblem
 ) -> Iterator[Arm]:
-    grid: list[Sequence[Any]] = [sweep.decisions, sweep.beta or (None,), sweep.price or (None,)]
+    prices: Sequence[float | None] = sweep.price or _learned_prices(problem) or (None,)
+    grid: list[Sequence[Any]] = [sweep.decisions, sweep.beta or (None,), prices]
     for decision, beta, price, budget in itertools.product(*grid, sweep.budgets or (num_steps,)):
         policy = learned_policy(problem, decision, beta=beta, price=price)
         dial = [f"beta={beta:g}"] if beta is not None else []
@@ -272,6 +277,15 @@ def _turned(
             network=network,
             denoiser=None if frozen else problem.model.denoiser,
         )
+
+
+def _learned_prices(problem: OrderProblem) -> list[float]:
+    """Prices across the range that a policy was learned for; none for any other policy."""
+    prices = getattr(problem.model.prior, "price", None)
+    if not isinstance(prices, PriceRange):
+        return []
+    ratio = prices.high / prices.low
+    return [prices.low * ratio ** (step / (PRICES - 1)) for step in range(PRICES)]
 
 
 def _decides(problem: OrderProblem) -> bool:

@@ -21,6 +21,7 @@ from orderppl.experiments.build import (
     OrderConfig,
     PolicyGuideConfig,
     SavedDenoiserConfig,
+    StepPriceConfig,
     TransformerConfig,
     build_denoiser,
     build_problem,
@@ -241,6 +242,34 @@ def test_rows_that_a_run_has_seen_in_training_are_left_out(folder: Path, tmp_pat
     found = records(tmp_path / "out")
     assert {record["n"] for record in found} == {15}  # rows 80 to 94 are training rows of that run
     assert "15 rows left out" in (tmp_path / "out" / "tables.txt").read_text()
+
+
+def test_one_policy_for_a_range_of_prices_is_a_curve(folder: Path, tmp_path: Path) -> None:
+    task = build_task(TASK, 0)
+    network = PolicyNetworkConfig(width=8, layers=1, heads=2, features=("confidence", "price"))
+    order = OrderConfig(
+        num_steps=8,
+        task=TASK,
+        denoiser=SavedDenoiserConfig(run=str(folder / "denoiser")),
+        prior=StepPriceConfig(prior=LearnedPolicyConfig(network=network), price=0.1, highest=10.0),
+        guide=PolicyGuideConfig(),
+    )
+    problem = build_problem(order, task)
+    with torch.no_grad():  # larger weights: the price then matters without training
+        for parameter in problem.model.prior.parameters():
+            parameter.mul_(3)
+    (tmp_path / "order").mkdir()
+    save_order(order, problem, tmp_path / "order")
+    words = ["frontier", "--denoiser", str(folder / "denoiser"), "--run", str(tmp_path / "order")]
+    words += ["--out", str(tmp_path / "out"), "--config", str(folder / "grid.yaml"), "--set", "metrics=path_nats"]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--set", "dials={decisions: sample, price: [0.1, 10]}", "--set", "random_seeds=1"])
+    assert not end.value.code
+    arms = {r["arm"]: r for r in records(tmp_path / "out") if r["metric"] == "path_nats" and r["kind"] == "learned"}
+    assert list(arms) == ["order (sample) price=0.1", "order (sample) price=10"]
+    cheap, dear = arms.values()
+    assert cheap["price"] == 0.1 and cheap["policy_parameters"] == dear["policy_parameters"] > 0
+    assert cheap["value"] != dear["value"]  # the network reads the price: all else, the noise too, is the same
 
 
 @pytest.mark.parametrize(
