@@ -18,7 +18,7 @@ from orderppl.decoding import Policy, describe_policy
 from orderppl.decoding.policy import needs_noise
 from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
-from orderppl.experiments.build import OrderProblem, Task, learned_policy
+from orderppl.experiments.build import OrderProblem, Task, learned_order, learned_policy
 from orderppl.experiments.build.heuristics import (
     CosineSizesConfig,
     FractionalSizesConfig,
@@ -263,7 +263,6 @@ def _turned(
         family = f"{sweep.arm} ({decision})"
         labels: dict[str, str | int | float] = {"decision": decision, "run_folder": folder, "policy_weights": weights}
         labels |= {key: value for key, value in (("beta", beta), ("price", price)) if value is not None}
-        network = getattr(problem.guide, "network", None) if not _decides(problem) else problem.model.prior
         yield Arm(
             name=" ".join([family, *dial]),
             family=family,
@@ -274,7 +273,7 @@ def _turned(
             draws=decision == "sample",
             identity={"weights": weights, "decision": decision, "beta": beta, "price": price, "steps": budget},
             labels={"policy": problem.model.prior.__class__.__name__, **labels},
-            network=network,
+            network=learned_order(problem),
             denoiser=None if frozen else problem.model.denoiser,
         )
 
@@ -286,8 +285,3 @@ def _learned_prices(problem: OrderProblem) -> list[float]:
         return []
     ratio = prices.high / prices.low
     return [prices.low * ratio ** (step / (PRICES - 1)) for step in range(PRICES)]
-
-
-def _decides(problem: OrderProblem) -> bool:
-    """Whether the prior is what decodes, and not the plan of a guide."""
-    return learned_policy(problem) is problem.model.prior
