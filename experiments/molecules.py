@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from orderppl.experiments.results import Record, results_table
 from orderppl.guides import MeanFieldGuide
 
 Batches = list[dict[str, Tensor]]
+M = TypeVar("M", bound="MoleculeConfig")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class MoleculeConfig(OrderConfig):
     """Settings that the experiments share."""
 
     threshold: float = setting(0.9, "confidence of the threshold policy", above=0, below=1)
+    denoiser_rows: int | None = setting(
+        None,
+        "what the fit may spend, rows read by the denoiser; sets fit.updates whatever the number of steps",
+        at_least=1,
+    )
     rows: int = setting(1000, "held-out rows that are compared, from the first", at_least=1)
     rows_written: int = setting(32, "held-out rows that are also written freely; 0: none", at_least=0)
 
@@ -105,6 +112,7 @@ def learn_and_compare(
         labels: added to every record.
         title: of the printed table.
     """
+    config = within_budget(config)
     problem = build_problem(config, build_task(task, config.seed))
     if not resume:  # the same command again replaces its own run
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -134,6 +142,22 @@ def learn_and_compare(
     held_out = sum(len(batch["tokens"]) for batch in test)
     Console().print(results_table(shown, title=f"{title}, {held_out} held-out, {config.num_steps} steps"))
     return Comparison(problem, policies, test, list(records), {**labels, **shared})
+
+
+def within_budget(config: M) -> M:
+    """The settings with as many updates as `denoiser_rows` pays for; annealing keeps its share of them.
+
+    An update reads the fully hidden state of each sequence once and the T - 1 later ones once per particle.
+    """
+    if config.denoiser_rows is None:
+        return config
+    particles = int(getattr(config.elbo, "num_particles", 1))
+    later = 1 if config.elbo.one_step else config.num_steps - 1
+    updates = max(config.denoiser_rows // (config.fit.batch_size * (1 + later * particles)), 1)
+    anneal = config.fit.kl_weight
+    if anneal is not None:
+        anneal = replace(anneal, updates=max(anneal.updates * updates // config.fit.updates, 1))
+    return replace(config, fit=replace(config.fit, updates=updates, kl_weight=anneal))
 
 
 def first_rows(problem: OrderProblem, rows: int, device: str) -> Batches:

@@ -15,9 +15,21 @@ from orderppl.errors import UserError
 from orderppl.experiments import evaluate
 from orderppl.experiments.antibody_judge import AntibodyJudge
 from orderppl.experiments.cli import main
+from orderppl.experiments.config import load_config
+from orderppl.experiments.molecules import within_budget
+from orderppl.experiments.reactions import Config as ReactionsConfig
 from orderppl.experiments.reactions import token_kind
 
-FEW = ["--set", "fit.updates=2", "--set", "elbo.num_particles=2", "--set", "fit.kl_weight.updates=1"]
+FEW = [
+    "--set",
+    "denoiser_rows=null",
+    "--set",
+    "fit.updates=2",
+    "--set",
+    "elbo.num_particles=2",
+    "--set",
+    "fit.kl_weight.updates=1",
+]
 ANTIBODIES = Path(__file__).parents[3] / "shared" / "data" / "antibodies" / "heavy.csv"
 DOMAIN = (
     "EVQLVESGGGLVQPGRSLRLSCAASGFTFDDYAMHWVRQAPGKGLEWVSAITWNSGHIDYADSVEGRFTISRDNAKNSLYLQMNSLRAEDTAVYYCAKVSYLS"
@@ -83,6 +95,17 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
     assert not (tmp_path / "x").exists()
+
+
+def test_a_budget_of_denoiser_rows_sets_the_updates() -> None:
+    """4 sequences an update: their hidden states once, and 3 or 7 more for each of 8 particles."""
+    for steps, updates, annealed in ((4, 3000 // (4 * 25), 20), (8, 3000 // (4 * 57), 8)):
+        settings = ["denoiser_rows=3000", f"num_steps={steps}", "fit.updates=300"]
+        fit = within_budget(load_config(ReactionsConfig, "reactions", [*settings, "fit.kl_weight.updates=200"])).fit
+        assert fit.kl_weight is not None
+        assert (fit.updates, fit.kl_weight.updates) == (updates, annealed)
+    unlimited = load_config(ReactionsConfig, "reactions", ["denoiser_rows=null"])
+    assert within_budget(unlimited) is unlimited
 
 
 def test_kinds_of_tokens() -> None:
