@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -220,10 +221,14 @@ class Canvas:
         if self._prompt is not None and self.context_mask is not None:
             denoiser = cast(PromptDenoiser, self.denoiser)
             return denoiser.response_states(state, self.attention_mask, self._prompt, self.context_mask)
-        rows, attention = self._with_prompt(state, self.context)
         read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
-        hidden = read(rows, attention)
-        return hidden[:, hidden.shape[1] - state.shape[-1] :]
+        rows = state if self.context is None else torch.cat([self.context, state], -1)
+        return read(rows, self._attention_of_rows)[:, rows.shape[-1] - state.shape[-1] :]
+
+    @cached_property
+    def _attention_of_rows(self) -> Tensor:
+        """bool [B, C + L], False at padding."""
+        return self._with_prompt(self.attention_mask, self.context)[1]
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Token logits of rows of `hidden`, which may be written over.

@@ -69,6 +69,8 @@ class Predictions:
         """Logits at some masked places int64 [N]: float [N, V]."""
         known = self.__dict__
         if "masked_logits" in known:
+            if len(places) == self.count:
+                return self.masked_logits
             return self.masked_logits[(self.masked.flatten().cumsum(0) - 1)[places]]
         return self.logits.flatten(0, 1)[places] if "logits" in known else self._scores(places)
 

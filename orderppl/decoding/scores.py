@@ -19,7 +19,12 @@ def confidence(state: UnmaskingState) -> Tensor:
 
 def prediction_entropy(state: UnmaskingState) -> Tensor:
     """Entropy H of the token distribution at every position, nats: float [*, L]."""
-    return state.per_position(lambda log_probs: torch.special.entr(log_probs.exp()).sum(-1))
+    return state.per_position(_entropy)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 log 0 = 0
+    return -(log_probs.exp() * finite).sum(-1)
 
 
 def reveal_rank(score: Tensor, masked: Tensor, last: Tensor | None = None, tie_break: Tensor | None = None) -> Tensor:
