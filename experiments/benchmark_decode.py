@@ -186,7 +186,9 @@ def build_policy(config: Config, case: Case, batch: Batch, denoiser: Denoiser) -
     attended = torch.arange(int(batch.length.max()), device=batch.length.device) < batch.length[:, None]
     canvas = Canvas(denoiser, attended, batch.context, batch.context_mask)
     logits = canvas.logits(torch.full_like(attended, denoiser.mask_index, dtype=torch.int64))
-    return make_policy("threshold", tau=logits.softmax(-1).amax(-1)[attended].quantile(1 - config.sure).item())
+    confidence = logits.softmax(-1).amax(-1)[attended].sort().values
+    place = min(max(round(len(confidence) * (1 - config.sure)), 1), len(confidence) - 1)
+    return make_policy("threshold", tau=confidence[place - 1 : place + 1].mean().item())  # not one of them: no ties
 
 
 @dataclass
