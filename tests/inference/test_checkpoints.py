@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from orderppl.errors import UserError
@@ -71,6 +72,28 @@ def test_refuses_missing_and_damaged_files(tmp_path: Path) -> None:
     path.with_suffix(".json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         read_config(path)
+
+
+def test_frozen_parameters_are_left_out(tmp_path: Path) -> None:
+    """They are as they were built, and may be those of a public model of any size; buffers are stored."""
+    folder, module = CheckpointFolder(tmp_path / "checkpoints"), Tied()
+    module.embed.requires_grad_(False)  # and with it the head's weight, which is the same
+    path = folder.save(1, module, {})
+    assert sorted(load_file(path / "weights.safetensors")) == ["count", "head.bias"]
+    fresh = Tied()
+    built = fresh.embed.weight.detach().clone()
+    fresh.embed.requires_grad_(False)
+    assert folder.load(fresh) is not None
+    assert torch.equal(fresh.head.bias, module.head.bias)
+    assert torch.equal(fresh.embed.weight, built)
+    thawed = Tied()
+    with pytest.raises(UserError, match=r"has no tensor 'embed.weight'"):
+        folder.load(thawed)
+    thawed.requires_grad_(True)
+    CheckpointFolder(tmp_path / "whole").save(1, thawed, {})
+    fresh.requires_grad_(False)  # what an older version stored is still read
+    assert CheckpointFolder(tmp_path / "whole").load(fresh) is not None
+    assert equal(fresh, thawed)
 
 
 def test_keeps_the_newest_and_returns_state(tmp_path: Path) -> None:
