@@ -9,6 +9,7 @@ from torch import nn
 
 from orderppl.errors import UserError
 from orderppl.models.networks import PolicyNetwork, PositionTable, SequenceEncoder
+from orderppl.models.plans import OpeningPlan
 from orderppl.models.price import PriceRange
 from orderppl.models.priors import (
     CosineSteps,
@@ -29,6 +30,7 @@ ARCHITECTURES: dict[str, type[Any]] = {
     "learned_schedule": LearnedSchedule,
     "learned_steps": LearnedSteps,
     "left_to_right": LeftToRight,
+    "opening_plan": OpeningPlan,
     "policy_network": PolicyNetwork,
     "position_table": PositionTable,
     "price_range": PriceRange,

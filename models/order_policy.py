@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from orderppl.data.tokenizers import Tokenizer, tokenizer_fingerprint
 from orderppl.decoding import NetworkPlan, PlannedOrder, Policy, StochasticDecision
 from orderppl.decoding.policy import policy_score
-from orderppl.denoising import Denoiser
-from orderppl.distributions import SetLaw
+from orderppl.denoising import Canvas, Denoiser
+from orderppl.distributions import SetLaw, StepwiseReveal
 from orderppl.errors import UserError
 from orderppl.hub import fetch
 from orderppl.inference.checkpoints import TEMPORARY, file_digest, load_weights, write_tensors, write_text
 from orderppl.models.architectures import build, describe
 from orderppl.models.price import PriceRange
-from orderppl.models.priors import LearnedSteps, RevealPrior, StepPrice
+from orderppl.models.priors import RevealPrior, StepPrice
 from orderppl.states import UnmaskingState
 
 CONFIG, WEIGHTS, CARD = "order_policy.json", "order_policy.safetensors", "README.md"
@@ -185,10 +185,20 @@ class OrderPolicy(nn.Module):
         """Law of the next reveal set, as it was learned; errors as of `select`."""
         self.check(state.canvas.denoiser)
         if not isinstance(self.learned, RevealPrior):
-            return LearnedSteps(self.learned).distribution(state)
+            plan = StepwiseReveal(self._plan(state.canvas), state.canvas.attention_mask)
+            return plan.set_at(state.masked, state.step)
         prior = self.policy.policy if isinstance(self.policy, StochasticDecision) else self.policy
         assert isinstance(prior, RevealPrior)
         return prior.distribution(state)
+
+    def _plan(self, canvas: Canvas) -> Tensor:
+        """Step logits of the plan, float [B, L, T]; one denoiser call where it reads the opening."""
+        plan_from = getattr(self.learned, "plan_from", None)
+        if plan_from is None:
+            return NetworkPlan(self.learned)(canvas)
+        hidden = torch.full_like(canvas.attention_mask, canvas.mask_index, dtype=torch.long)
+        logits: Tensor = plan_from(canvas.logits(hidden).log_softmax(-1), canvas.attention_mask)
+        return logits
 
     # ---- on disk
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orderppl.denoising import Canvas, Denoiser
+from orderppl.errors import UserError
 from orderppl.models.networks import attended_positions
 
 PERIODS = (2, 3, 4, 6, 8, 12)
@@ -26,26 +27,45 @@ class OpeningPlan(nn.Module):
     come from the forward that the first step makes anyway: a decoder that follows the plan makes no further one.
 
     Args:
-        denoiser: whose predictions are read, never trained from here.
+        denoiser: whose predictions are read, never trained from here; None for a plan that only decodes, which is
+            handed the denoiser's view (`plan_from`).
         out: steps T.
         width: size of the hidden vectors.
         kernel: positions that a convolution sees, odd.
         periods: of the waves, at least 2.
         reads_opening: False leaves the view out: a plan blind to the prompt.
         noise: standard deviation of the initial W, which tells steps apart.
+        vocab_size: token classes V of the denoiser, where none is given.
+
+    Raises:
+        ValueError: neither a denoiser nor its number of classes.
     """
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoiser | None,
         out: int,
         width: int = 32,
         kernel: int = 5,
         periods: Sequence[int] = PERIODS,
         reads_opening: bool = True,
         noise: float = 0.1,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
+        if denoiser is not None:
+            vocab_size = denoiser.vocab_size
+        elif vocab_size is None:
+            raise ValueError("vocab_size: neither a denoiser nor its number of classes; give one of them")
+        self.config = {
+            "denoiser": None,
+            "out": out,
+            "width": width,
+            "kernel": kernel,
+            "periods": list(periods),
+            "reads_opening": reads_opening,
+            "vocab_size": vocab_size,
+        }
         self._denoiser = (denoiser,)  # no submodule: its weights belong to the model
         self.periods, self.reads_opening = tuple(periods), reads_opening
         places = 2 * len(self.periods) + 4
@@ -53,7 +73,7 @@ class OpeningPlan(nn.Module):
         nn.init.normal_(self.place.weight, std=noise)
         nn.init.zeros_(self.place.bias)
         self.project = nn.Linear(places + 3 * reads_opening, width)
-        self.embed = nn.Embedding(denoiser.vocab_size, width) if reads_opening else None
+        self.embed = nn.Embedding(vocab_size, width) if reads_opening else None
         self.mix = nn.ModuleList(nn.Conv1d(width, width, kernel, padding=kernel // 2) for _ in range(2))
         self.head = nn.Linear(width, out)
         nn.init.zeros_(self.head.weight)
@@ -76,10 +96,15 @@ class OpeningPlan(nn.Module):
 
         Returns:
             float [B, L, T].
+
+        Raises:
+            UserError: a plan without a denoiser.
         """
         attention_mask = attention_mask.bool()
         if not self.reads_opening:
             return self.plan_from(None, attention_mask)
+        if self._denoiser[0] is None:
+            raise UserError("denoiser", "this plan has none to read", "decode with it, or build it with one")
         canvas = Canvas(self._denoiser[0], attention_mask, context, context_mask)
         hidden = torch.full(attention_mask.shape, canvas.mask_index, device=attention_mask.device)
         with torch.no_grad():

@@ -37,6 +37,7 @@ from orderppl.models import (
 )
 from orderppl.models.architectures import build, describe
 from orderppl.models.networks import PolicyNetwork, PositionTable, SequenceEncoder
+from orderppl.models.plans import OpeningPlan
 from orderppl.states import UnmaskingState
 
 STEPS = 3
@@ -65,6 +66,7 @@ def learned_things() -> dict[str, nn.Module]:
         "uniform": UniformSteps(),
         "cosine": CosineSteps(),
         "table": PositionTable(LENGTH, STEPS, split=1, noise=1.0),
+        "opening": OpeningPlan(TableDenoiser(), STEPS, width=8),
         "encoder": SequenceEncoder(VOCAB + 1, STEPS, width=8, layers=1, heads=2),
     }
 
@@ -102,6 +104,10 @@ def test_comes_back_and_decodes_alike(tmp_path: Path, kind: str) -> None:
             decoded(again, denoiser), decoded(as_policy(learned, decision), denoiser), strict=True
         ):
             assert torch.equal(got, expected)
+        attended = torch.ones(2, LENGTH, dtype=torch.bool)
+        hidden = torch.full((2, LENGTH), denoiser.mask_index)
+        state = UnmaskingState(hidden, attended, torch.zeros(2, dtype=torch.long), STEPS, Canvas(denoiser, attended))
+        assert torch.equal(again.distribution(state).probs, policy.distribution(state).probs)
         assert again.training_data == policy.training_data
         assert again.results == policy.results
         assert (again.num_steps, again.decision, again.denoiser) == (STEPS, decision, policy.denoiser)
