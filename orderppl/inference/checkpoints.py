@@ -48,6 +48,16 @@ def learned_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
 
 
+def frozen_sums(module: nn.Module) -> dict[str, int]:
+    """A number for every frozen parameter that tells other values: the sum of its bit patterns, exact on any device."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        name: int(parameter.detach().view(integer[parameter.element_size()]).sum(dtype=torch.int64))
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
+    }
+
+
 def check_fingerprint(saved: Mapping[str, list[int]], module: nn.Module, source: Path) -> None:
     """Refuse weights of another architecture.
 
@@ -207,7 +217,7 @@ class CheckpointFolder:
 
         Args:
             update: number of finished updates.
-            module: everything trained or needed for it; frozen parameters are not stored.
+            module: everything trained or needed for it; of frozen parameters only sums are stored.
             state: tensors, numbers, strings and containers of them.
             best: state dict of the best module so far.
         """
@@ -226,6 +236,7 @@ class CheckpointFolder:
                 file.flush()
                 os.fsync(file.fileno())
             meta = {"update": update, "torch": torch.__version__, "tensors": fingerprint(module)}
+            meta |= {"frozen": frozen_sums(module)}
             write_text(temporary / "meta.json", json.dumps(meta, indent=1) + "\n")
             _sync(temporary)
             os.replace(temporary, target)
@@ -245,7 +256,7 @@ class CheckpointFolder:
             The saved state and the best state dict; None when there is no checkpoint.
 
         Raises:
-            UserError: the checkpoint is of another architecture or damaged.
+            UserError: the checkpoint is of another architecture, of other frozen parameters, or damaged.
         """
         latest = self.latest()
         if latest is None:
@@ -256,6 +267,11 @@ class CheckpointFolder:
         learned, shapes = learned_state(module), fingerprint(module)
         kept = {name: shape for name, shape in shapes.items() if name not in learned}
         check_fingerprint(kept | {name: list(tensor.shape) for name, tensor in saved.items()}, module, latest)
+        here = frozen_sums(module)
+        other = [name for name, value in meta.get("frozen", {}).items() if here.get(name, value) != value]
+        if other:
+            problem = f"frozen {other[0]!r} has other values than when {latest} was written"
+            raise UserError("checkpoint", problem, "load the denoiser of the interrupted run")
         module.load_state_dict(saved, strict=False)
         try:
             # RNG states must stay on the host, so nothing is mapped here; optimisers move their own state.

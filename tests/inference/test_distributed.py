@@ -51,7 +51,11 @@ def stream(**options: Any) -> BatchStream:
 
 
 def denoiser(frozen: bool) -> TransformerDenoiser:
-    return TransformerDenoiser(V + 1, V, width=8, layers=1, heads=2).requires_grad_(not frozen)
+    """A frozen one is the same whatever was seeded, as if it came from a file: checkpoints do not hold it."""
+    with torch.random.fork_rng(enabled=frozen):
+        if frozen:
+            torch.manual_seed(3)
+        return TransformerDenoiser(V + 1, V, width=8, layers=1, heads=2).requires_grad_(not frozen)
 
 
 OPTIONS: dict[str, Any] = {
