@@ -28,6 +28,7 @@ from orderppl.experiments.build import (
     OrderConfig,
     OrderProblem,
     RefineConfig,
+    TaskConfig,
     TreeTask,
     build_problem,
     learned_policy,
@@ -61,9 +62,18 @@ class Config(OrderConfig):
     def __post_init__(self) -> None:
         """Check what belongs together."""
         super().__post_init__()
-        if not isinstance(self.task, ChainTask | TreeTask):
-            remedy = "use task.name=chain or tree, or `orderppl fit-order`"
-            raise UserError("task.name", f"is {self.task.name!r}", remedy)
+        require_exact(self.task)
+
+
+def require_exact(task: TaskConfig) -> None:
+    """Refuse a task whose log evidence is not known.
+
+    Raises:
+        UserError: neither a chain nor a tree.
+    """
+    if not isinstance(task, ChainTask | TreeTask):
+        remedy = "use task.name=chain or tree, or `orderppl fit-order`"
+        raise UserError("task.name", f"is {task.name!r}", remedy)
 
 
 def run(config: Config, out: Path) -> Iterable[Record]:

@@ -38,6 +38,7 @@ EXPERIMENTS = {
     "quickstart": "The main job: an exact chain and a real antibody model, a learned order against heuristics.",
     "chain": "The exact Markov chain, where the log evidence and the best order are known.",
     "tree": "An exact Markov field on a binary tree, like the chain.",
+    "posterior": "A guide that sees the tokens, on an exact chain: a random order against the best fixed one.",
     "antibodies": "Learn the order in which the pretrained antibody model should write a sequence.",
     "reactions": "Learn the order in which the pretrained reaction model should write a product.",
     "train-denoiser": "Train a small masked-diffusion transformer on a task.",

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from orderppl.experiments import evaluate
+from orderppl.errors import UserError
+from orderppl.experiments import evaluate, posterior
+from orderppl.experiments.build import ArithmeticTask
 from orderppl.experiments.cli import main
 
 FEW = ["--set", "fit.updates=3", "--set", "fit.kl_weight.updates=2", "--set", "elbo.num_particles=2"]
@@ -69,6 +71,23 @@ def test_tree_measures_every_arm(tmp_path: Path):
     fitted = evaluate.Config(run=str(tmp_path / "t" / "seed-0"))
     again = {r["arm"]: r["value"] for r in evaluate.run(fitted, tmp_path) if r["metric"] == "gap_nats"}
     assert again["learned"] == pytest.approx(gaps["learned"], abs=1e-6)
+
+
+def test_posterior_compares_bounds_with_the_best_orders(tmp_path: Path):
+    few = [*FEW, "--set", "draws=8", "--set", "task.test=200", "--set", "fit.validate_every=2"]
+    assert call("posterior", "--out", str(tmp_path / "p"), "--seeds", "2", *few) == 0
+    records = read(tmp_path / "p")["records"]
+    gaps = {(r["arm"], r["seed"]): r["value"] for r in records if r["metric"] == "gap_nats"}
+    assert gaps["best policy", 0] == gaps["best fixed order", 0]  # with two steps
+    for seed in (0, 1):
+        tightened = gaps["posterior guide, importance-weighted", seed]
+        assert 0 < tightened < gaps["posterior guide", seed] < 10  # nothing was learned in 3 updates
+    assert (tmp_path / "p" / "posterior.png").stat().st_size > 5000
+    fitted = evaluate.Config(run=str(tmp_path / "p" / "seed-1"), decision="sample")
+    again = {r["arm"]: r["value"] for r in evaluate.run(fitted, tmp_path) if r["metric"] == "gap_nats"}
+    assert again["learned"] == pytest.approx(gaps["its prior, sampled", 1], abs=0.6)  # other draws of the orders
+    with pytest.raises(UserError, match="task.name: is 'arithmetic'"):
+        posterior.Config(task=ArithmeticTask())
 
 
 @needs_weights
