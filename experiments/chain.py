@@ -97,6 +97,8 @@ def run(config: Config, out: Path) -> Iterable[Record]:
             random_plan = torch.randint(num_steps, (denoiser.length,), generator=torch.Generator().manual_seed(seed))
             learned["fit without the search"] = PlannedOrder(refinement.start)
             learned["search without a fit"] = PlannedOrder(search_plan(config.refine, problem, random_plan, seed).steps)
+            cost = {"metric": "expected_gap_nats", "value": denoiser.expected_cost(refinement.steps), "arm": "learned"}
+            records.append({**cost, "steps": num_steps, "seed": seed, **labels})
         records += chain_gaps(denoiser, learned, test, num_steps, seed, labels)
     title = f"Exact {config.task.name}, {num_steps} steps: gap to the log evidence, nats"
     Console().print(results_table(records, title=title))

@@ -80,7 +80,7 @@ class GapSearch:
         self.value = np.zeros((num_steps + 1, len(kinds), self.length + 1))
         self.chosen: dict[tuple[int, int, int], list[int]] = {}
         gaps = [(kind, size) for kind in kinds for size in range(1, self.length + 1 - min(kind, CLOSED))]
-        known = {gap: (self._costs(*gap), self._equal(*gap)) for gap in gaps}
+        known = {gap: (self.costs(*gap), self._equal(*gap)) for gap in gaps}
         for kind, size in gaps:
             self.value[1, kind, size] = known[kind, size][0].sum()
             self.chosen[1, kind, size] = list(range(1, size + 1))
@@ -88,7 +88,7 @@ class GapSearch:
             for kind, size in gaps:
                 self._solve(left, kind, size, *known[kind, size])
 
-    def _costs(self, kind: int, size: int) -> Matrix:
+    def costs(self, kind: int, size: int) -> Matrix:
         """H(x_b | ends) of every position of a gap: float64 [size]."""
         if kind == OPEN:
             return np.full(size, np.log(self.powers.shape[-1]))

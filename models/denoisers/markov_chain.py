@@ -191,6 +191,35 @@ class MarkovChainDenoiser(nn.Module):
         search = self._search(num_steps, length, sees_tokens=False)
         return search.fixed_order(), self._gap(search)
 
+    def expected_cost(self, reveal_step: Tensor) -> float:
+        """What a fixed order is expected to lose: entropy of the chain minus expected path log-likelihood.
+
+            sum_i H(x_i | nearest revealed on both sides) - H(x),   j revealed where r_j < r_i
+
+        Args:
+            reveal_step: int64 [L].
+
+        Returns:
+            Its gap, nats; exact.
+
+        Raises:
+            UserError: no step, or more of them than the chain has positions.
+        """
+        steps = reveal_step.tolist()
+        search = self._search(1, len(steps), sees_tokens=False)
+        total = 0.0
+        for i, step in enumerate(steps):
+            earlier = [j for j, other in enumerate(steps) if other < step]
+            left = max((j for j in earlier if j < i), default=None)
+            right = min((j for j in earlier if j > i), default=None)
+            ends = (left is not None) + (right is not None)
+            if left is None and right is not None:  # mirrored: the revealed end stands on the left
+                left, right, i = -right, None, -i
+            before = -1 if left is None else left
+            size = i - before if right is None else right - before - 1
+            total += float(search.costs(ends, size)[i - before - 1])
+        return total - self._entropy(len(steps))
+
     def best_policy(self, num_steps: int, length: int | None = None) -> tuple[GapPolicy, float]:
         """The policy with the smallest expected loss of all that see what is revealed; see `GapSearch`.
 
@@ -217,5 +246,8 @@ class MarkovChainDenoiser(nn.Module):
         return GapSearch(self._powers[: length + 1], num_steps, sees_tokens)
 
     def _gap(self, search: GapSearch) -> float:
-        chain = math.log(self.num_states) + (search.length - 1) * entropy(self.transition[0])
-        return float(search.value[search.num_steps, OPEN, search.length] - chain)
+        return float(search.value[search.num_steps, OPEN, search.length] - self._entropy(search.length))
+
+    def _entropy(self, length: int) -> float:
+        """Entropy of a chain of `length` positions, nats."""
+        return math.log(self.num_states) + (length - 1) * entropy(self.transition[0])

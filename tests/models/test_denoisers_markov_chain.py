@@ -112,6 +112,18 @@ def test_best_order_equals_brute_force(states: int, length: int, steps: int) -> 
     assert expected_gap(denoiser, order, steps) == pytest.approx(gap, abs=1e-5)
 
 
+def test_expected_cost_of_any_order() -> None:
+    denoiser = MarkovChainDenoiser(3, 0.8, 6)
+    torch.manual_seed(0)
+    for length in (1, 5, 6):
+        for order in torch.randint(0, 4, (20, length)):
+            assert denoiser.expected_cost(order) == pytest.approx(expected_gap(denoiser, order, 4), abs=1e-5)
+    order, gap = MarkovChainDenoiser(4, 0.85, 16).best_order(3)
+    assert MarkovChainDenoiser(4, 0.85, 16).expected_cost(order) == pytest.approx(gap, abs=1e-9)
+    with pytest.raises(UserError, match="length: 7"):
+        denoiser.expected_cost(torch.zeros(7, dtype=torch.long))
+
+
 @pytest.mark.parametrize(("steps", "gap"), [(2, 1.892), (3, 0.457), (4, 0.0386), (5, 0.0)])
 def test_best_order_of_the_reference_chain(steps: int, gap: float) -> None:
     order, found = MarkovChainDenoiser(4, 0.85, 16).best_order(steps)
