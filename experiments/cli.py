@@ -51,6 +51,8 @@ EXPERIMENTS = {
     "frontier": "Learned orders against every heuristic at equal numbers of denoiser forwards.",
     "report": "One HTML file of a run: tables, figures, and a replay of decoding under two policies.",
     "gsm8k": "Grade-school arithmetic: train a denoiser, learn an order, answer the test problems.",
+    "sudoku": "Sudoku 4x4: which cells to fill first; solve rate of learned orders against all heuristics.",
+    "ablate": "The paper's regime in miniature, and what each of its ingredients is worth.",
     "benchmark speed": "Time and memory of an SVI update, beside the same update written by hand in plain torch.",
     "benchmark decode": "What decoding costs beside the denoiser forwards it needs, and beside a plain loop.",
 }

@@ -63,6 +63,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
             metrics=("accuracy",),
             decode_text=task.tokenizer.decode,
             references=task.references[config.split],
+            grade=task.grade,
             seed=config.seed,
             labels=labels,
         )

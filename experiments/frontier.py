@@ -113,6 +113,15 @@ class Config(RunConfig):
 
 def run(config: Config, out: Path) -> Iterable[Record]:
     """Measure every arm on every row that is not measured yet; with all there, compare and show."""
+    return compare(config, out)[1]
+
+
+def compare(config: Config, out: Path) -> tuple[Results | None, list[Record]]:
+    """Do what `run` does.
+
+    Returns:
+        The measurements, None while some are left to other processes, and the records.
+    """
     processes = Processes.join(config.device)
     process, size = _share(config.shard, processes)
     study = Study(config)
@@ -120,13 +129,13 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     measure(study, log, process, size)
     processes.check_same("arms", [piece.key for piece in study.pieces], "start all processes with the same settings")
     if not processes.is_first:
-        return []
+        return None, []
     finished = log.read()
     missing = sum(piece.key not in finished for piece in study.pieces)
     if missing:
         text = f"{missing} of {len(study.pieces)} pieces are left to the other shards"
         Console().print(f"{text}; the last one to end makes the table.")
-        return [{"metric": "missing", "value": missing, "shard": config.shard}]
+        return None, [{"metric": "missing", "value": missing, "shard": config.shard}]
     results = study.results(finished)
     records = results.records()
     tables = [arm_table(records, study.title)]
@@ -138,7 +147,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
         console.print(*tables, sep="\n")
     write_text(out / "tables.txt", page.getvalue())
     save_figure(frontier_figure(results), out / "frontier.png")
-    return records
+    return results, records
 
 
 def measure(study: Study, log: RowLog, process: int, size: int) -> None:
@@ -175,7 +184,7 @@ class Study:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.task_config, denoiser_config, self.data_seed = _subject(config)
+        self.task_config, denoiser_config, self.data_seed = subject(config)
         self.task = build_task(self.task_config, self.data_seed, saved_tokenizer(denoiser_config))
         module = build_denoiser(denoiser_config, self.task, self.task_config).to(config.device).eval()
         module.requires_grad_(False)
@@ -283,6 +292,7 @@ class Study:
                 arm.num_steps,
                 decode_text=task.tokenizer.decode,
                 references=[task.references[self.config.split][row] for row in piece.rows],
+                grade=task.grade,
                 length=self.config.length,
                 temperature=piece.temperature,
                 end_index=task.tokenizer.eos_index,
@@ -352,8 +362,12 @@ def _share(shard: str | None, processes: Processes) -> tuple[int, int]:
     return int(number) - 1, int(count)
 
 
-def _subject(config: Config) -> tuple[TaskConfig, DenoiserConfig, int]:
-    """Data, denoiser and seed of the data, from wherever they are given."""
+def subject(config: Config) -> tuple[TaskConfig, DenoiserConfig, int]:
+    """Data, denoiser and seed of the data, from wherever they are given.
+
+    Raises:
+        UserError: they are not given at all.
+    """
     task, denoiser, seed = config.task, config.denoiser, config.seed
     if config.source is not None:
         trained = _trained(config.source)

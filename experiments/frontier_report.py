@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from orderppl.evaluation import Frontier, Point, bootstrap_mean
+from orderppl.evaluation import Frontier, Point, bootstrap_mean, paired_difference
 from orderppl.experiments.results import Record
 from orderppl.experiments.sweeps import Arm
 
@@ -110,6 +110,34 @@ class Results:
             return None
         values = torch.stack([self._values(measured, metric)[0] for measured in seeds]).mean(0)
         return Point(arm.name, arm.family, values, torch.stack([m.columns["nfe"] for m in seeds]).mean(0))
+
+    def differences(self, reference: str, others: Iterable[str]) -> Iterable[Record]:
+        """Learned arms minus one of them, paired by row; a row's value is the mean over training seeds.
+
+        Args:
+            reference: family of the arm to compare with.
+            others: families of the others.
+        """
+        for metric in self.metrics:
+            families = {
+                family: torch.stack([point.values for curve in curves for _, point in curve]).mean(0)
+                for family, curves in self._learned(metric).items()
+            }
+            first = next(arm for arm in self.arms if self._seeds(arm, metric))
+            _, weights = self._values(self._seeds(first, metric)[0], metric)
+            options = {"resamples": self.config.resamples, "seed": self.config.seed}
+            for family in others:
+                if reference in families and family in families and family != reference:
+                    gap = paired_difference(families[family], families[reference], weights, **options)
+                    head: Record = {"metric": f"{metric}_difference", "value": gap.value, "low": gap.low}
+                    yield {
+                        **head,
+                        "high": gap.high,
+                        "arm": family,
+                        "baseline": reference,
+                        "n": self.rows,
+                        **self.labels,
+                    }
 
     def curves(self, metric: str) -> dict[tuple[str, int], list[tuple[float, float]]]:
         """(family, training seed) -> mean NFE and value of its arms, by NFE."""

@@ -14,16 +14,12 @@ small denoiser. In the `equations` form it has to find them in the question; rea
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import pyro
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -37,60 +33,31 @@ from orderppl.evaluation import evaluate_policies, paired_difference
 from orderppl.experiments.build import (
     DENOISER_FILE,
     EasyFirstConfig,
-    ElboConfig,
-    FitConfig,
     Gsm8kTask,
-    GuideConfig,
-    LearnedPolicyConfig,
-    OptimizerConfig,
-    OrderProblem,
-    PolicyGuideConfig,
-    PriorConfig,
     ResidualPolicyConfig,
-    RevealTraceGraphConfig,
-    SavedDenoiserConfig,
     StepPriceConfig,
     Task,
     TransformerConfig,
     build_denoiser,
-    build_problem,
-    build_task,
     learned_policy,
-    saved_tokenizer,
 )
-from orderppl.experiments.config import RunConfig, config_dict, dump_config, setting
-from orderppl.experiments.fit_order import ORDER_FILE, fit_problem, learned_modules, save_order
-from orderppl.experiments.fit_order import Config as FitOrderConfig
+from orderppl.experiments.config import RunConfig, config_dict, setting
+from orderppl.experiments.fit_order import ORDER_FILE, learned_modules
+from orderppl.experiments.orders import OrderArm, Orders, check_names
 from orderppl.experiments.results import Record
+from orderppl.experiments.stages import Stages
 from orderppl.experiments.train_denoiser import Config as TrainDenoiserConfig
 from orderppl.experiments.train_denoiser import DenoiserFitConfig, fit_denoiser
 from orderppl.inference.batches import BatchStream
-from orderppl.inference.checkpoints import load_weights, write_text
+from orderppl.inference.checkpoints import file_digest, load_weights
 from orderppl.models import EasyFirst
 from orderppl.models.denoisers import masked_diffusion_nelbo
 
 PRESETS = {"cpu": "gsm8k_cpu", "paper": "gsm8k_paper"}
 CONFIG = "gsm8k_cpu"
-STAGE_FILE = "stage.json"
 FAMILIES = {"threshold": "threshold", "soft": "easy_first"}  # adaptive heuristics: their name in comparisons
 Form = Literal["programs", "equations"]
 Rows = dict[tuple[str, str], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class OrderArm:
-    """One order to learn."""
-
-    arm: str = setting("learned", "its name in the table and its folder")
-    num_steps: int = setting(4, "step budget T", at_least=1)
-    prior: PriorConfig = setting(LearnedPolicyConfig, "p(order)")
-    guide: GuideConfig = setting(PolicyGuideConfig, "q(order | sequence)")
-    freeze_denoiser: bool = setting(True, "learn the order only")
-    elbo: ElboConfig = setting(RevealTraceGraphConfig, "the objective", unnamed=True)
-    optimizer: OptimizerConfig = setting(OptimizerConfig, "the optimiser")
-    fit: FitConfig = setting(FitConfig, "the training loop")
-    decisions: tuple[str, ...] = setting(("mode",), "how it is decoded: mode, sample, rank; one arm each")
-    adaptive: bool = setting(False, "chooses its number of steps; compared with thresholds at equal mean NFE")
 
 
 @dataclass(frozen=True)
@@ -119,9 +86,7 @@ class FormConfig:
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
-        names = [arm.arm for arm in self.orders]
-        if len(set(names)) < len(names):
-            raise UserError("orders", f"two arms have one name: {', '.join(names)}", "give each its own")
+        check_names(self.orders)
         if not self.budgets:
             raise UserError("budgets", "there is none", "give at least one step budget, such as [4]")
 
@@ -172,22 +137,25 @@ class Study:
         self.config, self.form, self.out = config, form, out
         self.settings: FormConfig = getattr(config, form)
         self.task_config = replace(self.settings.task, data=config.data, form=form)
-        self._task: Task | None = None
+        self.stages = Stages(out, config.seed, form)
+        self.orders = Orders(self.stages, config, self.task_config, out / "denoiser")
         self._loaded: nn.Module | None = None
 
     @property
     def task(self) -> Task:
-        """The data, read when first needed."""
-        if self._task is None:
-            own = saved_tokenizer(SavedDenoiserConfig(run=str(self.out / "denoiser")))
-            self._task = build_task(self.task_config, self.config.seed, own)
-        return self._task
+        """The data."""
+        return self.orders.task
 
     def train(self) -> None:
         """Train the denoiser on the training rows; its run is one of train-denoiser."""
         folder = self.out / "denoiser"
         settings = TrainDenoiserConfig(
-            **self._common(), task=self.task_config, denoiser=self.settings.denoiser, fit=self.settings.training
+            seed=self.config.seed,
+            device=self.config.device,
+            dtype=self.config.dtype,
+            task=self.task_config,
+            denoiser=self.settings.denoiser,
+            fit=self.settings.training,
         )
 
         def work(resume: bool) -> list[Record]:
@@ -208,117 +176,31 @@ class Study:
                 ]
             return records
 
-        self._stage("denoiser", settings, config_dict(settings), work)
+        self.stages.run("denoiser", settings, config_dict(settings), work)
 
     def learn_orders(self) -> None:
         """Fit every learned arm to the trained denoiser."""
+        self._finished("denoiser")
         for arm in self.settings.orders:
-            self._learn_order(arm)
-
-    def _learn_order(self, arm: OrderArm) -> None:
-        settings = self._order_config(arm)
-        identity = config_dict(settings) | {"denoiser": self._denoiser_hash()}
-
-        def work(resume: bool) -> list[Record]:
-            problem = self._problem(arm)
-            fit_problem(settings, problem, self.out / arm.arm, resume=resume)
-            save_order(settings, problem, self.out / arm.arm)
-            return []
-
-        self._stage(arm.arm, settings, identity, work)
+            self.orders.learn(arm, arm.arm)
 
     def evaluate(self) -> list[Record]:
         """Compare all arms on the test rows."""
-        weights = {arm.arm: _sha256(self._finished(arm.arm) / ORDER_FILE) for arm in self.settings.orders}
-        identity = {"denoiser": self._denoiser_hash(), "orders": weights, "seed": self.config.seed}
+        weights = {arm.arm: file_digest(self._finished(arm.arm) / ORDER_FILE) for arm in self.settings.orders}
+        denoiser = file_digest(self._finished("denoiser") / DENOISER_FILE)
+        identity = {"denoiser": denoiser, "orders": weights, "seed": self.config.seed}
         identity |= {key: value for key, value in config_dict(self.settings).items() if key not in ("training", "note")}
-        return self._stage("evaluation", self.settings, identity, lambda resume: list(self._evaluate()))
+        return self.stages.run("evaluation", self.settings, identity, lambda resume: list(self._evaluate()))
 
     def records(self) -> list[Record]:
         """What the finished stages found, with the seconds each took."""
-        found: list[Record] = []
-        for name in ("denoiser", *(arm.arm for arm in self.settings.orders), "evaluation"):
-            stage = _read_stage(self.out / name)
-            if stage is not None and stage["finished"]:
-                labels = {"task": "gsm8k", "form": self.form, "seed": self.config.seed}
-                spent = {key: stage[key] for key in ("seconds", "cpu_seconds") if key in stage}
-                found += [{"metric": key, "value": value, "stage": name, **labels} for key, value in spent.items()]
-                found += [labels | record for record in stage["records"]]
-        return found
-
-    def _stage(
-        self, name: str, settings: Any, identity: Mapping[str, Any], work: Callable[[bool], list[Record]]
-    ) -> list[Record]:
-        """Run a stage unless it is finished.
-
-        Its file is written when it starts, with all that its result depends on, and again when it has ended.
-
-        Raises:
-            UserError: the folder holds a stage with other settings.
-        """
-        folder = self.out / name
-        before = _read_stage(folder)
-        identity = json.loads(json.dumps(identity))
-        if before is not None:
-            changed = _first_difference(before["identity"], identity)
-            if changed is not None:
-                raise UserError(
-                    f"{self.form}.{name}",
-                    f"{changed} differs from that of {folder}",
-                    "delete that folder or change --out",
-                )
-            if before["finished"]:
-                return list(before["records"])
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", dump_config(settings))
-        stage: dict[str, Any] = {"finished": False}
-        stage |= {key: 0.0 if before is None else before.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
-        stage |= {"records": [], "identity": identity}
-        write_text(folder / STAGE_FILE, json.dumps(stage, indent=1) + "\n")
-        pyro.set_rng_seed(self.config.seed)  # the same result, whichever stages this call runs
-        begin, begin_cpu = time.perf_counter(), time.process_time()
-        try:
-            stage["records"] = work(before is not None)
-            stage["finished"] = True
-        finally:  # also when interrupted: what was spent counts
-            stage["seconds"] = round(stage["seconds"] + time.perf_counter() - begin, 3)
-            stage["cpu_seconds"] = round(stage["cpu_seconds"] + time.process_time() - begin_cpu, 3)
-            write_text(folder / STAGE_FILE, json.dumps(stage, indent=1) + "\n")
-        return list(stage["records"])
-
-    def _common(self) -> dict[str, Any]:
-        return {"seed": self.config.seed, "device": self.config.device, "dtype": self.config.dtype}
-
-    def _order_config(self, arm: OrderArm) -> FitOrderConfig:
-        return FitOrderConfig(
-            **self._common(),
-            num_steps=arm.num_steps,
-            task=self.task_config,
-            denoiser=SavedDenoiserConfig(run=str(self.out / "denoiser")),
-            freeze_denoiser=arm.freeze_denoiser,
-            prior=arm.prior,
-            guide=arm.guide,
-            elbo=arm.elbo,
-            optimizer=arm.optimizer,
-            fit=arm.fit,
-        )
+        labels = {"task": "gsm8k", "form": self.form, "seed": self.config.seed}
+        names = ("denoiser", *(arm.arm for arm in self.settings.orders), "evaluation")
+        return [record for name in names for record in self.stages.records(name, labels)]
 
     def _finished(self, name: str) -> Path:
-        stage = _read_stage(self.out / name)
-        if stage is None or not stage["finished"]:
-            kind = "denoiser" if name == "denoiser" else "order"
-            raise UserError("--stage", f"{self.out / name} is not finished", f"run --stage {kind} first")
-        return self.out / name
-
-    def _denoiser_hash(self) -> str:
-        return _sha256(self._finished("denoiser") / DENOISER_FILE)
-
-    def _denoiser(self) -> nn.Module:
-        config = SavedDenoiserConfig(run=str(self._finished("denoiser")))
-        return build_denoiser(config, self.task, self.task_config).to(self.config.device)
-
-    def _problem(self, arm: OrderArm) -> OrderProblem:
-        return build_problem(self._order_config(arm), self.task, self._denoiser())
+        kind = "denoiser" if name == "denoiser" else "order"
+        return self.stages.finished(name, f"run --stage {kind} first")
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
@@ -342,6 +224,7 @@ class Study:
                     metrics=metrics,
                     decode_text=task.tokenizer.decode if task.tokenizer is not None else None,
                     references=self._references(),
+                    grade=task.grade,
                     seed=seed,
                     device=self.config.device,
                     rows=drawn[-1],
@@ -414,12 +297,12 @@ class Study:
             policy = make_policy(name)  # with a budget of one step per token: one token a step
             yield Arm(f"{name} sequential", policy, longest, "sequential", "one token a step", name == "random")
         for order in settings.orders:
-            problem = self._problem(order)
+            problem = self.orders.problem(order)
             load_weights(learned_modules(problem), self._finished(order.arm) / ORDER_FILE)
             problem.model.to(self.config.device)
             problem.guide.to(self.config.device)
             for decision in order.decisions:
-                learned = learned_policy(problem, decision)  # type: ignore[arg-type]
+                learned = learned_policy(problem, decision)
                 name = f"{order.arm} ({decision}) T={order.num_steps}"
                 weights = sum(parameter.numel() for parameter in problem.model.prior.parameters())
                 yield Arm(
@@ -436,7 +319,7 @@ class Study:
 
     def _shared_denoiser(self) -> Denoiser:
         if self._loaded is None:
-            self._loaded = self._denoiser()
+            self._loaded = self.orders.denoiser()
         assert isinstance(self._loaded, Denoiser)
         return self._loaded
 
@@ -502,34 +385,6 @@ def _at_equal_nfe(curve: list[tuple[float, Tensor]], nfe: float) -> Tensor | Non
             share = 0.0 if right == left else (nfe - left) / (right - left)
             return (1 - share) * below + share * above
     return None
-
-
-def _read_stage(folder: Path) -> dict[str, Any] | None:
-    path = folder / STAGE_FILE
-    if not path.is_file():
-        return None
-    try:
-        stage = json.loads(path.read_text(encoding="utf-8"))
-        assert {"finished", "seconds", "records", "identity"} <= set(stage)
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(str(path), "is not the file of a stage", f"delete {folder} or change --out") from error
-    return dict(stage)
-
-
-def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
-    """Dotted name of the first entry in which two JSON values differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*now, *(key for key in before if key not in now)]:
-            found = _first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-            if found is not None:
-                return found
-        return None
-    return None if before == now else path
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------- table

@@ -25,6 +25,7 @@ from orderppl.experiments.build import (
     ChainTask,
     Gsm8kTask,
     SavedDenoiserConfig,
+    SudokuTask,
     Task,
     TransformerConfig,
     autocast_dtype,
@@ -65,7 +66,7 @@ class DenoiserFitConfig:
 class Config(RunConfig):
     """Settings of train-denoiser."""
 
-    task: ArithmeticTask | Gsm8kTask | ChainTask = setting(ArithmeticTask, "data")
+    task: ArithmeticTask | Gsm8kTask | SudokuTask | ChainTask = setting(ArithmeticTask, "data")
     denoiser: TransformerConfig | SavedDenoiserConfig = setting(
         TransformerConfig, "architecture, or a trained denoiser to go on from"
     )

@@ -390,6 +390,8 @@ class PolicyNetwork(nn.Module):
         bias: initial logit otherwise; the default reveals about one position in eight.
         sees_truth: take the true tokens as a second argument.
         prices: the range of the feature `price`, shared with the `StepPrice` that charges it.
+        places: longest response, to give every position an embedding of its own, for canvases on which it has a
+            meaning of its own (the cells of a grid). None tells positions apart by distance only.
 
     Raises:
         UserError: an unknown feature, or one without what it needs.
@@ -407,6 +409,7 @@ class PolicyNetwork(nn.Module):
         bias: float = -2.0,
         sees_truth: bool = False,
         prices: PriceRange | None = None,
+        places: int | None = None,
     ) -> None:
         super().__init__()
         known = (*POLICY_FEATURES, "likelihood") if sees_truth else POLICY_FEATURES
@@ -432,6 +435,7 @@ class PolicyNetwork(nn.Module):
         self.features, self.reads_tokens = tuple(features), reads_tokens
         self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None
         self.embed_truth = nn.Embedding(vocab_size, width) if sees_truth else None
+        self.embed_place = None if places is None else nn.Embedding(places, width)
         self.project = nn.Linear(len(self.features) - ("prediction" in features) + 4, width)
         self.backbone = Backbone(width, layers, heads)
         self.head = nn.Linear(width, 1)
@@ -504,6 +508,8 @@ class PolicyNetwork(nn.Module):
             hidden = hidden + expected.reshape(hidden.shape).to(hidden.dtype)
         if self.embed_truth is not None and truth is not None:
             hidden = hidden + self.embed_truth(truth.reshape(-1, length))
+        if self.embed_place is not None:
+            hidden = hidden + self.embed_place(attended_positions(attention).reshape(-1, length))
         ids, attention = seen.reshape(-1, length), attention.reshape(-1, length)
         distinct = distinct_rows(torch.cat([steps_left.expand(lead).reshape(-1, 1), ids], -1), lead[-1])
         if self.embed is not None:

@@ -66,6 +66,7 @@ class PolicyNetworkConfig:
     )
     reads_tokens: bool = setting(True, "see revealed tokens and prompt")
     bias: float = setting(-2.0, "initial logit")
+    places: bool = setting(False, "an embedding per position, where each means something of its own: a grid")
 
 
 @dataclass(frozen=True)
@@ -130,4 +131,5 @@ def build_policy_network(
         bias=config.bias,
         sees_truth=isinstance(config, PosteriorNetworkConfig),
         prices=prices if "price" in config.features else None,
+        places=task.longest if isinstance(config, PolicyNetworkConfig) and config.places else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from datasets import Dataset, DatasetDict
@@ -19,9 +19,11 @@ from orderppl.data.reactions import load_reactions
 from orderppl.data.report import LoadReport
 from orderppl.data.sequences import load_sequences
 from orderppl.data.smiles import SmilesTokenizer
+from orderppl.data.sudoku import CELLS, generate_sudoku, solved
 from orderppl.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from orderppl.data.trees import sample_trees
 from orderppl.errors import UserError
+from orderppl.evaluation import Grade, exact_match
 from orderppl.experiments.config import setting
 from orderppl.inference.batches import BatchStream
 from orderppl.models.denoisers import AntibodyDenoiser, reaction_vocabulary
@@ -66,6 +68,7 @@ class ArithmeticTask:
     limit: int = setting(20, "largest number", at_least=4)
     max_context: int = setting(64, "longest prompt, tokens", at_least=1)
     max_length: int = setting(64, "longest response, tokens", at_least=1)
+    canvas: int | None = setting(None, "positions of a response, filled up with ends; null: one end", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,21 @@ class Gsm8kTask:
     max_context: int = setting(128, "longest prompt, tokens", at_least=1)
     max_length: int = setting(96, "longest response, tokens", at_least=1)
     separator: bool = setting(True, "end prompts by a separator, from which a new denoiser counts response positions")
+
+
+@dataclass(frozen=True)
+class SudokuTask:
+    """Sudoku of four by four cells: the clues are the prompt, the whole grid is the response."""
+
+    max_context: ClassVar[int] = CELLS
+    max_length: ClassVar[int] = CELLS
+    name: Literal["sudoku"] = "sudoku"
+    train: int = setting(10_000, "training puzzles", at_least=1)
+    validation: int = setting(500, "validation puzzles", at_least=1)
+    test: int = setting(1000, "test puzzles", at_least=1)
+    min_clues: int = setting(2, "fewest clues", at_least=0, at_most=16)
+    max_clues: int = setting(6, "most clues", at_least=0, at_most=16)
+    solutions: Literal["any", "unique"] = setting("any", "completions of a puzzle: any number, or one")
 
 
 @dataclass(frozen=True)
@@ -115,7 +133,7 @@ class ReactionTask:
     max_length: int = setting(64, "longest product, tokens", at_least=1)
 
 
-TaskConfig = ChainTask | TreeTask | ArithmeticTask | Gsm8kTask | AntibodyTask | ReactionTask
+TaskConfig = ChainTask | TreeTask | ArithmeticTask | Gsm8kTask | SudokuTask | AntibodyTask | ReactionTask
 
 
 @dataclass
@@ -129,6 +147,7 @@ class Task:
         mask_index: id of MASK.
         tokenizer: of text tasks.
         references: text tasks with answers to check: reference answers of every split.
+        grade: text tasks: (decoded responses, references) -> float64 [N], 1 where a response is right.
         report: what a loader rejected.
         separator: id of the token that ends every prompt, if one does.
     """
@@ -141,6 +160,7 @@ class Task:
     references: dict[str, list[str]] = field(default_factory=dict)
     report: LoadReport | None = None
     separator: int | None = None
+    grade: Grade = exact_match
 
     def stream(self, split: str, batch_size: int, **options: Any) -> BatchStream:
         """Batches of a split; see `BatchStream`."""
@@ -220,7 +240,19 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
             seed=seed,
         )
         return _text_task(config, texts, smiles, report)
-    if isinstance(config, ArithmeticTask):
+    if isinstance(config, SudokuTask):
+        texts = generate_sudoku(
+            train=config.train,
+            validation=config.validation,
+            test=config.test,
+            min_clues=config.min_clues,
+            max_clues=config.max_clues,
+            solutions=config.solutions,
+            seed=seed,
+        )
+        largest, mode, min_count = 9, "digits", 1
+        report = LoadReport(config.name)
+    elif isinstance(config, ArithmeticTask):
         texts = generate_arithmetic(
             config.variant,
             train=config.train,
@@ -255,7 +287,10 @@ def build_task(config: TaskConfig, seed: int, tokenizer: Tokenizer | None = None
 
 
 def _text_task(
-    config: ArithmeticTask | Gsm8kTask | ReactionTask, texts: DatasetDict, tokenizer: Tokenizer, report: LoadReport
+    config: ArithmeticTask | Gsm8kTask | ReactionTask | SudokuTask,
+    texts: DatasetDict,
+    tokenizer: Tokenizer,
+    report: LoadReport,
 ) -> Task:
     separate = isinstance(config, Gsm8kTask) and config.separator
     tokenized = {
@@ -264,7 +299,8 @@ def _text_task(
             tokenizer,
             config.max_context,
             config.max_length,
-            eos=not isinstance(config, ReactionTask),  # the model knows how long a product is
+            eos=not isinstance(config, ReactionTask | SudokuTask),  # the model knows how long these are
+            canvas=config.canvas if isinstance(config, ArithmeticTask) else None,
             separate=separate,
             on_long="report",
             report=report,
@@ -281,6 +317,7 @@ def _text_task(
         {split: list(map(str, rows["answer"])) for split, rows in tokenized.items() if "answer" in rows.column_names},
         report,
         tokenizer.eos_index if separate else None,
+        solved if isinstance(config, SudokuTask) else exact_match,
     )
 
 

@@ -24,6 +24,7 @@ def tokenize(
     max_length: int,
     *,
     eos: bool = True,
+    canvas: int | None = None,
     separate: bool = False,
     on_long: Literal["error", "report"] = "error",
     report: LoadReport | None = None,
@@ -37,6 +38,7 @@ def tokenize(
         max_context: longest prompt, in tokens, the separator included.
         max_length: longest response, in tokens, eos included.
         eos: append one end-of-sequence token to each response.
+        canvas: append as many of them as fill so many positions, at least one; None: one.
         separate: append one to each prompt too, which tells a denoiser where the response begins.
         on_long: a longer row stops the run ("error"), or is left out and counted in `report` ("report").
         report: receives the rows left out; needed with on_long="report".
@@ -62,7 +64,8 @@ def tokenize(
     for index in range(len(dataset)):
         row = {column: values[index] for column, values in columns.items()}
         line = int(row["line"]) if "line" in carried else index + 1
-        new: dict[str, Any] = {"tokens": tokenizer.encode(row["response"]) + [tokenizer.eos_index] * eos}
+        new: dict[str, Any] = {"tokens": tokenizer.encode(row["response"])}
+        new["tokens"] += [tokenizer.eos_index] * (max((canvas or 0) - len(new["tokens"]), 1) if eos else 0)
         checks = [("response", "tokens", max_length)]
         if with_prompt:
             new["context"] = tokenizer.encode(row["prompt"])

@@ -2,7 +2,7 @@
 
 from orderppl.evaluation.answers import answers_match, exact_match, parse_answer
 from orderppl.evaluation.cost import PolicyCost, policy_cost
-from orderppl.evaluation.evaluate import DecodedAnswers, decode_answers, evaluate_policies
+from orderppl.evaluation.evaluate import DecodedAnswers, Grade, decode_answers, evaluate_policies
 from orderppl.evaluation.frontier import Advantage, Frontier, Point
 from orderppl.evaluation.intervals import Interval, bootstrap_mean, paired_difference
 from orderppl.evaluation.path_likelihood import PathLikelihood, batch_canvas, path_likelihood
@@ -11,6 +11,7 @@ __all__ = [
     "Advantage",
     "DecodedAnswers",
     "Frontier",
+    "Grade",
     "Interval",
     "PathLikelihood",
     "Point",

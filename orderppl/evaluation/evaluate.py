@@ -17,6 +17,8 @@ from orderppl.evaluation.path_likelihood import Batch, batch_canvas, batch_rows,
 
 Scalar = str | int | float
 Record = dict[str, Scalar]
+Grade = Callable[[Sequence[str], Sequence[str]], Tensor]
+"""(decoded responses, references) -> float64 [N], 1 where a response is right."""
 METRICS = ("accuracy", "path_nats", "nfe")
 
 
@@ -56,7 +58,7 @@ def decode_answers(
     temperature: float = 0.0,
     seed: int = 0,
     device: torch.device | str | None = None,
-    flexible: bool = False,
+    grade: Grade = exact_match,
     end_index: int | None = None,
 ) -> DecodedAnswers:
     """Decode every batch and compare the answers.
@@ -75,7 +77,7 @@ def decode_answers(
         temperature: of token sampling.
         seed: of stochastic policies and token sampling.
         device: where to run; that of the batches when left out.
-        flexible: read the last number of a response instead of the one after its last mark.
+        grade: what is right; the same number after the last mark when left out.
         end_index: id of the end token, behind which nothing counts as a response token.
 
     Raises:
@@ -108,7 +110,7 @@ def decode_answers(
         counts.append((written, sizes, output.nfe, output.nfe.amax(0, keepdim=True), output.fallback))
     if not texts:
         raise UserError("batches", "no rows", "give a split that is not empty")
-    correct = exact_match(texts, references, flexible)
+    correct = grade(texts, references)
     return DecodedAnswers(texts, correct, *(torch.cat(parts).cpu() for parts in zip(*counts, strict=True)))
 
 
@@ -126,7 +128,7 @@ def evaluate_policies(
     temperature: float = 0.0,
     seed: int = 0,
     device: torch.device | str | None = None,
-    flexible: bool = False,
+    grade: Grade = exact_match,
     baseline: str | None = None,
     labels: Mapping[str, Scalar] | None = None,
     rows: dict[tuple[str, str], tuple[Tensor, Tensor]] | None = None,
@@ -138,7 +140,7 @@ def evaluate_policies(
         policies: arm name -> policy.
         batches: dictionaries of tensors (`tokens`, `attention_mask`, `context`, `context_mask`), read once per arm.
         num_steps: requested step budget T.
-        metrics: of "accuracy" (exact match of decoded answers), "path_nats" (teacher-forced nats per revealed token),
+        metrics: of "accuracy" (share of right decoded answers), "path_nats" (teacher-forced nats per revealed token),
             "nfe" (realised forwards: of decoding when accuracy is asked for, else of the teacher-forced path).
         decode_text: see `decode_answers`; needed for accuracy.
         references: see `decode_answers`; needed for accuracy.
@@ -147,7 +149,7 @@ def evaluate_policies(
         temperature: of token sampling.
         seed: of stochastic policies, token sampling and bootstrap.
         device: where to run; that of the batches when left out.
-        flexible: see `decode_answers`.
+        grade: see `decode_answers`.
         baseline: an arm; every other arm then also gets `<metric>_difference` records, paired by row.
         labels: added to every record, e.g. the task.
         rows: filled with (metric, arm) -> values and weights of every row, float64 [N] each, for further comparisons.
@@ -188,7 +190,7 @@ def evaluate_policies(
                 temperature=temperature,
                 seed=seed,
                 device=device,
-                flexible=flexible,
+                grade=grade,
             )
             cost = {**_cost(answers.nfe, answers.nfe_batch_max, answers.tokens, answers.fallback), "run": "decoding"}
             cost["temperature"] = temperature

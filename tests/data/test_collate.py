@@ -88,3 +88,13 @@ def test_long_rows_stop_the_run_or_are_reported() -> None:
         tokenize(ROWS, TOKENIZER, 10, 13, on_long="report")
     with pytest.raises(UserError, match="prompt is empty"):
         tokenize(Dataset.from_dict({"prompt": [""], "response": ["3"]}), TOKENIZER, 5, 5)
+
+
+def test_a_canvas_is_filled_up_with_ends() -> None:
+    plain = tokenize(ROWS, TOKENIZER, 10, 20, eos=False)
+    filled = tokenize(ROWS, TOKENIZER, 10, 20, canvas=11)
+    for new, old, row in zip(filled, plain, ROWS, strict=True):
+        ends = max(11 - len(old["tokens"]), 1)  # the second row is longer than the canvas: one end, as ever
+        assert new["tokens"] == old["tokens"] + ends * [TOKENIZER.eos_index]
+        assert TOKENIZER.decode(new["tokens"]) == row["response"]
+    assert [len(new["tokens"]) for new in filled] == [11, 14]

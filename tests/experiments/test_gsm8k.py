@@ -12,6 +12,7 @@ from orderppl.experiments import cli, gsm8k
 from orderppl.experiments.build import build_denoiser, build_problem, build_task
 from orderppl.experiments.config import build_config, config_dict, load_config
 from orderppl.experiments.evaluate import load_order
+from orderppl.experiments.orders import OrderArm
 from orderppl.experiments.results import read_results
 from orderppl.inference.fit import OrderLoss
 from orderppl.models.denoisers import TransformerDenoiser
@@ -219,9 +220,9 @@ def test_the_paper_preset_builds_all_its_objects(data: Path, tmp_path: Path) -> 
         plain = config_dict(arm)
         plain["prior"]["network"] |= {"width": 24, "layers": 1}
         plain["guide"]["network"] |= {"width": 24, "layers": 1}
-        tiny = build_config(gsm8k.OrderArm, plain)
+        tiny = build_config(OrderArm, plain)
         study = gsm8k.Study(config, "equations", tmp_path)
-        problem = build_problem(study._order_config(tiny), task, denoiser)
+        problem = build_problem(study.orders.config(tiny), task, denoiser)
         batch = next(task.stream("train", 2))
         loss = OrderLoss(problem.model, problem.guide, problem.elbo)
         assert torch.isfinite(loss(**batch))

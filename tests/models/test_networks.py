@@ -205,8 +205,8 @@ def cut(state: UnmaskingState, batch: dict[str, Tensor], row: int) -> UnmaskingS
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"reads_tokens": False}, {"features": ("prediction", "margin")}],
-    ids=["tokens", "blind", "expected"],
+    [{}, {"reads_tokens": False}, {"features": ("prediction", "margin")}, {"places": 8}],
+    ids=["tokens", "blind", "expected", "places"],
 )
 def test_policy_ignores_padding_and_other_rows(options: dict[str, Any]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
@@ -220,6 +220,17 @@ def test_policy_ignores_padding_and_other_rows(options: dict[str, Any]) -> None:
         alone = network(cut(state, batch, row))
         mask = batch["attention_mask"][row]
         torch.testing.assert_close(logits[:, row][:, mask], alone[:, 0], atol=1e-5, rtol=0)
+
+
+def test_policy_learns_about_the_places_that_rows_have() -> None:
+    denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
+    network = PolicyNetwork(V + 1, width=16, layers=1, places=8)
+    batch = {name: tensor[1:2] for name, tensor in ragged().items()}  # 5 of 8 positions
+    logits = network(state_of(batch, denoiser, MASK))
+    logits[:, batch["attention_mask"]].sum().backward()
+    assert network.embed_place is not None
+    touched = network.embed_place.weight.grad.ne(0).any(-1)
+    assert touched.tolist() == [True] * 5 + [False] * 3
 
 
 @pytest.mark.parametrize("features", [("confidence",), ("prediction",)])
