@@ -431,6 +431,7 @@ class PolicyNetwork(nn.Module):
             "reads_tokens": reads_tokens,
             "sees_truth": sees_truth,
             "prices": prices,
+            "places": places,
         }
         self.features, self.reads_tokens = tuple(features), reads_tokens
         self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None

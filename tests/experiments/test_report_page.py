@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def opened(run: Path, browser: Any) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(viewport={"width": width, "height": 800}, **options)
         contexts.append(context)
         tab = context.new_page()
-        tab.clock.install()
+        tab.clock.install(time=datetime(2026, 1, 1))
         address = (run / "report.html").as_uri()
         tab.on("console", lambda message: faults.append(message.text))
         tab.on("pageerror", lambda error: faults.append(str(error)))
@@ -94,6 +95,7 @@ def opened(run: Path, browser: Any) -> Iterator[Callable[..., Any]]:
             lambda request: None if request.url.startswith((address, "data:")) else faults.append(request.url),
         )
         tab.goto(address)
+        tab.clock.pause_at(datetime(2026, 1, 2))  # from here only the tests move it, however slow the machine is
         return tab
 
     yield page
