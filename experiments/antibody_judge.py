@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orderppl.errors import UserError
 from orderppl.models.denoisers.framing import frame
-from orderppl.models.denoisers.wheels import wheel_file
+from orderppl.models.denoisers.wheels import load_tensors, wheel_file
 
 PACKAGE, VERSION, WHAT = "antiberty", "0.1.3", "the judge of antibodies"
 
@@ -39,12 +38,11 @@ class AntibodyJudge:
         settings = json.loads(config.read_text(encoding="utf-8"))
         self.model = BertForMaskedLM(BertConfig(**{name: settings[name] for name in known})).eval()
         found = torch.load(weights, map_location="cpu", weights_only=True)
-        own = set(self.model.state_dict())
-        try:  # besides, the checkpoint has heads for species, chain and grafting, and a pooler
-            self.model.load_state_dict({name: tensor for name, tensor in found.items() if name in own})
-        except RuntimeError as error:
-            problem = f"the weights of {WHAT} have other tensors ({error})"
-            raise UserError("judge", problem, f"install {PACKAGE}=={VERSION}") from error
+        own = set(
+            self.model.state_dict()
+        )  # besides, the checkpoint has heads for species, chain and grafting, and a pooler
+        used = {name: tensor for name, tensor in found.items() if name in own}
+        load_tensors(self.model, used, PACKAGE, VERSION, WHAT, "judge")
 
     @torch.no_grad()
     def nats(self, sequences: Sequence[str], every: int = 8) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orderppl.errors import UserError
 from orderppl.models.denoisers.framing import Framed, frame
-from orderppl.models.denoisers.wheels import wheel_file
+from orderppl.models.denoisers.wheels import load_tensors, wheel_file
 
 PACKAGE, VERSION = "rxnmapper", "0.4.3"
 FOLDER = "albert_heads_8_uspto_all_1310k"
@@ -59,11 +59,9 @@ class ReactionDenoiser(nn.Module):
         config, weights = files
         denoiser = cls(json.loads(config.read_text(encoding="utf-8")), reaction_vocabulary())
         found = torch.load(weights, map_location="cpu", weights_only=True)
-        try:  # of a pooler the checkpoint has weights that no masked model uses
-            denoiser.albert.load_state_dict({name: x for name, x in found.items() if ".pooler." not in name})
-        except RuntimeError as error:
-            problem = f"the weights of {WHAT} have other tensors ({error})"
-            raise UserError("denoiser", problem, f"install {PACKAGE}=={VERSION}") from error
+        # Of a pooler the checkpoint has weights that no masked model uses.
+        used = {name: tensor for name, tensor in found.items() if ".pooler." not in name}
+        load_tensors(denoiser.albert, used, PACKAGE, VERSION, WHAT)
         return denoiser.eval()
 
     def _framed(self, state: Tensor, attention_mask: Tensor) -> Framed:

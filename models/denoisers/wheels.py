@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from orderppl.errors import UserError
 
@@ -31,3 +34,26 @@ def wheel_file(package: str, version: str, name: str, what: str, field: str = "d
     if path is None:
         raise UserError(field, f"the package {package} has no {name}", install)
     return path
+
+
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], package: str, version: str, what: str, field: str = "denoiser"
+) -> None:
+    """Fill a module with the tensors that a package came with.
+
+    Args:
+        module: takes every one of them.
+        tensors: its state dict.
+        package: see `wheel_file`; likewise the rest.
+        version: the one that is known to hold them.
+        what: what the package holds, for the message.
+        field: the setting to blame.
+
+    Raises:
+        UserError: the module has other tensors.
+    """
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        problem = f"the weights of {what} have other tensors ({error})"
+        raise UserError(field, problem, f"install {package}=={version}") from error

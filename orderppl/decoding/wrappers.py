@@ -37,7 +37,33 @@ def choose_with_last(policy: Policy, state: UnmaskingState, last: Tensor | None)
 
 
 @dataclass(frozen=True)
-class Block(Heuristic):
+class Wrapper(Heuristic):
+    """A policy around another, which needs what that one needs.
+
+    Args:
+        policy: any policy.
+    """
+
+    policy: Policy
+
+    @property
+    def needs_truth(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped policy reads the true tokens."""
+        return bool(getattr(self.policy, "needs_truth", False))
+
+    @property
+    def needs_noise(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped policy reads the noise."""
+        return needs_noise(self.policy)
+
+    @property
+    def remembers(self) -> bool:  # type: ignore[override]
+        """Whether the wrapped policy reads its memory."""
+        return remembers(self.policy)
+
+
+@dataclass(frozen=True)
+class Block(Wrapper):
     """Semi-autoregressive: the policy only sees the leftmost block that is not finished.
 
     A row of n blocks gives block b the steps up to floor((b + 1) T / n); steps a block does not use go to the next. The
@@ -49,7 +75,6 @@ class Block(Heuristic):
         size: positions per block.
     """
 
-    policy: Policy
     size: int
     name = "block"
     remembers = True
@@ -57,16 +82,6 @@ class Block(Heuristic):
     def __post_init__(self) -> None:
         if self.size < 1:
             raise UserError("block_size", f"{self.size} positions", "give 1 or more")
-
-    @property
-    def needs_truth(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped policy reads the true tokens."""
-        return bool(getattr(self.policy, "needs_truth", False))
-
-    @property
-    def needs_noise(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped policy reads the noise."""
-        return needs_noise(self.policy)
 
     def _enter(self, state: UnmaskingState) -> tuple[UnmaskingState, Tensor]:
         """State of the current block, and whether this is its last step (bool [B])."""
@@ -101,7 +116,7 @@ class Block(Heuristic):
 
 
 @dataclass(frozen=True)
-class EosAware(Heuristic):
+class EosAware(Wrapper):
     """Ranks positions that are predicted to be end or padding tokens behind all others.
 
     With a policy that ranks or cuts scores this changes the ranking only; any other policy sees those positions when
@@ -112,28 +127,12 @@ class EosAware(Heuristic):
         token_ids: the ids of end-of-sequence and padding tokens.
     """
 
-    policy: Policy
     token_ids: Sequence[int]
     name = "eos_aware"
 
     def __post_init__(self) -> None:
         if not self.token_ids:
             raise UserError("token_ids", "no end or padding id", "give at least one")
-
-    @property
-    def needs_truth(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped policy reads the true tokens."""
-        return bool(getattr(self.policy, "needs_truth", False))
-
-    @property
-    def needs_noise(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped policy reads the noise."""
-        return needs_noise(self.policy)
-
-    @property
-    def remembers(self) -> bool:  # type: ignore[override]
-        """Whether the wrapped policy reads its memory."""
-        return remembers(self.policy)
 
     def _last(self, state: UnmaskingState) -> Tensor:
         predicted = state.per_position(lambda log_probs: log_probs.argmax(-1))  # [*, L]

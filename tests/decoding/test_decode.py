@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from extreme_policies import Everything, Nothing
 
 from orderppl.decoding import (
     Block,
@@ -31,20 +37,6 @@ class Hazard:
 
     def select(self, state):
         return self.distribution(state).probs > 0.5
-
-
-class Nothing:
-    """Selects nothing, has no score: the decoder decides by confidence."""
-
-    def select(self, state):
-        return torch.zeros_like(state.masked)
-
-
-class Everything:
-    """Selects all positions, visible ones and padding included."""
-
-    def select(self, state):
-        return torch.ones_like(state.masked)
 
 
 def plan_logits(canvas):

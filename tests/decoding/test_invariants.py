@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from extreme_policies import Everything, Nothing
 
 from orderppl.decoding import (
     POLICIES,
@@ -187,20 +192,6 @@ class Hazard:
 
     def select(self, state):
         return self.distribution(state).probs > 0.4
-
-
-class Nothing:
-    """Selects nothing, has no score."""
-
-    def select(self, state):
-        return torch.zeros_like(state.masked)
-
-
-class Everything:
-    """Selects all positions, visible ones and padding included."""
-
-    def select(self, state):
-        return torch.ones_like(state.masked)
 
 
 def plan_of_prompt(canvas: Canvas) -> Tensor:
