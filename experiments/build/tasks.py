@@ -69,6 +69,7 @@ class ArithmeticTask:
     max_context: int = setting(64, "longest prompt, tokens", at_least=1)
     max_length: int = setting(64, "longest response, tokens", at_least=1)
     canvas: int | None = setting(None, "positions of a response, filled up with ends; null: one end", at_least=1)
+    separator: bool = setting(False, "end prompts by a separator, from which a new denoiser counts response positions")
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _text_task(
     tokenizer: Tokenizer,
     report: LoadReport,
 ) -> Task:
-    separate = isinstance(config, Gsm8kTask) and config.separator
+    separate = isinstance(config, ArithmeticTask | Gsm8kTask) and config.separator
     tokenized = {
         split: tokenize(
             rows,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,15 @@ from safetensors.torch import load_file
 from orderppl.errors import UserError
 from orderppl.experiments import cli, evaluate, fit_order, train_denoiser
 from orderppl.experiments.build import (
+    ArithmeticTask,
     MeanFieldConfig,
     RandomGuideConfig,
     RevealTraceGraphConfig,
+    TransformerConfig,
+    build_denoiser,
     build_problem,
     build_schedule,
+    build_task,
     learned_policy,
 )
 from orderppl.experiments.config import config_dict, dump_config, load_config, packaged_configs
@@ -268,3 +273,15 @@ def test_packaged_configs_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, 
         (tmp_path / "runs" / run).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     load_config(kind, name)
+
+
+def test_a_separator_ends_every_prompt_of_word_problems_and_a_new_denoiser_counts_from_it() -> None:
+    task_config = ArithmeticTask(variant="dual", train=20, validation=2, test=2, separator=True)
+    task = build_task(task_config, seed=0)
+    denoiser = build_denoiser(TransformerConfig(width=8, layers=1, heads=1), task, task_config)
+    prompts = task.splits["train"]["context"]
+    last = prompts.gather(1, task.splits["train"]["context_mask"].sum(-1, keepdim=True) - 1)
+    assert task.tokenizer is not None
+    assert (last == task.tokenizer.eos_index).all()
+    assert denoiser.separator_index == task.tokenizer.eos_index
+    assert build_task(replace(task_config, separator=False), seed=0).separator is None
