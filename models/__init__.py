@@ -9,6 +9,7 @@ from orderppl.models.price import PriceRange
 from orderppl.models.priors import (
     CosineSteps,
     EasyFirst,
+    FinishingPolicy,
     FixedSizes,
     HeuristicPrior,
     LearnedPolicy,
@@ -29,6 +30,7 @@ __all__ = [
     "CosineSteps",
     "DenoiserIdentity",
     "EasyFirst",
+    "FinishingPolicy",
     "FixedSizes",
     "HeuristicPrior",
     "LearnedPolicy",

@@ -14,6 +14,7 @@ from orderppl.models.price import PriceRange
 from orderppl.models.priors import (
     CosineSteps,
     EasyFirst,
+    FinishingPolicy,
     LearnedPolicy,
     LearnedSchedule,
     LearnedSteps,
@@ -26,6 +27,7 @@ from orderppl.models.priors import (
 ARCHITECTURES: dict[str, type[Any]] = {
     "cosine_steps": CosineSteps,
     "easy_first": EasyFirst,
+    "finishing_policy": FinishingPolicy,
     "learned_policy": LearnedPolicy,
     "learned_schedule": LearnedSchedule,
     "learned_steps": LearnedSteps,

@@ -21,6 +21,7 @@ from orderppl.decoding.schedules import SetSizes, make_sizes
 from orderppl.decoding.step import or_best
 from orderppl.distributions import (
     BernoulliSet,
+    FinishingSet,
     HeuristicReveal,
     OrderedPartition,
     PricedReveal,
@@ -288,6 +289,31 @@ class ResidualPolicy(LearnedPolicy):
     def logits(self, state: UnmaskingState) -> Tensor:
         """Log-odds of revealing each position, float [*, L]."""
         return self.base.logits(state) + super().logits(state)
+
+
+class FinishingPolicy(RevealPrior):
+    """Another policy, with one decision before each of its own: reveal all that is left at once.
+
+        p(z_t | s_t) = f_t [z_t = M_t] + (1 - f_t) prior(z_t | s_t),      logit f_t = mean_{i in M_t} network(s_t)_i
+
+    Under a step price it learns for which sequences further steps are worth what they cost.
+
+    Args:
+        prior: the other policy.
+        network: state -> float [*, L].
+    """
+
+    def __init__(self, prior: RevealPrior, network: nn.Module) -> None:
+        super().__init__()
+        self.prior = prior
+        self.network = network
+        self.non_empty = prior.non_empty
+
+    def distribution(self, state: UnmaskingState) -> SetLaw:
+        """Finish, or reveal as the other policy does."""
+        logits = torch.where(state.masked, self.network(state), 0.0)  # [*, L]
+        finish = logits.sum(-1) / state.masked.sum(-1).clamp(min=1)  # [*]
+        return FinishingSet(state.law(self.prior.distribution), finish.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
 
 
 class LearnedSteps(RevealPrior):

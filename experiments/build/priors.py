@@ -77,6 +77,17 @@ class ResidualPolicyConfig:
 
 
 @dataclass(frozen=True)
+class FinishingPolicyConfig:
+    """Another policy, with one decision before each of its own: reveal all that is left."""
+
+    name: Literal["finishing_policy"] = "finishing_policy"
+    prior: EasyFirstConfig | LearnedPolicyConfig | ResidualPolicyConfig = setting(
+        ResidualPolicyConfig, "the other policy"
+    )
+    network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the decision; its bias is the first one")
+
+
+@dataclass(frozen=True)
 class LearnedStepsConfig:
     """A learned plan of the whole order, from prompt and positions alone."""
 
@@ -118,6 +129,7 @@ FreePriorConfig = (
     | EasyFirstConfig
     | LearnedPolicyConfig
     | ResidualPolicyConfig
+    | FinishingPolicyConfig
     | LearnedStepsConfig
 )
 
@@ -174,6 +186,9 @@ def build_prior(
             assert isinstance(base, models.LogitPrior)
             correction = build_policy_network(config.network, task, True, prices)
             return models.ResidualPolicy(base, correction, config.non_empty)
+        case FinishingPolicyConfig():
+            other = build_prior(config.prior, task, num_steps, prices)
+            return models.FinishingPolicy(other, build_policy_network(config.network, task, prices=prices))
         case LearnedStepsConfig():
             return models.LearnedSteps(build_sequence_network(config.network, task, num_steps))
         case StepPriceConfig():

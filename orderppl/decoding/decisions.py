@@ -26,7 +26,8 @@ def _check_decision(decision: str, allowed: tuple[str, ...]) -> None:
 class StochasticDecision:
     """Turns a distribution over reveal sets into a set.
 
-    `mode` reveals {beta p > 0.5}, p the inclusion probability; an empty set falls to the decoder's arg-max rule.
+    `mode` reveals {beta p > 0.5}, p the inclusion probability (`SetLaw.decide`); an empty set falls to the decoder's
+    arg-max rule.
     `sample` draws from the distribution (exactly, also when it is conditioned to be non-empty) with the noise of the
     state; see `RevealSet.draw`.
 
@@ -64,7 +65,7 @@ class StochasticDecision:
         """Return the reveal set: bool [*, L]."""
         distribution = self.policy.distribution(state)
         if self.decision == "mode":
-            return (self.beta * distribution.probs > 0.5) & state.masked
+            return distribution.decide(self.beta) & state.masked
         noise = state.noise
         if noise is None:
             noise = uniform(state.masked.shape, state.masked.device, torch.float64)

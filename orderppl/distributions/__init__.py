@@ -1,5 +1,6 @@
 """Distributions over reveal sets and over ordered partitions, with closed-form Kullback-Leibler divergences."""
 
+from orderppl.distributions.finishing_set import FinishingSet
 from orderppl.distributions.heuristic_reveal import HeuristicReveal
 from orderppl.distributions.ordered_partition import OrderedPartition, SequentialReveal
 from orderppl.distributions.plackett_luce import PlackettLuceReveal, PlackettLuceSet, UniformSet
@@ -13,6 +14,7 @@ from orderppl.distributions.tracked import Tracked
 
 __all__ = [
     "BernoulliSet",
+    "FinishingSet",
     "HeuristicReveal",
     "HiddenTokens",
     "OrderedPartition",

@@ -11,7 +11,6 @@ from pyro.distributions import constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from orderppl.distributions.reveal_set import RevealSet
 from orderppl.distributions.set_law import SetLaw
 from orderppl.path import RevealPath
 from orderppl.states import (
@@ -207,9 +206,8 @@ class SequentialReveal(OrderedPartition):
             return sets[-1]
 
         reveal_step, states = self._play(law, lead)
-        products = [one for one in sets if isinstance(one, RevealSet)]
-        if torch.is_grad_enabled() and products and len(products) == len(sets):
-            self._keep_sets(reveal_step, states[-1], products)
+        if torch.is_grad_enabled() and sets and all(one.stacks for one in sets):
+            self._keep_sets(reveal_step, states[-1], sets)
         return reveal_step
 
     def _play(self, law: Callable[[UnmaskingState], SetLaw], lead: torch.Size) -> tuple[Tensor, list[UnmaskingState]]:
@@ -226,10 +224,10 @@ class SequentialReveal(OrderedPartition):
         self.path.remember(reveal_step, states)
         return reveal_step, states
 
-    def _keep_sets(self, reveal_step: Tensor, last: UnmaskingState, sets: list[RevealSet]) -> None:
+    def _keep_sets(self, reveal_step: Tensor, last: UnmaskingState, sets: list[SetLaw]) -> None:
         if all(one.is_normalised for one in sets):
             end = sets[-1].everything(last.masked)  # no choice is left, so there is no need to ask
         else:
             end = self.distribution(last).certain(last.is_last)
-        stacked = RevealSet.stack([*sets, end])
+        stacked = end.stack([*sets, end])
         self._last = reveal_step, None, stacked.certain(self.path(reveal_step).is_last, already=True), True

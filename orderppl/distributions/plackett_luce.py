@@ -150,8 +150,8 @@ class PlackettLuceSet(SetLaw):
         size, log_weight = rows(self.size), None if self._log_weight is None else rows(self._log_weight)
         return PlackettLuceSet(scores, size, masked, self.single, log_weight, validate_args=self._validate_args)
 
-    def certain(self, where: Tensor) -> PlackettLuceSet:
-        """Reveal everything that is masked in the rows `where` (bool [*]), as the last step does."""
+    def certain(self, where: Tensor, already: bool = False) -> PlackettLuceSet:
+        """Reveal everything that is masked in the rows `where` (bool [*]); see `SetLaw`."""
         size = torch.where(where, self.masked.sum(-1), self.size)
         return self._rebuild(lambda x: x, lambda x: size if x is self.size else x)
 

@@ -45,6 +45,8 @@ class RevealSet(SetLaw):
         log_weight: float [*], log of an unnormalised factor such as the price of a step; 0 when left out.
     """
 
+    stacks = True
+
     def __init__(
         self,
         log_reveal: Tensor,
@@ -79,8 +81,8 @@ class RevealSet(SetLaw):
                 self._kept[name] = found
         return found
 
-    @staticmethod
-    def stack(sets: Sequence[RevealSet]) -> RevealSet:
+    @classmethod
+    def stack(cls, sets: Sequence[RevealSet]) -> RevealSet:
         """Sets of one batch shape [*] along a new first dimension."""
         first, weighted = sets[0], any(one._log_weight is not None for one in sets)
         return first._copy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import pyro.distributions as dist
@@ -25,11 +25,13 @@ class SetLaw(dist.TorchDistribution):
 
     Attributes:
         non_empty: whether at least one position is revealed for sure while any is masked.
+        stacks: whether sets met one after another can be put together again by `stack`.
     """
 
     arg_constraints: dict[str, Any] = {}
     has_enumerate_support = True
     non_empty = False
+    stacks = False
 
     def __init__(self, masked: Tensor, log_weight: Tensor | None = None, validate_args: bool | None = None) -> None:
         self.masked = masked
@@ -79,8 +81,22 @@ class SetLaw(dist.TorchDistribution):
         new._log_weight = total.expand(self.batch_shape)
         return new
 
-    def certain(self, where: Tensor) -> Self:
-        """Reveal everything that is masked in the rows `where` (bool [*]), as the last step does."""
+    def certain(self, where: Tensor, already: bool = False) -> Self:
+        """Reveal everything that is masked in the rows `where` (bool [*]), as the last step does.
+
+        Args:
+            where: bool [*].
+            already: the sets are known to do so.
+        """
+        raise NotImplementedError
+
+    def everything(self, masked: Tensor) -> Self:
+        """The set of all positions in `masked` (bool [*, L]), for sure; needed where `stacks`."""
+        raise NotImplementedError
+
+    @classmethod
+    def stack(cls, sets: Sequence[Any]) -> Self:
+        """Sets of this kind, of one batch shape [*], along a new first dimension; needed where `stacks`."""
         raise NotImplementedError
 
     @property
@@ -104,6 +120,17 @@ class SetLaw(dist.TorchDistribution):
             bool [*, L].
         """
         raise NotImplementedError
+
+    def decide(self, factor: float = 1.0) -> Tensor:
+        """What a decoder reveals without noise: {factor p > 0.5}, p the inclusion probability; may be empty.
+
+        Args:
+            factor: above 1 reveals more than the law says.
+
+        Returns:
+            bool [*, L].
+        """
+        return (factor * self.probs > 0.5) & self.masked
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """All 2**L subsets, bool [2**L, *, L]; those that are impossible in a row have log-probability -inf."""

@@ -28,6 +28,7 @@ from orderppl.guides import (
 from orderppl.models import (
     CosineSteps,
     EasyFirst,
+    FinishingPolicy,
     FixedSizes,
     HeuristicPrior,
     LearnedPolicy,
@@ -128,6 +129,7 @@ PRIORS = {
     "learned_policy": lambda steps: LearnedPolicy(StateTable()),
     "may_wait_policy": lambda steps: LearnedPolicy(StateTable(), non_empty=False),
     "residual_policy": lambda steps: ResidualPolicy(EasyFirst(0.5), StateTable(), non_empty=False),
+    "finishing_policy": lambda steps: FinishingPolicy(LearnedPolicy(StateTable()), StateTable()),
     "learned_steps": lambda steps: LearnedSteps(TokenTable(steps)),
     "learned_schedule": lambda steps: LearnedSchedule(steps),
     "fixed_sizes": lambda steps: FixedSizes(2.0),
@@ -137,6 +139,7 @@ PRIORS = {
     "priced_one_each": lambda steps: StepPrice(FixedSizes(UniformSizes(LENGTH)), 0.7),
     "priced_uniform": lambda steps: StepPrice(UniformSteps(), 0.7),
     "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
+    "priced_finishing": lambda steps: StepPrice(PRIORS["finishing_policy"](steps), 0.7),
     "priced_range": priced_range,
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
@@ -181,7 +184,7 @@ def is_finite_pair(guide: str, prior: str) -> bool:
         return guide in same_sizes[prior]
     waits = {"random", "mean_field", "plan"}
     never_waits = {"left_to_right", "easy_first", "learned_policy", "heuristic"}
-    never_waits |= {"priced_policy", "priced_range", "priced_looking_back"}
+    never_waits |= {"priced_policy", "priced_range", "priced_looking_back", "finishing_policy", "priced_finishing"}
     return not (guide in waits and prior in never_waits)
 
 

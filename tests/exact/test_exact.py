@@ -95,6 +95,7 @@ def test_gradient_is_unbiased(prior: str, guide: str):
         ("learned_policy", "renormalised"),
         ("residual_policy", "policy"),
         ("priced_policy", "other_policy"),
+        ("priced_finishing", "policy"),
         ("learned_steps", "plan"),
         ("learned_policy", "plackett_luce"),
         ("uniform", "one_each"),

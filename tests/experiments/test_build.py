@@ -41,6 +41,7 @@ PRIORS = [
     "easy_first",
     "learned_policy",
     "residual_policy",
+    "{name: finishing_policy, prior: easy_first}",
     "learned_steps",
     "learned_schedule",
     "{name: heuristic, policy: klass, tau: 0.6, smoothing: 0.1}",

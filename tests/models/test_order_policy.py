@@ -23,6 +23,7 @@ from orderppl.models import (
     CosineSteps,
     DenoiserIdentity,
     EasyFirst,
+    FinishingPolicy,
     HeuristicPrior,
     LearnedPolicy,
     LearnedSchedule,
@@ -58,6 +59,7 @@ def learned_things() -> dict[str, nn.Module]:
     return {
         "residual": StepPrice(ResidualPolicy(EasyFirst(0.7, 0.5), network(zero_init=True), non_empty=False), 0.3),
         "learned": LearnedPolicy(network()),
+        "finishing": StepPrice(FinishingPolicy(EasyFirst(0.7, 0.5), network()), 0.3),
         "same network twice": ResidualPolicy(LearnedPolicy(shared), shared),
         "range of prices": priced(),
         "schedule": LearnedSchedule(STEPS),
