@@ -12,7 +12,7 @@ update), checkpoints, config.yaml and results.json, and warm-start/ the log and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from orderppl.errors import UserError
 from orderppl.evaluation import evaluate_policies
 from orderppl.experiments.build import (
     OrderConfig,
@@ -42,6 +43,7 @@ from orderppl.inference.fit import OrderLoss, fit
 from orderppl.inference.processes import Processes
 from orderppl.inference.refine import Refinement, refine_plan
 from orderppl.models.networks import PositionTable
+from orderppl.models.plans import OpeningPlan
 
 CONFIG = "chain"
 DISTRIBUTED = True
@@ -88,6 +90,9 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
     settings = config.fit
     held_out = problem.task.stream("validation", settings.batch_size, shuffle=False, device=config.device)
     validate = held_out_bound(problem, held_out, final_kl_weight(config))
+    refinement = None
+    if config.refine is not None and config.refine.first:
+        refinement = refine_problem(config.refine, problem, config.seed)
     if settings.warm_start is not None:
         imitate_teacher(config, settings.warm_start, problem, out / WARM_START, resume)
     fit(
@@ -115,7 +120,9 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         checkpoint_every=settings.checkpoint_every,
         resume=resume,
     )
-    return None if config.refine is None else refine_problem(config.refine, problem, config.seed)
+    if config.refine is not None and not config.refine.first:
+        refinement = refine_problem(config.refine, problem, config.seed)
+    return refinement
 
 
 def imitate_teacher(
@@ -144,19 +151,36 @@ def imitate_teacher(
 
 
 def refine_problem(config: RefineConfig, problem: OrderProblem, seed: int) -> Refinement:
-    """Search on from the mode of a fitted plan, on training rows, and make the result the plan."""
-    table = problem.guide.network
-    assert isinstance(table, PositionTable)
-    refinement = search_plan(config, problem, table.logits.argmax(-1), seed)
-    table.set_steps(refinement.steps)
+    """Search on from a plan, on training rows, and make the result the plan."""
+    table = plan_table(problem)
+    if config.start == "alternating":
+        start = alternating_steps(table.length, problem.model.num_steps)
+    else:
+        start = table.logits.argmax(-1)
+    refinement = search_plan(config, problem, start, seed)
+    table.set_steps(refinement.steps, config.margin)
     return refinement
+
+
+def alternating_steps(length: int, num_steps: int) -> Tensor:
+    """A plan without neighbours in a set, but for the last one: int64 [length], such as 0 3 1 3 2 3 for 4 steps."""
+    place, last = torch.arange(length), num_steps - 1
+    return torch.where(place % 2 == 0, place // 2 % max(last, 1), last).clamp(max=last)
+
+
+def plan_table(problem: OrderProblem) -> PositionTable:
+    """The table of a plan, or the pattern that a plan with a correction begins as."""
+    network = problem.guide.network
+    table = network.pattern if isinstance(network, OpeningPlan) else network
+    assert isinstance(table, PositionTable)
+    return table
 
 
 def search_plan(config: RefineConfig, problem: OrderProblem, start: Tensor, seed: int) -> Refinement:
     """Search for a better plan than `start` (int64 [P]), on training rows; see `refine_plan`."""
-    table = problem.guide.network
-    assert isinstance(table, PositionTable)
-    batch = {name: held[: config.rows].to(table.logits.device) for name, held in problem.task.held("train").items()}
+    table = plan_table(problem)
+    rows = short_rows(problem.task.held("train"), config.longest, config.rows)
+    batch = {name: held.to(table.logits.device) for name, held in rows.items()}
     return refine_plan(
         problem.model.denoiser,
         batch,
@@ -165,9 +189,29 @@ def search_plan(config: RefineConfig, problem: OrderProblem, start: Tensor, seed
         index=table.index(batch["attention_mask"]),
         kicks=config.kicks,
         screen=config.screen,
+        block=config.block,
         max_evaluations=config.max_evaluations,
         seed=seed,
     )
+
+
+def short_rows(held: Mapping[str, Tensor], longest: int | None, rows: int) -> dict[str, Tensor]:
+    """The first `rows` sequences of at most `longest` tokens, without columns that are padding in all of them.
+
+    Raises:
+        UserError: there are none.
+    """
+    masks = [held[name].bool() for name in ("attention_mask", "context_mask") if name in held]
+    size = torch.stack([mask.sum(-1) for mask in masks]).sum(0)
+    kept = (size <= (size.max() if longest is None else longest)).nonzero()[:rows, 0]
+    if not len(kept):
+        raise UserError("refine.longest", f"no training sequence has at most {longest} tokens", "give a larger number")
+    part = {name: tensor[kept] for name, tensor in held.items()}
+    for tokens, name in (("tokens", "attention_mask"), ("context", "context_mask")):
+        if name in part:
+            used = part[name].bool().any(0)
+            part |= {tokens: part[tokens][:, used], name: part[name][:, used]}
+    return part
 
 
 def save_order(config: OrderConfig, problem: OrderProblem, folder: Path) -> None:

@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from orderppl.decoding import Policy, decode
+from orderppl.decoding import PlannedOrder, Policy, SplitPlan, decode
+from orderppl.errors import UserError
 from orderppl.evaluation import Interval, bootstrap_mean, evaluate_policies
 from orderppl.experiments.build import (
     AntibodyTask,
@@ -37,10 +38,18 @@ M = TypeVar("M", bound="MoleculeConfig")
 class MoleculeConfig(OrderConfig):
     """Settings that the experiments share."""
 
+    decision: Literal["mode", "sample", "rank"] = setting(
+        "mode", "how the learned probabilities become the reveal sets of the arm `learned`"
+    )
     threshold: float = setting(0.9, "confidence of the threshold policy", above=0, below=1)
+    plan_steps: int | None = setting(
+        None,
+        "steps of the learned plan, whose sets are split by confidence; null: those of all arms",
+        at_least=1,
+    )
     denoiser_rows: int | None = setting(
         None,
-        "what the fit may spend, rows read by the denoiser; sets fit.updates whatever the number of steps",
+        "what the fit may spend at most, rows read by the denoiser: bounds fit.updates whatever the number of steps",
         at_least=1,
     )
     rows: int = setting(1000, "held-out rows that are compared, from the first", at_least=1)
@@ -112,7 +121,8 @@ def learn_and_compare(
         labels: added to every record.
         title: of the printed table.
     """
-    config = within_budget(config)
+    num_steps = config.num_steps
+    config = within_budget(replace(config, num_steps=config.plan_steps or num_steps))
     problem = build_problem(config, build_task(task, config.seed))
     if not resume:  # the same command again replaces its own run
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -121,31 +131,43 @@ def learn_and_compare(
     save_order(replace(OrderConfig(**settings), task=task), problem, out)
 
     test = first_rows(problem, config.rows, config.device)
-    policies: dict[str, Policy] = {
-        "learned": learned_policy(problem),
-        "learned, sampled": learned_policy(problem, "sample"),
-    }
+    policies: dict[str, Policy] = {"learned": learned_policy(problem, config.decision)}
+    decisions = {"mode": "learned, most likely", "sample": "learned, sampled"}
     if isinstance(problem.guide, MeanFieldGuide):
-        policies["learned, ranked"] = learned_policy(problem, "rank")
+        decisions["rank"] = "learned, ranked"
+    policies |= {arm: learned_policy(problem, to) for to, arm in decisions.items() if to != config.decision}  # type: ignore[arg-type]
+    if num_steps > config.num_steps:
+        policies = {arm: split(policy, config.num_steps) for arm, policy in policies.items()}
     policies |= heuristics(threshold=config.threshold)
-    shared = {"steps": config.num_steps, "seed": config.seed, "train_n": len(problem.task.held("train")["tokens"])}
+    shared = {"steps": num_steps, "seed": config.seed, "train_n": len(problem.task.held("train")["tokens"])}
     records = evaluate_policies(
         problem.model.denoiser,
         policies,
         test,
-        config.num_steps,
+        num_steps,
         seed=config.seed,
         baseline="learned",
         labels={**labels, "train_n": shared["train_n"]},
     )
     shown = [record for record in records if record["metric"] in ("path_nats", "nfe")]
     held_out = sum(len(batch["tokens"]) for batch in test)
-    Console().print(results_table(shown, title=f"{title}, {held_out} held-out, {config.num_steps} steps"))
+    Console().print(results_table(shown, title=f"{title}, {held_out} held-out, {num_steps} steps"))
     return Comparison(problem, policies, test, list(records), {**labels, **shared})
 
 
+def split(policy: Policy, num_sets: int) -> Policy:
+    """A plan whose sets are split over more steps.
+
+    Raises:
+        UserError: what was learned is no plan.
+    """
+    if not isinstance(policy, PlannedOrder):
+        raise UserError("plan_steps", "what was learned is no plan", "set guide=mean_field, or plan_steps=null")
+    return SplitPlan(policy, num_sets)
+
+
 def within_budget(config: M) -> M:
-    """The settings with as many updates as `denoiser_rows` pays for; annealing keeps its share of them.
+    """The settings with no more updates than `denoiser_rows` pays for; annealing keeps its share of them.
 
     An update reads the fully hidden state of each sequence once and the T - 1 later ones once per particle.
     """
@@ -153,7 +175,8 @@ def within_budget(config: M) -> M:
         return config
     particles = int(getattr(config.elbo, "num_particles", 1))
     later = 1 if config.elbo.one_step else config.num_steps - 1
-    updates = max(config.denoiser_rows // (config.fit.batch_size * (1 + later * particles)), 1)
+    paid = max(config.denoiser_rows // (config.fit.batch_size * (1 + later * particles)), 1)
+    updates = min(config.fit.updates, paid)
     anneal = config.fit.kl_weight
     if anneal is not None:
         anneal = replace(anneal, updates=max(anneal.updates * updates // config.fit.updates, 1))

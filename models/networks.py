@@ -304,17 +304,22 @@ class PositionTable(nn.Module):
             so that rows of different lengths are aligned at both ends (variable domains of antibodies). None
             indexes everything from the left.
         noise: standard deviation of the initial numbers.
+        periodic: repeat the table, for rows of any length: a pattern over the positions.
 
     Raises:
-        UserError: a split outside the table.
+        UserError: a split outside the table, or of a periodic one.
     """
 
-    def __init__(self, length: int, out: int, split: int | None = None, noise: float = 0.0) -> None:
+    def __init__(
+        self, length: int, out: int, split: int | None = None, noise: float = 0.0, periodic: bool = False
+    ) -> None:
         super().__init__()
         if split is not None and not 0 <= split <= length:
             raise UserError("split", f"{split} is outside a table of {length} positions", "use 0 to the length")
-        self.length, self.split = length, split
-        self.config = {"length": length, "out": out, "split": split}
+        if split is not None and periodic:
+            raise UserError("split", "a repeated table has no right end", "leave out split or period")
+        self.length, self.split, self.periodic = length, split, periodic
+        self.config = {"length": length, "out": out, "split": split, "periodic": periodic}
         self.logits = nn.Parameter(noise * torch.randn(length, out))
 
     def forward(
@@ -337,6 +342,8 @@ class PositionTable(nn.Module):
     def index(self, attention_mask: Tensor) -> Tensor:
         """Row of the table that every position looks up, int64 [B, L]; errors as in `forward`."""
         attention_mask = attention_mask.bool()
+        if self.periodic:
+            return attended_positions(attention_mask) % self.length
         # Whether the longest row fits is only worth a look at the values when the padded width does not.
         if attention_mask.shape[-1] > self.length and int(attention_mask.sum(-1).max()) > self.length:
             raise UserError(

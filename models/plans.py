@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
-from orderppl.models.networks import attended_positions
+from orderppl.models.networks import PositionTable, attended_positions
 
 PERIODS = (2, 3, 4, 6, 8, 12)
 
@@ -19,8 +19,9 @@ PERIODS = (2, 3, 4, 6, 8, 12)
 class OpeningPlan(nn.Module):
     """Step logits of every position from the opening: the fully hidden response behind its prompt.
 
-        logits_i = W place_i + conv(conv(place_i, view_i))
+        logits_i = pattern_{i mod P} + W place_i + conv(conv(place_i, view_i))
 
+    pattern: a repeated table, which `refine_plan` can search on; it is there where a period P is given.
     place_i: waves of the position, counted from the left, and the distances to both ends. Neighbours depend on each
     other, so a good plan spaces out what a step reveals: a wave of period 2 keeps every other position for the end.
     view_i: log odds, margin and entropy of the denoiser's prediction and the expected embedding of the token. These
@@ -36,6 +37,7 @@ class OpeningPlan(nn.Module):
         reads_opening: False leaves the view out: a plan blind to the prompt.
         noise: standard deviation of the initial W, which tells steps apart.
         vocab_size: token classes V of the denoiser, where none is given.
+        period: length P of the pattern; None for a plan without one.
 
     Raises:
         ValueError: neither a denoiser nor its number of classes.
@@ -51,6 +53,7 @@ class OpeningPlan(nn.Module):
         reads_opening: bool = True,
         noise: float = 0.1,
         vocab_size: int | None = None,
+        period: int | None = None,
     ) -> None:
         super().__init__()
         if denoiser is not None:
@@ -65,9 +68,11 @@ class OpeningPlan(nn.Module):
             "periods": list(periods),
             "reads_opening": reads_opening,
             "vocab_size": vocab_size,
+            "period": period,
         }
         self._denoiser = (denoiser,)  # no submodule: its weights belong to the model
         self.periods, self.reads_opening = tuple(periods), reads_opening
+        self.pattern = None if period is None else PositionTable(period, out, periodic=True)
         places = 2 * len(self.periods) + 4
         self.place = nn.Linear(places, out)
         nn.init.normal_(self.place.weight, std=noise)
@@ -134,7 +139,7 @@ class OpeningPlan(nn.Module):
             hidden = F.gelu(hidden) * keep
             hidden = hidden + conv(hidden.transpose(1, 2)).transpose(1, 2)
         logits: Tensor = self.place(place) + self.head(F.gelu(hidden))
-        return logits
+        return logits if self.pattern is None else logits + self.pattern(None, attended)
 
 
 def _waves(attended: Tensor, periods: Sequence[int]) -> Tensor:

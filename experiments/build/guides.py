@@ -19,6 +19,7 @@ from orderppl.experiments.build.heuristics import (
 )
 from orderppl.experiments.build.networks import (
     EncoderConfig,
+    OpeningPlanConfig,
     PosteriorNetworkConfig,
     SequenceConfig,
     TableConfig,
@@ -101,9 +102,12 @@ GuideConfig = (
 )
 
 
-def is_table_plan(config: GuideConfig) -> bool:
-    """Whether a guide is one plan for all sequences, in a table."""
-    return isinstance(config, MeanFieldConfig) and isinstance(config.network, TableConfig) and not config.sees_tokens
+def is_table_plan(config: GuideConfig, at_start: bool = False) -> bool:
+    """Whether a guide is one plan for all sequences, in a table, or at least begins as one."""
+    if not isinstance(config, MeanFieldConfig) or config.sees_tokens:
+        return False
+    begins = isinstance(config.network, OpeningPlanConfig) and config.network.period is not None
+    return isinstance(config.network, TableConfig) or (at_start and begins)
 
 
 def build_guide(

@@ -22,6 +22,7 @@ class TableConfig:
     name: Literal["table"] = "table"
     split: int | None = setting(None, "positions indexed from the left end; the others from the right", at_least=0)
     noise: float = setting(0.0, "standard deviation of the initial numbers", at_least=0)
+    period: int | None = setting(None, "positions after which the numbers repeat; null: never", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class OpeningPlanConfig:
     kernel: int = setting(5, "positions that a convolution sees, odd", at_least=1)
     reads_opening: bool = setting(True, "look at the predictions, and so at the prompt")
     noise: float = setting(0.1, "standard deviation of the initial weights of the waves", at_least=0)
+    period: int | None = setting(None, "positions after which a free pattern repeats; null: no pattern", at_least=1)
 
     def __post_init__(self) -> None:
         """Refuse kernels without a centre."""
@@ -99,9 +101,11 @@ def build_sequence_network(config: SequenceConfig, task: Task, out: int, denoise
             kernel=config.kernel,
             reads_opening=config.reads_opening,
             noise=config.noise,
+            period=config.period,
         )
     if isinstance(config, TableConfig):
-        return networks.PositionTable(task.longest, out, split=config.split, noise=config.noise)
+        length, periodic = config.period or task.longest, config.period is not None
+        return networks.PositionTable(length, out, split=config.split, noise=config.noise, periodic=periodic)
     return networks.SequenceEncoder(
         task.vocab_size,
         out,

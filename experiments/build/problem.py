@@ -92,9 +92,16 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """The local search that ends the learning of a plan; it climbs the likelihood alone. See `refine_plan`."""
+    """The local search on a plan, after the fit or before it; it climbs the likelihood alone. See `refine_plan`."""
 
-    rows: int = setting(1000, "training sequences it looks at", at_least=1)
+    first: bool = setting(False, "search before the fit, which then starts from the plan that was found")
+    start: Literal["mode", "alternating"] = setting(
+        "mode", "where it starts: the most likely steps, or every other place at the last step, the rest in turn"
+    )
+    margin: float = setting(10.0, "log-odds of the planned step against any other one", above=0)
+    rows: int = setting(1000, "training sequences it looks at, at most", at_least=1)
+    longest: int | None = setting(None, "tokens of prompt and response; longer sequences are left out", at_least=1)
+    block: int = setting(128, "changes looked at together", at_least=1)
     kicks: int = setting(0, "times it goes on from the best plan with a few places moved at random", at_least=0)
     screen: int = setting(128, "sequences of the first look at a change", at_least=1)
     max_evaluations: int | None = setting(None, "most plans to look at", at_least=1)
@@ -118,7 +125,7 @@ class OrderConfig(RunConfig):
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
-        if self.refine is not None and not is_table_plan(self.guide):
+        if self.refine is not None and not is_table_plan(self.guide, self.refine.first):
             problem = f"{self.guide.name} has no plan to search on"
             remedy = "choose guide=mean_field with a table that is blind to the tokens, or set refine=null"
             raise UserError("refine", problem, remedy)

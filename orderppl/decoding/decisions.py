@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orderppl.decoding.memory import ROW
 from orderppl.decoding.policy import StochasticPolicy, remembers
-from orderppl.decoding.scores import reveal_rank
+from orderppl.decoding.scores import confidence, reveal_rank
 from orderppl.denoising import Canvas
 from orderppl.errors import UserError
 from orderppl.randomness import sample_categorical, uniform
@@ -161,3 +161,41 @@ class PlannedOrder:
         if "plan" not in state.memory:
             state.memory["plan"] = self._make(state)
         return -state.memory["plan"].double()
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Plays every set of a plan in several steps, within it the most confident positions first.
+
+    Set p of the P planned ones gets the steps t with floor(t P / T) = p, and equal shares of its positions in each. A
+    plan keeps apart what depends on each other, which confidence cannot see; what is left to tell within a set,
+    confidence can. Where T < P, sets are joined.
+
+    Args:
+        order: the plan.
+        num_sets: P.
+    """
+
+    order: PlannedOrder
+    num_sets: int
+    name = "split plan"
+    remembers = True
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the plan is sampled."""
+        return self.order.needs_noise
+
+    def select(self, state: UnmaskingState) -> Tensor:
+        """Return the reveal set: bool [B, L]."""
+        planned = (-self.order.score(state)).long().masked_fill(~state.masked, self.num_sets)  # [B, L]
+        due = state.step * self.num_sets // state.num_steps  # [B]
+        current = torch.maximum(due, planned.amin(-1))  # nothing is left of a set before
+        end = -(-(current + 1) * state.num_steps // self.num_sets)  # first step of the next set
+        open_now = state.masked & (planned <= current[..., None])
+        share = -(-open_now.sum(-1) // (end - state.step))
+        return (reveal_rank(confidence(state), open_now) < share[..., None]) & open_now
+
+    def score(self, state: UnmaskingState) -> Tensor:
+        """Return what ranks the positions: the plan's order."""
+        return self.order.score(state)

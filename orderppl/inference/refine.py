@@ -99,7 +99,8 @@ def refine_plan(
     generator = torch.Generator().manual_seed(seed)
     rows = _Rows(denoiser, batch, index, num_steps)
     limit = math.inf if max_evaluations is None else max_evaluations
-    search = _Search(rows, rows.head(min(screen, len(tokens))), finalists, block, limit, generator)
+    first = rows if screen >= len(tokens) else rows.head(screen)
+    search = _Search(rows, first, finalists, block, limit, generator)
     start = steps.detach().cpu()
     before = float(rows.log_likelihood(start[None]).mean())
     best, after = search.climb(start)

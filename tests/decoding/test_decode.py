@@ -16,6 +16,7 @@ from orderppl.decoding import (
     EosAware,
     NetworkPlan,
     PlannedOrder,
+    SplitPlan,
     StochasticDecision,
     decode,
     follow,
@@ -96,6 +97,19 @@ def test_another_seed_gives_another_result(denoiser):
     assert not torch.equal(first.sequences, second.sequences)
     assert not torch.equal(first.reveal_step, second.reveal_step)
     assert len({tuple(row) for row in first.reveal_step.tolist()}) > 1  # rows differ by their ids
+
+
+def test_a_split_plan_plays_every_set_in_equal_shares_by_confidence(denoiser, table):
+    probs = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5], [0.2, 0.8], [0.45, 0.55]])
+    order = PlannedOrder(torch.tensor([0, 1, 0, 1, 0, 1]))
+    first = {steps: decode(table(probs), SplitPlan(order, 2), length=6, max_steps=steps) for steps in (1, 2, 4, 5, 6)}
+    assert first[1].reveal_step.tolist() == [[0] * 6]
+    assert first[2].reveal_step.tolist() == [[0, 1, 0, 1, 0, 1]]
+    assert first[4].reveal_step.tolist() == [[1, 2, 0, 3, 0, 2]]  # two of three, then one
+    assert first[5].reveal_step.tolist() == [[2, 3, 1, 4, 0, 3]]  # steps 0-2 and 3-4
+    assert first[6].reveal_step.tolist() == [[2, 3, 1, 5, 0, 4]]
+    nothing_first = PlannedOrder(torch.tensor([1, 1, 1, 1, 1, 1]))  # an empty set costs no time
+    assert decode(table(probs), SplitPlan(nothing_first, 2), length=6, max_steps=4).nfe.tolist() == [4]
 
 
 def test_fallback_reveals_the_arg_max_and_is_counted(denoiser, table):

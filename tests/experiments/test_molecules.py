@@ -104,6 +104,8 @@ def test_a_budget_of_denoiser_rows_sets_the_updates() -> None:
         fit = within_budget(load_config(ReactionsConfig, "reactions", [*settings, "fit.kl_weight.updates=200"])).fit
         assert fit.kl_weight is not None
         assert (fit.updates, fit.kl_weight.updates) == (updates, annealed)
+    enough = load_config(ReactionsConfig, "reactions", ["denoiser_rows=1000000", "fit.updates=9"])
+    assert within_budget(enough).fit.updates == 9
     unlimited = load_config(ReactionsConfig, "reactions", ["denoiser_rows=null"])
     assert within_budget(unlimited) is unlimited
 

@@ -173,6 +173,18 @@ def test_table_aligns_rows_at_both_ends() -> None:
     assert table(None, left_padded)[0, 2:, 0].tolist() == [0, 1, 4, 5]
 
 
+def test_periodic_table_repeats_for_rows_of_any_length() -> None:
+    table = PositionTable(3, 2, periodic=True)
+    table.set_steps(torch.tensor([1, 0, 1]))
+    mask = torch.tensor([[True] * 7, [False, True, True, True, True, False, False]])
+    steps = table(None, mask).argmax(-1)
+    assert steps[0].tolist() == [1, 0, 1, 1, 0, 1, 1]
+    assert steps[1, 1:5].tolist() == [1, 0, 1, 1]
+    assert PositionTable(**table.config).index(mask).tolist() == table.index(mask).tolist()
+    with pytest.raises(UserError, match="no right end"):
+        PositionTable(3, 2, split=1, periodic=True)
+
+
 def test_table_refuses_longer_rows_but_not_wider_padding() -> None:
     table = PositionTable(4, 2)
     mask = torch.arange(7) < torch.tensor([[4], [2]])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from orderppl.errors import UserError
 from orderppl.evaluation import path_likelihood
 from orderppl.experiments.build import build_problem
 from orderppl.experiments.config import load_config
-from orderppl.experiments.fit_order import Config
+from orderppl.experiments.fit_order import Config, alternating_steps, fit_problem, refine_problem
 from orderppl.guides import MeanFieldGuide
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.annealing import Anneal
@@ -121,6 +124,33 @@ def test_learns_to_space_out_what_a_step_reveals() -> None:
     found = path_likelihood(chain, PlannedOrder(NetworkPlan(guide.network), "mode"), [rows], 3)
     gap = (found.nats - chain.log_evidence(rows["tokens"], rows["attention_mask"]).double().neg()).mean()
     assert 0.4 < gap < 1.2
+
+
+def test_begins_as_the_pattern_that_a_search_finds(tmp_path: Path) -> None:
+    """On a chain of 7 the best pattern of period 2 for two steps keeps every other position for the end."""
+    network = "{name: opening, width: 8, period: 2, noise: 0}"
+    settings = [f"guide={{name: mean_field, network: {network}}}", "num_steps=2", "fit.updates=1", "task.length=7"]
+    search = "refine={first: true, start: alternating, margin: 20, rows: 60, longest: 7}"
+    config = load_config(Config, "chain", [*settings, search, "task.train=100", "optimizer.lr=1e-6"])
+    problem = build_problem(config)
+    refinement = fit_problem(config, problem, tmp_path)
+    assert refinement is not None and refinement.finished
+    plan = problem.guide.network
+    assert isinstance(plan, OpeningPlan)
+    steps = plan(None, torch.ones(1, 7, dtype=torch.bool))[0].argmax(-1)
+    assert steps.tolist() == [*refinement.steps.tolist() * 3, int(refinement.steps[0])]
+    assert sorted(refinement.steps.tolist()) == [0, 1]
+    with pytest.raises(UserError, match="no training sequence has at most 3 tokens"):
+        refine_problem(replace(config.refine, longest=3), problem, 0)  # type: ignore[type-var]
+    with pytest.raises(UserError, match="has no plan to search on"):
+        load_config(Config, "chain", [*settings, "refine={first: false}"])
+
+
+def test_alternating_steps_keep_every_other_place_for_the_end() -> None:
+    assert alternating_steps(6, 4).tolist() == [0, 3, 1, 3, 2, 3]
+    assert alternating_steps(5, 8).tolist() == [0, 7, 1, 7, 2]
+    assert alternating_steps(3, 2).tolist() == [0, 1, 0]
+    assert alternating_steps(3, 1).tolist() == [0, 0, 0]
 
 
 def test_config_builds_it_for_guides_only() -> None:
