@@ -100,7 +100,7 @@ def test_bad_input_is_one_line(
 def test_a_budget_of_denoiser_rows_sets_the_updates() -> None:
     """4 sequences an update: their hidden states once, and 3 or 7 more for each of 8 particles."""
     for steps, updates, annealed in ((4, 3000 // (4 * 25), 20), (8, 3000 // (4 * 57), 8)):
-        settings = ["denoiser_rows=3000", f"num_steps={steps}", "fit.updates=300"]
+        settings = ["denoiser_rows=3000", f"num_steps={steps}", "fit.updates=300", "elbo.num_particles=8"]
         fit = within_budget(load_config(ReactionsConfig, "reactions", [*settings, "fit.kl_weight.updates=200"])).fit
         assert fit.kl_weight is not None
         assert (fit.updates, fit.kl_weight.updates) == (updates, annealed)
