@@ -33,6 +33,7 @@ import typer
 
 from orderppl.errors import UserError
 from orderppl.experiments.config import dump_config, load_config
+from orderppl.experiments.failures import explain, holds_settings_alone, how_to_go_on
 
 EXPERIMENTS = {
     "quickstart": "The main job: an exact chain and a real antibody model, a learned order against heuristics.",
@@ -113,6 +114,10 @@ def _command(name: str, module: types.ModuleType) -> Callable[..., None]:
             values = {key: value for key, value in given.items() if value is not None and value != []}
             settings = load_config(module.Config, source, assign or (), values)
             run_experiment(name, module, settings, out or module.default_out(settings), resume=resume)
+        except KeyboardInterrupt:
+            if _is_first_process():
+                typer.echo(f"interrupted; {how_to_go_on(resumes)}", err=True)
+            raise typer.Exit(130) from None
         except UserError as error:
             if debug:
                 raise
@@ -165,7 +170,7 @@ def _is_first_process() -> bool:
 def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, resume: bool = False) -> Path:
     """Run an experiment in its folder: config.yaml first, results.json last.
 
-    A folder that bad input leaves with nothing but the config is removed again. Launched by `torchrun` or `accelerate
+    A folder that a failure leaves with nothing but settings is removed again. Launched by `torchrun` or `accelerate
     launch`, all processes run the module, which must have `DISTRIBUTED = True`; the first one writes and talks.
 
     Args:
@@ -204,28 +209,28 @@ def run_experiment(name: str, module: types.ModuleType, config: Any, out: Path, 
             raise UserError("--resume", f"{out} holds no run", "leave --resume out to start one")
         _same_config(load_config(type(config), saved), config)
     is_new = not out.exists() and processes.is_first
-    if processes.is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").unlink(missing_ok=True)
-        write_text(saved, document)
     pyro.set_rng_seed(config.seed)
     pyro.clear_param_store()
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if config.dtype == "float64" else torch.float32)
     begin = time.perf_counter()
     try:
+        if processes.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "results.json").unlink(missing_ok=True)
+            write_text(saved, document)
         with pyro.validation_enabled(False):  # a third of a small update; the tests keep it on
             records = module.run(config, out, resume=True) if resume else module.run(config, out)
         if not processes.is_first:
             return out / "results.json"
         results = write_results(out, name, config, records, time.perf_counter() - begin)
-    except torch.OutOfMemoryError as error:
-        remedy = "lower the batch size or elbo.num_particles, or set dtype=bfloat16 (and denoiser.dtype=bfloat16)"
-        raise UserError("memory", f"{config.device} has none left", remedy) from error
-    except UserError:
-        if is_new and [path.name for path in out.iterdir()] == [saved.name]:
+    except BaseException as error:
+        if is_new and out.is_dir() and holds_settings_alone(out):
             shutil.rmtree(out)
-        raise
+        known = explain(error, out, config.device, resumes="resume" in inspect.signature(module.run).parameters)
+        if known is None:
+            raise
+        raise known from error
     finally:
         torch.set_default_dtype(default_dtype)
     made = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())

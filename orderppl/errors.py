@@ -1,4 +1,4 @@
-"""The one exception that reaches a user as a single clear line."""
+"""The one exception that reaches a user as a single clear line, and a failure that has many names."""
 
 
 class UserError(ValueError):
@@ -18,3 +18,13 @@ class UserError(ValueError):
             problem, _, remedy = rest.rpartition("; ")
         self.field, self.problem, self.remedy = field, problem, remedy
         super().__init__(f"{field}: {problem}; {remedy}")
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python's, that of a GPU, or that of torch's CPU allocator."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)

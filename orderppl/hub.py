@@ -72,6 +72,9 @@ def _explain(error: Exception, name: str, revision: str | None) -> tuple[str, st
         return f"{name} has no such file ({reason})", f"choose one of {page}/tree/{revision or 'main'}"
     if isinstance(error, errors.HFValidationError):
         return f"{name!r} is neither a folder here nor a hub name", "give an existing folder or owner/name"
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # it was reached, and said so
+        reason = str(error).strip().splitlines()[0]
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
             problem = f"{name} is neither a folder here nor in the local cache, and HF_HUB_OFFLINE is set"
@@ -79,6 +82,6 @@ def _explain(error: Exception, name: str, revision: str | None) -> tuple[str, st
         return f"{name} is neither a folder here nor in the local cache, and the hub cannot be reached", offline
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the disk for {name}", "free some, or set HF_HOME to another disk"
-    if isinstance(error, OSError | errors.HfHubHTTPError):
+    if isinstance(error, OSError | errors.HfHubHTTPError) or type(error).__module__.startswith("http"):  # its client
         return f"{name} cannot be downloaded ({reason})", f"try again, or {offline}"
     return None

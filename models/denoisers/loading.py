@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from orderppl.denoising import Denoiser
-from orderppl.errors import UserError
+from orderppl.errors import UserError, is_out_of_memory
 from orderppl.hub import fetch
 from orderppl.inference.checkpoints import load_weights, read_config
 from orderppl.models.denoisers import smdm
@@ -202,28 +203,64 @@ def _adapt(source: Source, dtype: torch.dtype) -> PretrainedDenoiser:
 
 
 def _load_network(source: Source, dtype: torch.dtype) -> Any:
-    if not any(source.path.glob("*.safetensors")):
-        remedy = "convert them: AutoModelForMaskedLM.from_pretrained(...).save_pretrained(...) writes safetensors"
-        raise UserError("denoiser", f"{source.path} has no safetensors weights (pickled ones are not read)", remedy)
-    if source.kind == "remote":
-        network, info = load_remote(source.path, source.config["auto_map"], dtype)
-    else:
-        from transformers import AutoModelForMaskedLM
-
-        try:
-            network, info = AutoModelForMaskedLM.from_pretrained(
-                str(source.path), dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            problem = f"{source.path} cannot be loaded ({reason})"
-            raise UserError("denoiser", problem, "give a complete folder, or download it again") from error
+    _check_weights(source.path)
+    with _without_reports():
+        if source.kind == "remote":
+            network, info = load_remote(source.path, source.config["auto_map"], dtype)
+        else:
+            network, info = _load_masked_lm(source.path, dtype)
+    for name, *shapes in sorted(info.get("mismatched_keys") or ()):
+        stored, wanted = (list(shape) for shape in shapes)
+        problem = f"{name!r} of {source.path} has shape {stored}, its config.json wants {wanted}"
+        raise UserError("denoiser", problem, "give weights and configuration of one model, or download it again")
     missing = sorted(info["missing_keys"])
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         problem = f"{source.path} has no weights for {missing[0]!r}{others}"
         raise UserError("denoiser", problem, "use a checkpoint of a masked model, output head included")
     return network.eval()
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse pickled and damaged weights by a look at the headers, before anything is made for them."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        remedy = "convert them: AutoModelForMaskedLM.from_pretrained(...).save_pretrained(...) writes safetensors"
+        raise UserError("denoiser", f"{folder} has no safetensors weights (pickled ones are not read)", remedy)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError("denoiser", f"{file} cannot be read ({error})", "download it again") from error
+
+
+def _load_masked_lm(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForMaskedLM
+
+    try:
+        return AutoModelForMaskedLM.from_pretrained(  # type: ignore[no-any-return]
+            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # what a wrong file leads to depends on the model
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"{folder} cannot be loaded ({reason})"
+        raise UserError("denoiser", problem, "give a complete folder, or download it again") from error
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep transformers from printing tables about weights: what matters of them is raised."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 PROBE = 6  # tokens
@@ -253,6 +290,8 @@ def _way_to_pad(denoiser: PretrainedDenoiser, dtype: torch.dtype) -> Padding:
     try:
         alone = denoiser(tokens, attended).float()
     except Exception as error:  # foreign code
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         problem = f"the model does not read a row of tokens ({reason})"
         raise UserError("denoiser", problem, "use the transformers_version of its config.json") from error
@@ -275,6 +314,8 @@ def memory_hint(what: str, device: torch.device | str) -> Iterator[None]:
     """Turn a device that runs out of memory into one line."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         problem = f"{what} does not fit into the memory of {device}"
         raise UserError("memory", problem, "use dtype bfloat16, a smaller model, or device cpu") from error

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orderppl.errors import UserError
+from orderppl.errors import UserError, is_out_of_memory
 
 AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
 
@@ -48,7 +48,12 @@ def load_remote(folder: Path, auto_map: dict[str, str], dtype: torch.dtype) -> t
             if not hasattr(config, "use_cache"):  # read by forward methods, no longer set by the base class
                 config.use_cache = False
             network, info = network_class.from_pretrained(
-                str(folder), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+                str(folder),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the second result
             )
             if getattr(config, "tie_word_embeddings", False) and hasattr(network, "tied_by_hand"):
                 network.get_output_embeddings().weight = network.get_input_embeddings().weight
@@ -57,6 +62,8 @@ def load_remote(folder: Path, auto_map: dict[str, str], dtype: torch.dtype) -> t
     except UserError:
         raise
     except Exception as error:  # anything may happen in foreign code
+        if is_out_of_memory(error):
+            raise
         import transformers
 
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +96,30 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """The temporary name of a file that appears complete, or not at all."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new one, never a part."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+    with _appearing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a state dict as safetensors, tied tensors once, so that a reader sees the old file or the new one."""
     stored, aliases = _unique(state)
-    temporary = path.with_name(TEMPORARY + path.name)
-    save_file(stored, temporary, metadata={"aliases": json.dumps(aliases)})
-    _sync(temporary)
-    os.replace(temporary, path)
+    with _appearing(path) as temporary:
+        save_file(stored, temporary, metadata={"aliases": json.dumps(aliases)})
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -228,18 +238,22 @@ class CheckpointFolder:
         if not target.exists():
             temporary = self.path / f"{TEMPORARY}{target.name}"
             temporary.mkdir()
-            write_tensors(temporary / "weights.safetensors", learned_state(module))
-            if best is not None:
-                write_tensors(temporary / "best.safetensors", best)
-            with open(temporary / "state.pt", "wb") as file:
-                torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            meta = {"update": update, "torch": torch.__version__, "tensors": fingerprint(module)}
-            meta |= {"frozen": frozen_sums(module)}
-            write_text(temporary / "meta.json", json.dumps(meta, indent=1) + "\n")
-            _sync(temporary)
-            os.replace(temporary, target)
+            try:
+                write_tensors(temporary / "weights.safetensors", learned_state(module))
+                if best is not None:
+                    write_tensors(temporary / "best.safetensors", best)
+                with open(temporary / "state.pt", "wb") as file:
+                    torch.save(dict(state), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                meta = {"update": update, "torch": torch.__version__, "tensors": fingerprint(module)}
+                meta |= {"frozen": frozen_sums(module)}
+                write_text(temporary / "meta.json", json.dumps(meta, indent=1) + "\n")
+                _sync(temporary)
+                os.replace(temporary, target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             _sync(self.path)
         for old in self._complete()[: -self.keep]:
             doomed = old.with_name(TEMPORARY + old.name)
