@@ -3,6 +3,7 @@
     orderppl benchmark speed --out runs/benchmark-speed
     orderppl benchmark speed --device cuda --out runs/benchmark-speed-gpu
     orderppl benchmark speed --set axes=trainable  # one comparison of the six
+    orderppl benchmark speed --preset smdm         # where an update on a large frozen denoiser spends its time
     orderppl benchmark speed --preset quick        # seconds; the numbers mean little
 
 An update is loss, gradient and Adam step on one batch with prompts. The library and its twin (`handwritten`) take
@@ -10,6 +11,9 @@ turns, update by update, in one process. `time_ratio` is the median over rounds 
 95% interval of that median (the range of all rounds below 6); `cpu_time_ratio` is the same of the process's CPU time,
 which other work on the machine disturbs less. `memory_ratio` compares the peak of what one update allocates on top of
 what was there before. On a CPU one thread is used, unless `threads` says otherwise.
+
+The axis `smdm`, of the preset of that name, has no twin: an update takes turns with the bare forwards it needs, on a
+random SMDM of 50M parameters. `used_share` is the median of bare / update; the rest is split by a profile of its own.
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,18 +40,19 @@ from orderppl.errors import UserError
 from orderppl.experiments import handwritten
 from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.results import Record, results_table, save_figure
+from orderppl.experiments.update_parts import PARTS, Clock, gradient_bytes, recorded_calls, saved_bytes
 from orderppl.guides import MeanFieldGuide, PolicyGuide, SequentialGuide
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.fit import OrderLoss
 from orderppl.models import LearnedPolicy, SequentialUnmaskingModel, UniformSteps, UnmaskingModel
-from orderppl.models.denoisers import TransformerDenoiser
+from orderppl.models.denoisers import SmdmConfig, SmdmDenoiser, TransformerDenoiser
 from orderppl.models.networks import PolicyNetwork, SequenceEncoder
 
-PRESETS = {"quick": "speed_quick"}
-VARIANTS = ("library", "by hand")
+PRESETS = {"quick": "speed_quick", "smdm": "speed_smdm"}
+VARIANTS = ("library", "by hand")  # in this order in ratios
 MODES = ("stacked", "sequential", "one_step", "policy")
-Axis = Literal["steps", "length", "particles", "trainable", "precision", "compiled"]
-AXES: tuple[Axis, ...] = get_args(Axis)
+Axis = Literal["steps", "length", "particles", "trainable", "precision", "compiled", "smdm"]
+AXES: tuple[Axis, ...] = get_args(Axis)[:-1]
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,21 @@ def _large() -> DenoiserSize:
 
 
 @dataclass(frozen=True)
+class SmdmCase:
+    """A random SMDM, and what it is measured on."""
+
+    denoiser: SmdmConfig = setting(partial(SmdmConfig, 10, 8, 512, 2048, 8192), "architecture; 50M parameters")
+    modes: tuple[Literal["stacked", "sequential", "one_step", "policy"], ...] = setting(
+        ("stacked", "policy"), "programs to measure"
+    )
+    steps: int = setting(3, "step budget T", at_least=2)
+    length: int = setting(24, "response positions L", at_least=2)
+    prompt: int = setting(8, "prompt tokens", at_least=1)
+    batch_size: int = setting(2, "sequences B", at_least=1)
+    particles: int = setting(2, "orders per sequence K", at_least=1)
+
+
+@dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of benchmark speed."""
 
@@ -79,6 +99,7 @@ class Config(RunConfig):
     vocab_size: int = setting(128, "token classes V, MASK included", at_least=4)
     small: DenoiserSize = setting(DenoiserSize, "the small denoiser, 0.6M parameters")
     large: DenoiserSize = setting(_large, "the large denoiser, 10M parameters")
+    smdm: SmdmCase = setting(SmdmCase, "the axis smdm")
     rounds: int = setting(15, "most paired updates of a measurement", at_least=1)
     least_rounds: int = setting(3, "fewest paired updates of a measurement", at_least=1)
     seconds: float = setting(5.0, "time after which a measurement takes no further rounds", above=0)
@@ -121,8 +142,8 @@ class Case:
 class Timing:
     """Seconds of paired updates, by variant."""
 
-    wall: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in VARIANTS})
-    cpu: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in VARIANTS})
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
 
 
 def run(config: Config, out: Path) -> Iterable[Record]:
@@ -135,6 +156,9 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     with torch_threads(config.threads), pyro.validation_enabled(False):
         for case in tqdm(cases, desc="benchmark", dynamic_ncols=True):
             records += measure_or_report(config, case, device)
+        if "smdm" in config.axes:
+            for mode in tqdm(config.smdm.modes, desc="smdm", dynamic_ncols=True):
+                records += measure_smdm(config, mode, device)
     records += growth(records)
     records = [{**record, "device": config.device} for record in records]
     show(records)
@@ -222,6 +246,39 @@ def make_updates(
     config: Config, case: Case, denoiser: Any, batch: dict[str, Tensor], device: torch.device
 ) -> dict[str, Callable[[], None]]:
     """The update of the library and the one by hand, of the same networks."""
+    learner, losses = make_losses(config, case, denoiser, batch, device)
+    update = make_update(learner, denoiser, device, case.precision)
+    return {name: partial(update, loss) for name, loss in losses.items()}
+
+
+def make_update(
+    learner: nn.Module,
+    denoiser: nn.Module,
+    device: torch.device,
+    precision: str = "float32",
+    clock: Clock | None = None,
+) -> Callable[[Callable[[], Tensor]], None]:
+    """One step on a loss; a clock is told of its parts."""
+    parameters = [p for module in (learner, denoiser) for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    part = nullcontext if clock is None else clock.part
+
+    def update(loss: Callable[[], Tensor]) -> None:
+        with part("rest"), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            value = loss()
+        with part("backward"):
+            value.backward()
+        with part("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # at the end: what is held between updates is the same for both
+
+    return update
+
+
+def make_losses(
+    config: Config, case: Case, denoiser: Any, batch: dict[str, Tensor], device: torch.device
+) -> tuple[nn.Module, dict[str, Callable[[], Tensor]]]:
+    """What learns the order, and the loss of the library and the one by hand."""
     steps, particles = case.steps, case.size.particles
     learner: nn.Module
     model: nn.Module
@@ -244,21 +301,11 @@ def make_updates(
         }
         by_hand = partial(functions[case.mode], denoiser, learner)
     library = OrderLoss(model, guide, RevealTraceGraph_ELBO(particles))
-    parameters = [p for module in (learner, denoiser) for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=1e-4)
-    losses = {
+    losses: dict[str, Callable[[], Tensor]] = {
         "library": lambda: library(**batch),
         "by hand": lambda: by_hand(**batch, num_steps=steps, num_particles=particles),
     }
-
-    def update(loss: Callable[[], Tensor]) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bfloat16"):
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # at the end: what is held between two updates is the same for both
-
-    return {name: partial(update, loss) for name, loss in losses.items()}
+    return learner, losses
 
 
 # -------------------------------------------------------------------------------------------------------- measurements
@@ -328,6 +375,75 @@ def host(config: Config, case: Case, batch: dict[str, Tensor], timing: Timing, d
     return records
 
 
+def measure_smdm(config: Config, mode: str, device: torch.device) -> list[Record]:
+    """How much of an update on a large denoiser is forwards of it, where the rest goes, and what is kept of them."""
+    settings = config.smdm
+    size = DenoiserSize(batch_size=settings.batch_size, particles=settings.particles)
+    case = Case(mode, "smdm", size, settings.steps, settings.length, axis="smdm")
+    sized = replace(config, vocab_size=settings.denoiser.vocab_size + 1, prompt=settings.prompt)
+    torch.manual_seed(config.seed)
+    batch = make_batch(sized, case, device)
+    denoiser = SmdmDenoiser(settings.denoiser).eval().requires_grad_(False).to(device)
+    learner, losses = make_losses(sized, case, denoiser, batch, device)
+    loss, clock = losses["library"], Clock(device)
+    update = partial(make_update(learner, denoiser, device), loss)
+    with recorded_calls(denoiser) as calls:
+        update()
+
+    @torch.no_grad()
+    def bare() -> None:
+        for state, attention_mask in calls:
+            denoiser(state, attention_mask)
+
+    bare()
+    timing = take_turns(config, {"update": update, "bare": bare}, device)
+    profiled = partial(make_update(learner, denoiser, device, clock=clock), loss)
+    with clock.inside(denoiser, "denoiser"), clock.inside(learner, "network"):
+        profiled()  # the optimiser makes its state
+        clock.restart()
+        for _ in range(config.least_rounds):
+            profiled()
+    rows = sum(len(state) for state, _ in calls)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    gflop = forward_gflop(settings.denoiser, settings.length + settings.prompt)
+    labels = case.labels
+    records: list[Record] = [
+        {"metric": "parameters", "value": parameters, **labels},
+        {"metric": "gflop_per_forward", "value": gflop, **labels},
+        {"metric": "denoiser_rows", "value": rows / settings.batch_size, **labels},
+        ratio("used_share", timing.wall, case, ("bare", "update")),
+        ratio("cpu_used_share", timing.cpu, case, ("bare", "update")),
+    ]
+    for name, seconds in timing.wall.items():
+        middle, (low, high) = statistics.median(seconds), median_interval(seconds)
+        records += [
+            {"metric": "seconds", "value": middle, "low": low, "high": high, "variant": name, **labels},
+            {"metric": "forwards_per_second", "value": rows / middle, "variant": name, **labels},
+            {"metric": "gflop_per_second", "value": rows * gflop / middle, "variant": name, **labels},
+        ]
+    whole = sum(clock.seconds.values())
+    for name in PARTS:
+        records.append({"metric": "part_share", "value": clock.seconds[name] / whole, "part": name, **labels})
+    memory = {"one forward": peak_bytes(bare, device), "frozen": peak_bytes(update, device)}
+    saved = {"frozen": saved_bytes(denoiser, loss)}
+    gradient = {"frozen": gradient_bytes(denoiser, loss)}
+    denoiser.requires_grad_(True)
+    trained = partial(make_update(learner, denoiser, device), loss)
+    trained()
+    memory["trained"], saved["trained"] = peak_bytes(trained, device), saved_bytes(denoiser, loss)
+    gradient["trained"] = gradient_bytes(denoiser, loss)
+    for metric, found in (("peak_megabytes", memory), ("saved_megabytes", saved), ("gradient_megabytes", gradient)):
+        records += [{"metric": metric, "value": b / 2**20, "variant": name, **labels} for name, b in found.items()]
+    return records
+
+
+def forward_gflop(config: SmdmConfig, width: int) -> float:
+    """Arithmetic of one forward on one row: two operations per weight and token, and attention; GFLOP."""
+    w = config.n_embd
+    weights = config.n_layer * (4 * w * w + 3 * w * config.intermediate_size) + config.vocab_size * w
+    return (2 * weights * width + config.n_layer * 4 * width * width * w) / 1e9
+
+
 def compiled(denoiser: nn.Module, backend: str) -> nn.Module:
     """The denoiser through torch.compile, with the attributes that the library reads."""
     network = torch.compile(denoiser, backend=backend)
@@ -358,10 +474,10 @@ def denoiser_rows(denoiser: nn.Module, update: Callable[[], None]) -> int:
 
 def take_turns(config: Config, updates: dict[str, Callable[[], None]], device: torch.device) -> Timing:
     """Time warm variants one after another, round by round, each round in the other order."""
-    timing = Timing()
+    timing = Timing({name: [] for name in updates}, {name: [] for name in updates})
     begin = time.perf_counter()
     for index in range(config.rounds):
-        for name in VARIANTS if index % 2 == 0 else reversed(VARIANTS):
+        for name in updates if index % 2 == 0 else reversed(updates):
             wall, cpu = timed(updates[name], device)
             timing.wall[name].append(wall)
             timing.cpu[name].append(cpu)
@@ -404,9 +520,9 @@ def peak_bytes(update: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def ratio(metric: str, seconds: dict[str, list[float]], case: Case) -> Record:
-    """Median of the paired ratios library / twin."""
-    ratios = [library / twin for library, twin in zip(*(seconds[name] for name in VARIANTS), strict=True)]
+def ratio(metric: str, seconds: dict[str, list[float]], case: Case, variants: tuple[str, str] = VARIANTS) -> Record:
+    """Median of the paired ratios of two variants."""
+    ratios = [first / second for first, second in zip(*(seconds[name] for name in variants), strict=True)]
     low, high = median_interval(ratios)
     return {"metric": metric, "value": statistics.median(ratios), "low": low, "high": high, **case.labels}
 
@@ -462,6 +578,14 @@ def show(records: Sequence[Record]) -> None:
     table("Denoiser rows per sequence", by_size, ("variant",), metric=("denoiser_rows",), axis=("steps",))
     other = ("axis", "mode", "denoiser", "length", "particles")
     table("Other settings", other, ("metric",), metric=ratios, axis=AXES[1:])
+    smdm = {"rows": ("mode",), "axis": ("smdm",)}
+    facts = ("parameters", "gflop_per_forward", "denoiser_rows", "used_share", "cpu_used_share")
+    table("A large denoiser: bare forwards / update", columns=("metric",), metric=facts, **smdm)
+    rates = ("seconds", "forwards_per_second", "gflop_per_second")
+    table("A large denoiser: rates", columns=("metric", "variant"), metric=rates, **smdm)
+    table("A large denoiser: where an update spends its time", columns=("part",), metric=("part_share",), **smdm)
+    held = ("peak_megabytes", "saved_megabytes", "gradient_megabytes")
+    table("A large denoiser: memory on top of the weights", columns=("metric", "variant"), metric=held, **smdm)
     slopes = ("time_slope", "memory_slope")
     table("Growth: log-log slopes", ("mode", "denoiser", "axis"), ("metric", "variant"), metric=slopes)
     for record in records:

@@ -239,7 +239,7 @@ def _load_masked_lm(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, An
     from transformers import AutoModelForMaskedLM
 
     try:
-        return AutoModelForMaskedLM.from_pretrained(  # type: ignore[no-any-return]
+        network, info = AutoModelForMaskedLM.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # what a wrong file leads to depends on the model
@@ -248,6 +248,7 @@ def _load_masked_lm(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, An
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         problem = f"{folder} cannot be loaded ({reason})"
         raise UserError("denoiser", problem, "give a complete folder, or download it again") from error
+    return network, info
 
 
 @contextmanager

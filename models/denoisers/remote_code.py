@@ -75,7 +75,7 @@ def load_remote(folder: Path, auto_map: dict[str, str], dtype: torch.dtype) -> t
 @contextmanager
 def _as_expected(network_class: Any) -> Iterator[None]:
     """Give code of transformers 4 what it expects; what is not of its own classes is put back afterwards."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if not hasattr(network_class, "all_tied_weights_keys"):  # set by a post_init that not every class calls
@@ -87,6 +87,11 @@ def _as_expected(network_class: Any) -> Iterator[None]:
     for kind in GenerationConfig.__subclasses__():
         if kind.__module__.startswith(package):
             _tolerate(kind, "validate")
+    # All weights are in the files, or the model is refused; transformers 5.0 lets such a method write over loaded ones.
+    own = [kind for kind in _heirs(PreTrainedModel) if kind.__module__.startswith(package)]
+    initialise = {kind: vars(kind)["_init_weights"] for kind in own if "_init_weights" in vars(kind)}
+    for kind in initialise:
+        kind._init_weights = lambda self, module: None
     known = dict(ROPE_INIT_FUNCTIONS)
     ROPE_INIT_FUNCTIONS.setdefault("default", _default_rope)
     try:
@@ -96,6 +101,13 @@ def _as_expected(network_class: Any) -> Iterator[None]:
     finally:
         ROPE_INIT_FUNCTIONS.clear()
         ROPE_INIT_FUNCTIONS.update(known)
+        for kind, method in initialise.items():
+            kind._init_weights = method
+
+
+def _heirs(kind: Any) -> list[Any]:
+    """All classes derived from one."""
+    return [heir for child in kind.__subclasses__() for heir in (child, *_heirs(child))]
 
 
 def _tolerate(kind: Any, name: str) -> None:

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from orderppl.errors import UserError
 from orderppl.experiments import benchmark_speed, cli
 from orderppl.experiments.config import load_config
 from orderppl.experiments.results import read_results
+from orderppl.experiments.update_parts import PARTS, Clock, gradient_bytes, saved_bytes
+from orderppl.models.denoisers import SmdmConfig, SmdmDenoiser
 
 QUICK = load_config(benchmark_speed.Config, "speed_quick")
 
@@ -108,3 +112,65 @@ def test_growth_is_the_slope_in_logarithms() -> None:
 def test_one_budget_has_no_growth(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least two"):
         benchmark_speed.run(dataclasses.replace(QUICK, steps=(2,)), tmp_path)
+
+
+def test_a_large_denoiser(records: list[dict[str, object]]) -> None:
+    """A frozen one leaves no activations and no gradients; a trained one, of the same records, does both."""
+    settings = QUICK.smdm
+    weights = {"stacked": 1 + settings.particles, "policy": 1 + settings.particles}  # rows per sequence at T = 2
+    for mode in settings.modes:
+
+        def value(metric: str, mode: str = mode, **labels: object) -> float:
+            (record,) = chosen(records, metric, axis="smdm", mode=mode, **labels)
+            return float(str(record["value"]))
+
+        assert value("denoiser_rows") == weights[mode]
+        assert value("saved_megabytes", variant="frozen") == value("gradient_megabytes", variant="frozen") == 0
+        assert value("saved_megabytes", variant="trained") > 0
+        assert value("gradient_megabytes", variant="trained") == value("parameters") * 4 / 2**20
+        assert value("peak_megabytes", variant="trained") > value("peak_megabytes", variant="frozen") > 0
+        assert 0 < value("used_share") < 1.5
+        shares = {str(r["part"]): float(str(r["value"])) for r in chosen(records, "part_share", mode=mode)}
+        assert set(shares) == set(PARTS)
+        assert sum(shares.values()) == pytest.approx(1)
+        assert min(shares.values()) > 0
+
+
+def test_operations_of_a_forward() -> None:
+    """By hand: one block of width 4 with 3 x 4 x 8 gated weights, a head of 5 classes, on 6 tokens."""
+    config = SmdmConfig(1, 2, 4, 8, 5)
+    weights = 4 * 4 * 4 + 3 * 4 * 8 + 5 * 4
+    products = 2 * (6 * 6 * 4)  # queries with keys, and their mixture of values: 2 operations each
+    assert benchmark_speed.forward_gflop(config, 6) == pytest.approx((2 * weights * 6 + 2 * products) / 1e9)
+    parameters = sum(p.numel() for p in SmdmDenoiser(config).parameters() if p.ndim == 2)
+    assert parameters == weights + 6 * 4  # and the embeddings, which cost nothing
+
+
+def test_a_clock_books_inner_parts_once() -> None:
+    clock = Clock(torch.device("cpu"))
+    inner, outer = nn.Linear(2, 2), nn.Sequential(nn.Identity())
+    with clock.inside(inner, "denoiser"), clock.inside(outer, "network"):
+        begin = time.perf_counter()
+        with clock.part("rest"):
+            time.sleep(0.02)
+            inner(torch.zeros(1, 2))
+            outer(torch.zeros(1))
+            outer[0](torch.zeros(1))  # called without what it stands in
+        passed = time.perf_counter() - begin
+    assert sum(clock.seconds.values()) == pytest.approx(passed, rel=0.05)
+    assert clock.seconds["rest"] >= 0.02
+    assert min(clock.seconds["denoiser"], clock.seconds["network"]) > 0
+
+
+def test_what_is_kept_of_a_denoiser() -> None:
+    """Of a layer with a trained weight its input is kept, and of the loss around it nothing is counted."""
+    layer = nn.Linear(3, 2, bias=False)
+    x = torch.ones(5, 3)
+
+    def loss() -> Tensor:
+        return layer(x).exp().sum()
+
+    assert saved_bytes(layer, loss) == 5 * 3 * 4
+    assert gradient_bytes(layer, loss) == 2 * 3 * 4
+    layer.requires_grad_(False)
+    assert saved_bytes(layer, loss) == 0
