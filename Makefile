@@ -15,11 +15,12 @@ PYTEST_FLAGS ?=
 # one worker per core; a worker that is done takes tests of the others
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: help quickstart install test test-slow lint types docs format wheel-check clean
+.PHONY: help quickstart install test test-slow lower-bounds lint types docs format wheel-check clean
 
 help:
 	@echo "make quickstart   install and run the main job into $(OUT) (a few minutes)"
 	@echo "make test         install and run the tests; make test-slow runs the long ones"
+	@echo "make lower-bounds run the tests on the oldest dependencies that are declared"
 	@echo "make docs         build the documentation site into build/site"
 	@echo "make lint types   ruff and mypy;  make wheel-check   build the wheel and run the command from it"
 
@@ -33,6 +34,17 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow $(WORKERS) $(PYTEST_FLAGS)
+
+# The oldest dependencies that pyproject.toml declares, in an environment of their own: a download of 3 GB, because old
+# torch has no CPU build on PyPI. `.ci/run lower-bounds` does it as well, `.ci/run` alone does not.
+LOW_VENV := build/lower-bounds
+lower-bounds:
+	$(PYTHON) -m venv $(LOW_VENV)
+	$(PYTHON) .ci/lower_bounds.py > $(LOW_VENV)/constraints.txt
+	$(LOW_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) \
+	  -c $(LOW_VENV)/constraints.txt -e ".[dev]"
+	$(LOW_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps sapiens==1.0.5 rxnmapper==0.4.3
+	$(LOW_VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

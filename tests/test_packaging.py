@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -50,3 +51,14 @@ def test_the_wheel_names_its_command_and_licence(wheel: zipfile.ZipFile) -> None
     text = wheel.read(about).decode()
     assert "Requires-Dist: torch>=2.6\n" in text
     assert "Requires-Python: >=3.11\n" in text
+    assert "Classifier: Programming Language :: Python :: 3.12\n" in text
+
+
+def test_every_dependency_has_a_lower_bound() -> None:
+    """What `make lower-bounds` installs; a dependency without a bound stops it."""
+    script = ROOT / ".ci" / "lower_bounds.py"
+    printed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["lm-eval"]]
+    assert printed.splitlines() == [text.partition(",")[0].replace(">=", "==") for text in wanted]
+    assert all("==" in line for line in printed.splitlines())
