@@ -27,7 +27,7 @@ def explain(error: BaseException, out: Path, device: str, resumes: bool = False)
     if isinstance(error, UserError):
         return None
     if is_out_of_memory(error):
-        remedy = "lower the batch size or elbo.num_particles, raise fit.accumulate, or use bfloat16"
+        remedy = "lower the batch size or elbo.num_particles, raise accumulate where there is one, or use bfloat16"
         return UserError("memory", f"{device} has none left", f"{remedy}; then {how_to_go_on(resumes)}")
     number, path = next(_system_errors(error), (0, None))
     if number in FULL:
