@@ -47,6 +47,7 @@ class MoleculeConfig(OrderConfig):
         "steps of the learned plan, whose sets are split by confidence; null: those of all arms",
         at_least=1,
     )
+    plan_weight: float = setting(0.5, "log-odds by which such a plan holds later sets back, per set", at_least=0)
     denoiser_rows: int | None = setting(
         None,
         "what the fit may spend at most, rows read by the denoiser: bounds fit.updates whatever the number of steps",
@@ -137,7 +138,7 @@ def learn_and_compare(
         decisions["rank"] = "learned, ranked"
     policies |= {arm: learned_policy(problem, to) for to, arm in decisions.items() if to != config.decision}  # type: ignore[arg-type]
     if num_steps > config.num_steps:
-        policies = {arm: split(policy, config.num_steps) for arm, policy in policies.items()}
+        policies = {arm: split(policy, config.num_steps, config.plan_weight) for arm, policy in policies.items()}
     policies |= heuristics(threshold=config.threshold)
     shared = {"steps": num_steps, "seed": config.seed, "train_n": len(problem.task.held("train")["tokens"])}
     records = evaluate_policies(
@@ -155,7 +156,7 @@ def learn_and_compare(
     return Comparison(problem, policies, test, list(records), {**labels, **shared})
 
 
-def split(policy: Policy, num_sets: int) -> Policy:
+def split(policy: Policy, num_sets: int, weight: float) -> Policy:
     """A plan whose sets are split over more steps.
 
     Raises:
@@ -163,7 +164,7 @@ def split(policy: Policy, num_sets: int) -> Policy:
     """
     if not isinstance(policy, PlannedOrder):
         raise UserError("plan_steps", "what was learned is no plan", "set guide=mean_field, or plan_steps=null")
-    return SplitPlan(policy, num_sets)
+    return SplitPlan(policy, num_sets, weight)
 
 
 def within_budget(config: M) -> M:
