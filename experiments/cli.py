@@ -244,7 +244,7 @@ def _same_config(saved: Any, given: Any, path: str = "") -> None:
     for item in fields(saved):
         before, now = getattr(saved, item.name), getattr(given, item.name)
         here = f"{path}{item.name}"
-        if before == now:
+        if before == now or not item.metadata.get("alters", True):
             continue
         if hasattr(before, "__dataclass_fields__") and type(before) is type(now):
             _same_config(before, now, f"{here}.")

@@ -4,6 +4,9 @@ A config is a frozen dataclass whose fields are `int`, `float`, `bool`, `str`, a
 config or, where one of several things is chosen by name, a union of configs, each with a field `name: Literal[...]`.
 Its `__post_init__` may raise `UserError` with the name of one of its fields; the loader adds the path to it. Bounds are
 declared with the field, see `setting`. Nothing here imports torch, so that a wrong option is reported at once.
+
+A YAML file may be another one with changes: `base: NAME` and, under `set:`, assignments `a.b: c`. In these and in
+`--set` an item of a list is named by its number from 0, and all items by `*`: `orders.*.fit.updates: 10`.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ def setting(
     file: bool = False,
     option: str | None = None,
     unnamed: bool = False,
+    alters: bool = True,
 ) -> Any:
     """A field of a config, with its bounds.
 
@@ -50,6 +54,7 @@ def setting(
         file: the value is the path of a file or folder that must exist.
         option: name of a command-line option of its own, such as `--steps`.
         unnamed: a group of settings without a `name` is of the default's kind.
+        alters: False where results are the same, up to rounding, whatever the value: a run may go on with another one.
     """
     metadata = {
         "help": help,
@@ -57,6 +62,7 @@ def setting(
         "file": file,
         "option": option,
         "unnamed": unnamed,
+        "alters": alters,
     }
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -113,6 +119,20 @@ def config_dict(config: object) -> dict[str, Any]:
     return plain
 
 
+def identity_dict(config: object) -> dict[str, Any]:
+    """The config as `config_dict` gives it, without the settings that results do not depend on."""
+    plain = _plain(_altering(config))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _altering(value: Any) -> object:
+    if is_dataclass(value):
+        own = [item.name for item in fields(value) if item.metadata.get("alters", True)]
+        return {name: _altering(getattr(value, name)) for name in own}
+    return [_altering(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def dump_config(config: object) -> str:
     """The config as a YAML document that `load_config` reads back."""
     return yaml.safe_dump(config_dict(config), sort_keys=False, width=120)
@@ -140,6 +160,14 @@ def _read_yaml(source: str | Path) -> dict[str, object]:
         return {}
     if not isinstance(data, dict):
         raise UserError("--config", f"{path} holds a {type(data).__name__}", "write settings as `name: value` lines")
+    data = typing.cast(dict[str, object], _plain(data))  # what an alias repeats can be changed in one place
+    if "base" in data:
+        changes = data.get("set", {})
+        if set(data) - {"base", "set"} or not isinstance(changes, dict):
+            raise UserError("--config", f"{path} has a base", "write its changes under `set:`, as `a.b: c` lines")
+        data = _read_yaml(str(data["base"]))
+        for name, value in changes.items():
+            _put(data, str(name).split("."), value, str(name))
     return data
 
 
@@ -152,15 +180,34 @@ def _assign(data: dict[str, object], assignment: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(path, f"cannot read {text!r} as YAML", "quote the value") from error
-    node = data
-    for key in keys[:-1]:
-        inner = node.setdefault(key, {})
-        if isinstance(inner, str):  # `prior: easy_first` stands for `prior: {name: easy_first}`
-            inner = node[key] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise UserError(path, f"{key} is set to {inner!r}", f"give {key} as a group of settings first")
-        node = inner
-    node[keys[-1]] = value
+    _put(data, keys, value, path)
+
+
+def _put(node: object, keys: Sequence[str], value: object, path: str) -> None:
+    """Set what the keys lead to, in nested groups and lists; groups are made where there are none."""
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, list):
+        if key != "*" and not (key.isdecimal() and int(key) < len(node)):
+            raise UserError(
+                path, f"the list has {len(node)} items", f"write 0 to {len(node) - 1}, or * for all, not {key}"
+            )
+        for place in range(len(node)) if key == "*" else [int(key)]:
+            if rest:
+                _put(node[place], rest, value, path)
+            else:
+                node[place] = _plain(value)
+        return
+    if not isinstance(node, dict):
+        raise UserError(path, f"cannot set {key} of {node!r}", "give a group of settings there first")
+    if not rest:
+        node[key] = _plain(value)
+        return
+    inner = node.setdefault(key, {})
+    if isinstance(inner, str):  # `prior: easy_first` stands for `prior: {name: easy_first}`
+        inner = node[key] = {"name": inner}
+    if not isinstance(inner, (dict, list)):
+        raise UserError(path, f"{key} is set to {inner!r}", f"give {key} as a group of settings first")
+    _put(inner, rest, value, path)
 
 
 def _config(kind: type, data: object, path: str) -> object:

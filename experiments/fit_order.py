@@ -32,7 +32,10 @@ from orderppl.experiments.build import (
     build_optimizer,
     build_problem,
     build_schedule,
+    compiling,
     learned_policy,
+    loop_options,
+    piece_size,
 )
 from orderppl.experiments.config import dump_config
 from orderppl.experiments.results import Record, results_table
@@ -63,7 +66,7 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     if not Processes.join(config.device).is_first:
         return []
     save_order(config, problem, out)
-    test = problem.task.stream("test", config.fit.batch_size, shuffle=False, device=config.device)
+    test = _read_only(config, problem, "test")
     labels = {"task": problem.task.name, "steps": config.num_steps, "seed": config.seed, "split": "test"}
     bound = held_out_bound(problem, test, final_kl_weight(config))
     records: list[Record] = [
@@ -88,13 +91,25 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         What the local search after the fit did, where the config asks for one.
     """
     settings = config.fit
-    held_out = problem.task.stream("validation", settings.batch_size, shuffle=False, device=config.device)
+    held_out = _read_only(config, problem, "validation")
     validate = held_out_bound(problem, held_out, final_kl_weight(config))
     refinement = None
     if config.refine is not None and config.refine.first:
         refinement = refine_problem(config.refine, problem, config.seed)
-    if settings.warm_start is not None:
-        imitate_teacher(config, settings.warm_start, problem, out / WARM_START, resume)
+    with compiling(problem.denoiser, settings):
+        if settings.warm_start is not None:
+            imitate_teacher(config, settings.warm_start, problem, out / WARM_START, resume)
+        climb_bound(config, problem, validate, out, resume)
+    if config.refine is not None and not config.refine.first:
+        refinement = refine_problem(config.refine, problem, config.seed)
+    return refinement
+
+
+def climb_bound(
+    config: OrderConfig, problem: OrderProblem, validate: Callable[[], dict[str, float]], out: Path, resume: bool
+) -> None:
+    """Maximise the objective; the arguments as of `fit_problem`, and what measures the bound on held-out data."""
+    settings = config.fit
     fit(
         problem.model,
         problem.guide,
@@ -107,7 +122,6 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         optimizer=build_optimizer(config.optimizer),
         scheduler=build_schedule(config.optimizer, settings.updates),
         grad_clip=settings.grad_clip,
-        log_every=settings.log_every,
         validate=None if settings.validate_every is None else validate,
         validate_every=settings.validate_every,
         patience=settings.patience,
@@ -117,12 +131,14 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         device=config.device,
         autocast_dtype=autocast_dtype(config),
         out=out,
-        checkpoint_every=settings.checkpoint_every,
         resume=resume,
+        **loop_options(settings),
     )
-    if config.refine is not None and not config.refine.first:
-        refinement = refine_problem(config.refine, problem, config.seed)
-    return refinement
+
+
+def _read_only(config: OrderConfig, problem: OrderProblem, split: str) -> BatchStream:
+    rows = piece_size(config.fit, config.fit.batch_size)
+    return problem.task.stream(split, rows, shuffle=False, device=config.device)
 
 
 def imitate_teacher(
@@ -139,13 +155,12 @@ def imitate_teacher(
         optimizer=build_optimizer(config.optimizer),
         scheduler=build_schedule(config.optimizer, settings.updates),
         grad_clip=config.fit.grad_clip,
-        log_every=config.fit.log_every,
         device=config.device,
         autocast_dtype=autocast_dtype(config),
         out=out,
-        checkpoint_every=config.fit.checkpoint_every,
         resume=resume,
         description="imitation",
+        **loop_options(config.fit),
     )
     problem.denoiser.requires_grad_(not config.freeze_denoiser)
 

@@ -39,6 +39,7 @@ from orderppl.experiments.build import (
     DenoiserConfig,
     SavedDenoiserConfig,
     TaskConfig,
+    autocast,
     build_denoiser,
     build_task,
     saved_tokenizer,
@@ -80,15 +81,9 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of frontier."""
+class ComparisonConfig:
+    """Which rows are looked at, what is measured on them, and the arms that nothing is learned for."""
 
-    source: str | None = setting(
-        None, "run of train-denoiser: its denoiser, data and seed", file=True, option="--denoiser"
-    )
-    runs: tuple[str, ...] = setting((), "folder with an order.safetensors; repeat for more", option="--run")
-    task: TaskConfig | None = setting(None, "data; null: that of --denoiser, or of the first --run")
-    denoiser: DenoiserConfig | None = setting(None, "denoiser; null: that of --denoiser, or of the first --run")
     split: Literal["train", "validation", "test"] = setting("test", "rows to use", option="--split")
     rows: int | None = setting(None, "rows to use, from the first; null: all", at_least=1)
     batch_size: int = setting(256, "rows decoded together", at_least=1)
@@ -97,18 +92,30 @@ class Config(RunConfig):
         ("accuracy", "path_nats"), "accuracy of decoded answers, where the task has some; teacher-forced nats per token"
     )
     heuristics: tuple[SweepConfig, ...] = setting((), "grids of policies without parameters")
-    orders: tuple[LearnedSweepConfig, ...] = setting((), "learned curves, beside those of --run")
-    dials: DialsConfig = setting(DialsConfig, "test-time dials of the runs of --run")
     random_seeds: int = setting(3, "seeds of arms that draw their order", at_least=1)
     targets: tuple[float, ...] = setting((2.0, 2.5, 3.0, 4.0), "mean NFEs of the comparison", at_least=1)
     resamples: int = setting(2000, "bootstrap samples of the rows", at_least=100)
     samples: SamplesConfig = setting(SamplesConfig, "sampled tokens and pass@k")
-    shard: str | None = setting(None, "this process's share of the work: 1/4 to 4/4", option="--shard")
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
         if not self.metrics:
             raise UserError("metrics", "there is none", "use accuracy, path_nats or both")
+
+
+@dataclass(frozen=True)
+class Config(ComparisonConfig, RunConfig):
+    """Settings of frontier."""
+
+    source: str | None = setting(
+        None, "run of train-denoiser: its denoiser, data and seed", file=True, option="--denoiser"
+    )
+    runs: tuple[str, ...] = setting((), "folder with an order.safetensors; repeat for more", option="--run")
+    task: TaskConfig | None = setting(None, "data; null: that of --denoiser, or of the first --run")
+    denoiser: DenoiserConfig | None = setting(None, "denoiser; null: that of --denoiser, or of the first --run")
+    orders: tuple[LearnedSweepConfig, ...] = setting((), "learned curves, beside those of --run")
+    dials: DialsConfig = setting(DialsConfig, "test-time dials of the runs of --run")
+    shard: str | None = setting(None, "this process's share of the work: 1/4 to 4/4", option="--shard")
 
 
 def run(config: Config, out: Path) -> Iterable[Record]:
@@ -155,7 +162,8 @@ def measure(study: Study, log: RowLog, process: int, size: int) -> None:
     finished = log.read()
     mine = [piece for piece in study.pieces[process::size] if piece.key not in finished]
     for piece in tqdm(mine, desc="batches of arms", dynamic_ncols=True, disable=None):
-        log.append(piece.key, study.measured(piece))
+        with autocast(study.config):
+            log.append(piece.key, study.measured(piece))
 
 
 @dataclass(frozen=True)

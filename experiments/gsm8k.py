@@ -2,11 +2,18 @@
 
     orderppl gsm8k --preset cpu --data ../shared/data/gsm8k --out runs/gsm8k
     orderppl gsm8k --preset cpu --data ../shared/data/gsm8k --out runs/gsm8k --form programs --stage order
-    orderppl gsm8k --preset paper --data whynlp/gsm8k-aug --device cuda --out runs/gsm8k-paper
+    orderppl gsm8k --preset paper-tiny --data ../shared/data/gsm8k --out runs/gsm8k-tiny
+    orderppl gsm8k --preset paper --device cuda --out runs/gsm8k-paper --stage estimate
+    torchrun --nproc_per_node 8 -m orderppl.experiments.cli gsm8k --preset paper --device cuda --out runs/gsm8k-paper
 
 Three stages per form: `denoiser`, `order` (one fit per learned arm) and `evaluate`. Each writes a folder of its own
-under --out/FORM. A finished stage is not run again, a killed one goes on from its last checkpoint: repeat the command.
-Everything is tuned and stopped on validation rows; only `evaluate` looks at the test rows.
+under --out/FORM. A finished stage is not run again, a killed one goes on from its last checkpoint: repeat the command,
+on as many processes as there are then. `estimate` says what memory and time the first two need, as they do themselves
+before they begin. Everything is tuned and stopped on validation rows; only `evaluate` looks at the test rows.
+
+`paper` is the experiment of arXiv 2602.23968; `paper-tiny` does all that it does, in small, with a random denoiser in
+place of the public one, so that its numbers mean nothing. Both compare their orders as `orderppl frontier` does, by
+several processes or by shards (`--shard 1/4`).
 
 In the `programs` form the prompt gives the left side of every equation, so that exact match says something about a
 small denoiser. In the `equations` form it has to find them in the question; read `path_nats` there.
@@ -15,8 +22,8 @@ small denoiser. In the `equations` form it has to find them in the question; rea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,35 +33,46 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from orderppl.data.gsm8k import load_gsm8k
 from orderppl.decoding import Policy, StochasticDecision, make_policy
 from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
 from orderppl.evaluation import evaluate_policies, paired_difference
+from orderppl.experiments import frontier
 from orderppl.experiments.build import (
     DENOISER_FILE,
     EasyFirstConfig,
     Gsm8kTask,
+    PretrainedDenoiserConfig,
     ResidualPolicyConfig,
     StepPriceConfig,
     Task,
     TransformerConfig,
     build_denoiser,
     learned_policy,
+    piece_size,
 )
-from orderppl.experiments.config import RunConfig, config_dict, setting
+from orderppl.experiments.config import RunConfig, identity_dict, setting
+from orderppl.experiments.estimate import Throughput, estimate_denoiser, estimate_order, measure_throughput, show
 from orderppl.experiments.fit_order import ORDER_FILE, learned_modules
 from orderppl.experiments.orders import OrderArm, Orders, check_names
 from orderppl.experiments.results import Record
 from orderppl.experiments.stages import Stages
+from orderppl.experiments.stand_in import StandInConfig, write_stand_in
+from orderppl.experiments.sweeps import LearnedSweepConfig
 from orderppl.experiments.train_denoiser import Config as TrainDenoiserConfig
 from orderppl.experiments.train_denoiser import DenoiserFitConfig, fit_denoiser
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.checkpoints import file_digest, load_weights
+from orderppl.inference.processes import Processes
 from orderppl.models import EasyFirst
-from orderppl.models.denoisers import masked_diffusion_nelbo
+from orderppl.models.denoisers import TOKENIZER_FOLDER, masked_diffusion_nelbo
 
-PRESETS = {"cpu": "gsm8k_cpu", "paper": "gsm8k_paper"}
+PRESETS = {"cpu": "gsm8k_cpu", "paper": "gsm8k_paper", "paper-tiny": "gsm8k_paper_tiny"}
 CONFIG = "gsm8k_cpu"
+DISTRIBUTED = True
+STAND_IN = "stand-in"  # folder of a random model inside the run folder
+STAND_IN_TEXTS = 2000  # its tokeniser is made from
 FAMILIES = {"threshold": "threshold", "soft": "easy_first"}  # adaptive heuristics: their name in comparisons
 Form = Literal["programs", "equations"]
 Rows = dict[tuple[str, str], tuple[Tensor, Tensor]]
@@ -65,7 +83,9 @@ class FormConfig:
     """The three stages of one form of the data."""
 
     task: Gsm8kTask = setting(Gsm8kTask, "data")
-    denoiser: TransformerConfig = setting(TransformerConfig, "architecture")
+    denoiser: TransformerConfig | PretrainedDenoiserConfig | StandInConfig = setting(
+        TransformerConfig, "a new one, a public one to train further, or a random one in its place", unnamed=True
+    )
     training: DenoiserFitConfig = setting(DenoiserFitConfig, "training of the denoiser")
     orders: tuple[OrderArm, ...] = setting((), "learned arms")
     budgets: tuple[int, ...] = setting((2, 4, 8), "step budgets T of the fixed-budget heuristics", at_least=1)
@@ -82,6 +102,9 @@ class FormConfig:
     decode: Literal["all", "longest"] = setting("all", "arms to decode: all, or those with the largest budget")
     rows: int | None = setting(None, "test rows to use, from the first; null: all", at_least=1)
     batch_size: int = setting(128, "test rows decoded together", at_least=1)
+    compare: frontier.ComparisonConfig | None = setting(
+        None, "the evaluation of `orderppl frontier`, in place of that from `budgets` to `batch_size`; null: the latter"
+    )
     note: str = setting("", "shown under the table")
 
     def __post_init__(self) -> None:
@@ -97,8 +120,14 @@ class Config(RunConfig):
 
     data: str = setting("openai/gsm8k", "folder of train.jsonl and test.jsonl, or a hub name", option="--data")
     form: Literal["programs", "equations", "both"] = setting("both", "programs, equations or both", option="--form")
-    stage: Literal["denoiser", "order", "evaluate", "all"] = setting(
-        "all", "denoiser, order, evaluate or all", option="--stage"
+    stage: Literal["estimate", "denoiser", "order", "evaluate", "all"] = setting(
+        "all", "estimate (of the first two), denoiser, order, evaluate or all", option="--stage"
+    )
+    shard: str | None = setting(
+        None, "this process's share of an evaluation by `compare`: 1/4 to 4/4", option="--shard", alters=False
+    )
+    device_tflops: float | None = setting(
+        None, "throughput to estimate the time by, 10^12 operations a second; null: measured", above=0, alters=False
     )
     programs: FormConfig = setting(FormConfig, "the programs form")
     equations: FormConfig = setting(FormConfig, "the equations form")
@@ -110,14 +139,21 @@ def run(config: Config, out: Path) -> Iterable[Record]:
     forms: tuple[Form, ...] = ("programs", "equations") if config.form == "both" else (config.form,)
     for form in forms:
         study = Study(config, form, out / form)
+        if config.stage == "estimate":
+            records += study.estimate()
+            continue
         if config.stage in ("denoiser", "all"):
+            study.estimate(("denoiser",), unfinished=True)
             study.train()
         if config.stage in ("order", "all"):
+            study.estimate(("order",), unfinished=True)
             study.learn_orders()
-        if config.stage in ("evaluate", "all"):
-            found = study.evaluate()
-            Console().print(arm_table(found, f"GSM8K, {form} form, test rows"), study.settings.note, "", sep="\n")
+        found = study.evaluate() if config.stage in ("evaluate", "all") else []
         records += study.records()
+        if study.settings.compare is not None:
+            records += found
+        elif found and study.processes.is_first:
+            Console().print(arm_table(found, f"GSM8K, {form} form, test rows"), study.settings.note, "", sep="\n")
     return records
 
 
@@ -137,31 +173,79 @@ class Study:
         self.config, self.form, self.out = config, form, out
         self.settings: FormConfig = getattr(config, form)
         self.task_config = replace(self.settings.task, data=config.data, form=form)
-        self.stages = Stages(out, config.seed, form)
-        self.orders = Orders(self.stages, config, self.task_config, out / "denoiser")
+        self.processes = Processes.join(config.device)
+        self.stages = Stages(out, config.seed, form, self.processes)
+        self.orders = Orders(self.stages, config, self.task_config, out / "denoiser", self.start)
         self._loaded: nn.Module | None = None
+        if config.shard is not None and self.settings.compare is None:
+            raise UserError("--shard", f"{form} is not evaluated in shards", f"leave it out, or set {form}.compare")
 
     @property
     def task(self) -> Task:
         """The data."""
         return self.orders.task
 
+    def start(self) -> TransformerConfig | PretrainedDenoiserConfig:
+        """What the training of the denoiser starts from; a stand-in is written when it is first needed."""
+        chosen = self.settings.denoiser
+        if not isinstance(chosen, StandInConfig):
+            return chosen
+        folder = self.out / STAND_IN
+
+        def texts() -> Iterator[str]:
+            Console().print(f"No public model was asked for: a random one with its tokeniser goes to {folder}")
+            rows, _ = load_gsm8k(self.task_config.data, self.form, validation=self.task_config.validation)
+            for row in rows["train"].select(range(min(STAND_IN_TEXTS, len(rows["train"])))):
+                yield from (row["prompt"], row["response"])
+
+        self.processes.from_first(lambda: write_stand_in(chosen, folder, texts, self.config.seed))
+        return PretrainedDenoiserConfig(
+            model=str(folder),
+            dtype="float64" if self.config.dtype == "float64" else "float32",
+            tokenizer=str(folder / TOKENIZER_FOLDER),
+        )
+
+    def estimate(self, stages: Sequence[str] = ("denoiser", "order"), unfinished: bool = False) -> list[Record]:
+        """Print what the trainings of these stages need; with `unfinished`, only those that are still to be done."""
+
+        def wanted(stage: str, name: str) -> bool:
+            return stage in stages and not (unfinished and self.stages.is_finished(name))
+
+        arms = [arm for arm in self.settings.orders if wanted("order", arm.arm)]
+        if not (arms or wanted("denoiser", "denoiser")):
+            return []
+        training = self._training()  # on all processes: it may write a stand-in
+
+        def measured() -> list[Record]:
+            trained = self.stages.is_finished("denoiser")
+            denoiser = (
+                self.orders.denoiser() if trained else build_denoiser(training.denoiser, self.task, training.task)
+            )
+            try:
+                found = [estimate_denoiser(training, self.task, denoiser)] if wanted("denoiser", "denoiser") else []
+                found += [estimate_order(a.arm, self.orders.config(a), self.orders.problem(a, denoiser)) for a in arms]
+            except (RuntimeError, NotImplementedError) as error:  # a network that looks at numbers: it has none to see
+                Console().print(f"There is no estimate for these networks: {str(error).splitlines()[0]}", markup=False)
+                return []
+            told = self.config.device_tflops
+            if told is not None:
+                return show(found, Throughput(told, "as device_tflops says"), self.config.device)
+            return show(found, measure_throughput(denoiser, self.task, self.config), self.config.device)
+
+        return [{"form": self.form, **record} for record in self.processes.from_first(measured)]
+
     def train(self) -> None:
         """Train the denoiser on the training rows; its run is one of train-denoiser."""
         folder = self.out / "denoiser"
-        settings = TrainDenoiserConfig(
-            seed=self.config.seed,
-            device=self.config.device,
-            dtype=self.config.dtype,
-            task=self.task_config,
-            denoiser=self.settings.denoiser,
-            fit=self.settings.training,
-        )
+        settings = self._training()
 
         def work(resume: bool) -> list[Record]:
             denoiser = build_denoiser(settings.denoiser, self.task, settings.task)
             fit_denoiser(settings, self.task, denoiser, folder, resume=resume)
-            held_out = self.task.stream("validation", settings.fit.batch_size, shuffle=False, device=settings.device)
+            if not self.processes.is_first:
+                return []
+            rows = piece_size(settings.fit, settings.fit.batch_size)
+            held_out = self.task.stream("validation", rows, shuffle=False, device=settings.device)
             bound = masked_diffusion_nelbo(denoiser, held_out, draws=8)
             n = {"split": "validation", "n": held_out.num_sequences}
             records: list[Record] = [
@@ -176,7 +260,18 @@ class Study:
                 ]
             return records
 
-        self.stages.run("denoiser", settings, config_dict(settings), work)
+        identity = identity_dict(settings) | {"denoiser": identity_dict(self.settings.denoiser)}
+        self.stages.run("denoiser", settings, identity, work)
+
+    def _training(self) -> TrainDenoiserConfig:
+        return TrainDenoiserConfig(
+            seed=self.config.seed,
+            device=self.config.device,
+            dtype=self.config.dtype,
+            task=self.task_config,
+            denoiser=self.start(),
+            fit=self.settings.training,
+        )
 
     def learn_orders(self) -> None:
         """Fit every learned arm to the trained denoiser."""
@@ -188,9 +283,34 @@ class Study:
         """Compare all arms on the test rows."""
         weights = {arm.arm: file_digest(self._finished(arm.arm) / ORDER_FILE) for arm in self.settings.orders}
         denoiser = file_digest(self._finished("denoiser") / DENOISER_FILE)
+        if self.settings.compare is not None:
+            return self._compare(self.settings.compare)
         identity = {"denoiser": denoiser, "orders": weights, "seed": self.config.seed}
-        identity |= {key: value for key, value in config_dict(self.settings).items() if key not in ("training", "note")}
-        return self.stages.run("evaluation", self.settings, identity, lambda resume: list(self._evaluate()))
+        identity |= {
+            key: value for key, value in identity_dict(self.settings).items() if key not in ("training", "note")
+        }
+
+        def work(resume: bool) -> list[Record]:
+            return list(self._evaluate()) if self.processes.is_first else []
+
+        return self.stages.run("evaluation", self.settings, identity, work)
+
+    def _compare(self, settings: frontier.ComparisonConfig) -> list[Record]:
+        """The evaluation of `frontier`, which keeps its own record of what is finished."""
+        learned = [
+            LearnedSweepConfig(arm=arm.arm, runs=(str(self.out / arm.arm),), decisions=arm.decisions)
+            for arm in self.settings.orders
+        ]
+        config = frontier.Config(
+            **{item.name: getattr(settings, item.name) for item in fields(frontier.ComparisonConfig)},
+            seed=self.config.seed,
+            device=self.config.device,
+            dtype=self.config.dtype,
+            source=str(self.out / "denoiser"),
+            orders=tuple(learned),
+            shard=self.config.shard,
+        )
+        return [{"form": self.form, **record} for record in frontier.compare(config, self.out / "evaluation")[1]]
 
     def records(self) -> list[Record]:
         """What the finished stages found, with the seconds each took."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 from orderppl.errors import UserError
 from orderppl.experiments.build import (
     DENOISER_FILE,
+    DenoiserConfig,
     ElboConfig,
     FitConfig,
     GuideConfig,
@@ -30,7 +31,7 @@ from orderppl.experiments.build import (
     build_task,
     saved_tokenizer,
 )
-from orderppl.experiments.config import RunConfig, config_dict, setting
+from orderppl.experiments.config import RunConfig, identity_dict, setting
 from orderppl.experiments.fit_order import Config as FitOrderConfig
 from orderppl.experiments.fit_order import fit_problem, save_order
 from orderppl.experiments.results import Record
@@ -75,16 +76,27 @@ class Orders:
         common: device and dtype.
         task: data.
         run: the train-denoiser run.
+        start: gives what that run starts from, whose tokeniser reads the data before there is the run.
     """
 
-    def __init__(self, stages: Stages, common: RunConfig, task: TaskConfig, run: Path) -> None:
-        self.stages, self.common, self.task_config = stages, common, task
+    def __init__(
+        self,
+        stages: Stages,
+        common: RunConfig,
+        task: TaskConfig,
+        run: Path,
+        start: Callable[[], DenoiserConfig] | None = None,
+    ) -> None:
+        self.stages, self.common, self.task_config, self.start = stages, common, task, start
         self.saved = SavedDenoiserConfig(run=str(run))
 
     @cached_property
     def task(self) -> Task:
         """The data, read when first needed; with the tokeniser of the denoiser, once there is one."""
-        return build_task(self.task_config, self.stages.seed, saved_tokenizer(self.saved))
+        tokenizer = saved_tokenizer(self.saved)
+        if tokenizer is None and self.start is not None:
+            tokenizer = saved_tokenizer(self.start())
+        return build_task(self.task_config, self.stages.seed, tokenizer)
 
     def denoiser(self) -> nn.Module:
         """The trained denoiser."""
@@ -107,9 +119,9 @@ class Orders:
             fit=arm.fit,
         )
 
-    def problem(self, arm: OrderArm) -> OrderProblem:
-        """The objects of an arm, before its fit."""
-        return build_problem(self.config(arm), self.task, self.denoiser())
+    def problem(self, arm: OrderArm, denoiser: nn.Module | None = None) -> OrderProblem:
+        """The objects of an arm, before its fit; with another denoiser than the trained one, where it is given."""
+        return build_problem(self.config(arm), self.task, self.denoiser() if denoiser is None else denoiser)
 
     def learn(self, arm: OrderArm, stage: str, seed: int | None = None) -> None:
         """Fit an arm, unless that is done.
@@ -120,14 +132,15 @@ class Orders:
             seed: of the fit; that of the data when left out.
         """
         settings, folder = self.config(arm), self.stages.out / stage
-        identity = config_dict(settings) | {"denoiser": file_digest(Path(self.saved.run) / DENOISER_FILE)}
+        identity = identity_dict(settings) | {"denoiser": file_digest(Path(self.saved.run) / DENOISER_FILE)}
         if seed is not None:
             identity["fit_seed"] = seed
 
         def work(resume: bool) -> list[Record]:
             problem = self.problem(arm)
             fit_problem(self.config(arm, seed), problem, folder, resume=resume)
-            save_order(replace(settings, seed=self.stages.seed), problem, folder)
+            if self.stages.processes.is_first:
+                save_order(replace(settings, seed=self.stages.seed), problem, folder)
             return []
 
         self.stages.run(stage, settings, identity, work, seed)

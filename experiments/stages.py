@@ -11,10 +11,11 @@ from typing import Any
 import pyro
 
 from orderppl.errors import UserError
-from orderppl.experiments.config import build_config, config_dict, dump_config
+from orderppl.experiments.config import build_config, dump_config, identity_dict
 from orderppl.experiments.identity import first_difference
 from orderppl.experiments.results import Record
 from orderppl.inference.checkpoints import write_text
+from orderppl.inference.processes import Processes
 
 STAGE_FILE = "stage.json"
 
@@ -22,14 +23,18 @@ STAGE_FILE = "stage.json"
 class Stages:
     """The stages of an experiment in its folder. A finished one is not run again, a killed one goes on.
 
+    Processes of a launcher run a stage together; the first one keeps its file.
+
     Args:
         out: the folder.
         seed: of the random state that a stage starts from, so that its result is the same whichever stages a call runs.
         name: what the stages belong to, for messages.
+        processes: that run the stages.
     """
 
-    def __init__(self, out: Path, seed: int, name: str) -> None:
+    def __init__(self, out: Path, seed: int, name: str, processes: Processes | None = None) -> None:
         self.out, self.seed, self.name = out, seed, name
+        self.processes = Processes() if processes is None else processes
 
     def run(
         self,
@@ -48,38 +53,49 @@ class Stages:
             stage: its folder.
             settings: config that is kept beside it.
             identity: plain values that its result depends on.
-            work: told whether an interrupted run is there to go on from, it does the stage and returns its records.
+            work: told whether an interrupted run is there to go on from, it does the stage and returns its records,
+                of which those of the first process count.
             seed: of the random state; that of the experiment when left out.
 
         Raises:
             UserError: the folder holds a stage with another identity.
         """
+        depends_on = json.loads(json.dumps(identity))
+        state, resume = self.processes.from_first(lambda: self._begin(stage, settings, depends_on))
+        if state["finished"]:
+            return list(state["records"])
+        pyro.set_rng_seed(self.seed if seed is None else seed)
+        spent = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+        begin = {key: clock() for key, clock in spent.items()}
+        try:
+            state["records"] = work(resume)
+            state["finished"] = True
+        finally:  # also when interrupted: what was spent counts
+            for key, clock in spent.items():
+                state[key] = round(state[key] + clock() - begin[key], 3)
+            if self.processes.is_first:
+                write_text(self.out / stage / STAGE_FILE, json.dumps(state, indent=1) + "\n")
+        records: list[Record] = self.processes.from_first(lambda: state["records"])
+        return list(records)
+
+    def _begin(self, stage: str, settings: Any, identity: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """What a stage wrote down if it is finished; else what it writes down now, and whether it was begun before."""
         folder = self.out / stage
         before = read_stage(folder)
-        identity = json.loads(json.dumps(identity))
         if before is not None:
             changed = first_difference(_as_now(before["identity"], identity, settings), identity)
             if changed is not None:
                 problem = f"{changed} differs from that of {folder}"
                 raise UserError(f"{self.name}.{stage}", problem, "delete that folder or change --out")
             if before["finished"]:
-                return list(before["records"])
+                return before, True
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", dump_config(settings))
         state: dict[str, Any] = {"finished": False}
         state |= {key: 0.0 if before is None else before.get(key, 0.0) for key in ("seconds", "cpu_seconds")}
         state |= {"records": [], "identity": identity}
         write_text(folder / STAGE_FILE, json.dumps(state, indent=1) + "\n")
-        pyro.set_rng_seed(self.seed if seed is None else seed)
-        begin, begin_cpu = time.perf_counter(), time.process_time()
-        try:
-            state["records"] = work(before is not None)
-            state["finished"] = True
-        finally:  # also when interrupted: what was spent counts
-            state["seconds"] = round(state["seconds"] + time.perf_counter() - begin, 3)
-            state["cpu_seconds"] = round(state["cpu_seconds"] + time.process_time() - begin_cpu, 3)
-            write_text(folder / STAGE_FILE, json.dumps(state, indent=1) + "\n")
-        return list(state["records"])
+        return state, before is not None
 
     def finished(self, stage: str, remedy: str) -> Path:
         """Folder of a finished stage.
@@ -91,6 +107,11 @@ class Stages:
         if found is None or not found["finished"]:
             raise UserError("--stage", f"{self.out / stage} is not finished", remedy)
         return self.out / stage
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage has been run to its end."""
+        found = read_stage(self.out / stage)
+        return found is not None and bool(found["finished"])
 
     def records(self, stage: str, labels: Record) -> list[Record]:
         """What a finished stage found, with the `seconds` and `cpu_seconds` it took; else nothing.
@@ -109,10 +130,10 @@ class Stages:
 
 def _as_now(before: Mapping[str, Any], now: Mapping[str, Any], settings: Any) -> dict[str, Any]:
     """The identity of an earlier run, its settings filled up with the defaults of those that were added since."""
-    plain = json.loads(json.dumps(config_dict(settings)))
+    plain = json.loads(json.dumps(identity_dict(settings)))
     own = [key for key in now if key in plain and plain[key] == now[key]]
     try:
-        filled = config_dict(build_config(type(settings), {key: before[key] for key in own if key in before}))
+        filled = identity_dict(build_config(type(settings), {key: before[key] for key in own if key in before}))
     except UserError:  # settings that this version refuses
         return dict(before)
     return {**before, **{key: json.loads(json.dumps(filled[key])) for key in own}}

@@ -19,11 +19,14 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
+from orderppl.errors import UserError
 from orderppl.experiments.build import (
     DENOISER_FILE,
     ArithmeticTask,
     ChainTask,
     Gsm8kTask,
+    LoopConfig,
+    PretrainedDenoiserConfig,
     SavedDenoiserConfig,
     SudokuTask,
     Task,
@@ -31,6 +34,9 @@ from orderppl.experiments.build import (
     autocast_dtype,
     build_denoiser,
     build_task,
+    compiling,
+    loop_options,
+    piece_size,
     save_tokenizer,
     saved_tokenizer,
 )
@@ -45,7 +51,7 @@ DISTRIBUTED = True
 
 
 @dataclass(frozen=True)
-class DenoiserFitConfig:
+class DenoiserFitConfig(LoopConfig):
     """The training loop of a denoiser."""
 
     updates: int = setting(3000, "updates", at_least=1)
@@ -56,10 +62,10 @@ class DenoiserFitConfig:
     warmup: int = setting(100, "updates of the linear warm-up", at_least=0)
     ema_decay: float | None = setting(0.999, "decay of the averaged weights", above=0, below=1)
     grad_clip: float | None = setting(1.0, "largest gradient norm", above=0)
-    log_every: int = setting(50, "updates between two points of the log", at_least=1)
+    log_every: int = setting(50, "updates between two points of the log", at_least=1, alters=False)
     validate_every: int = setting(500, "updates between two validations", at_least=1)
     patience: int | None = setting(None, "validations without progress before stopping", at_least=1)
-    checkpoint_every: int | None = setting(500, "updates between two checkpoints", at_least=1)
+    checkpoint_every: int | None = setting(500, "updates between two checkpoints", at_least=1, alters=False)
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,16 @@ class Config(RunConfig):
     """Settings of train-denoiser."""
 
     task: ArithmeticTask | Gsm8kTask | SudokuTask | ChainTask = setting(ArithmeticTask, "data")
-    denoiser: TransformerConfig | SavedDenoiserConfig = setting(
-        TransformerConfig, "architecture, or a trained denoiser to go on from"
+    denoiser: TransformerConfig | SavedDenoiserConfig | PretrainedDenoiserConfig = setting(
+        TransformerConfig, "architecture, or a trained or public denoiser to go on from"
     )
     fit: DenoiserFitConfig = setting(DenoiserFitConfig, "the training loop")
+
+    def __post_init__(self) -> None:
+        """Refuse weights that training would round away."""
+        if getattr(self.denoiser, "dtype", None) == "bfloat16":
+            problem = "the updates of weights in bfloat16 are lost in rounding"
+            raise UserError("denoiser.dtype", problem, "set it to float32, and --dtype bfloat16 for the computation")
 
 
 def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
@@ -80,7 +92,7 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     fit_denoiser(config, task, denoiser, out, resume=resume)
     if not Processes.join(config.device).is_first:
         return []
-    test = task.stream("test", config.fit.batch_size, shuffle=False, device=config.device)
+    test = task.stream("test", piece_size(config.fit, config.fit.batch_size), shuffle=False, device=config.device)
     bound = masked_diffusion_nelbo(denoiser, test, draws=8)
     labels = {"task": task.name, "split": "test", "seed": config.seed, "n": test.num_sequences}
     records: list[Record] = [
@@ -98,33 +110,40 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
 
 
 def fit_denoiser(config: Config, task: Task, denoiser: nn.Module, out: Path, resume: bool = False) -> None:
-    """Run the training that a config describes, with its log and checkpoints in `out`, and save the denoiser there."""
+    """Run the training that a config describes, with its log and checkpoints in `out`, and save the denoiser there.
+
+    Raises:
+        UserError: a public model that has no form of its own to be saved in.
+    """
     settings = config.fit
-    train_denoiser(
-        denoiser,
-        task.stream(
-            "train",
-            settings.batch_size,
-            seed=config.seed,
-            drop_last=settings.batch_size <= _rows(task),
-            group=settings.group,
-        ),
-        updates=settings.updates,
-        validation=task.stream("validation", settings.batch_size, shuffle=False),
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        warmup=settings.warmup,
-        ema_decay=settings.ema_decay,
-        grad_clip=settings.grad_clip,
-        log_every=settings.log_every,
-        validate_every=settings.validate_every,
-        patience=settings.patience,
-        device=config.device,
-        autocast_dtype=autocast_dtype(config),
-        out=out,
-        checkpoint_every=settings.checkpoint_every,
-        resume=resume,
-    )
+    if getattr(denoiser, "config", None) is None:
+        remedy = "use SMDM here, or fit-order with freeze_denoiser=false"
+        raise UserError("denoiser.model", f"a {type(denoiser).__name__} is not trained on by itself", remedy)
+    with compiling(denoiser, settings):
+        train_denoiser(
+            denoiser,
+            task.stream(
+                "train",
+                settings.batch_size,
+                seed=config.seed,
+                drop_last=settings.batch_size <= _rows(task),
+                group=settings.group,
+            ),
+            updates=settings.updates,
+            validation=task.stream("validation", piece_size(settings, settings.batch_size), shuffle=False),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            warmup=settings.warmup,
+            ema_decay=settings.ema_decay,
+            grad_clip=settings.grad_clip,
+            validate_every=settings.validate_every,
+            patience=settings.patience,
+            device=config.device,
+            autocast_dtype=autocast_dtype(config),
+            out=out,
+            resume=resume,
+            **loop_options(settings),
+        )
     if not Processes.join(config.device).is_first:
         return
     save_weights(denoiser, out / DENOISER_FILE)

@@ -26,6 +26,7 @@ from orderppl.experiments.build.heuristics import (
     UniformSizesConfig,
     build_heuristic,
 )
+from orderppl.experiments.build.loop import LoopConfig, compiling, loop_options, piece_size
 from orderppl.experiments.build.objectives import ElboConfig, RevealTraceGraphConfig
 from orderppl.experiments.build.priors import (
     EasyFirstConfig,
@@ -41,6 +42,7 @@ from orderppl.experiments.build.problem import (
     OrderProblem,
     RefineConfig,
     WarmStartConfig,
+    autocast,
     autocast_dtype,
     build_imitation,
     build_optimizer,
@@ -77,6 +79,7 @@ __all__ = [
     "GuideConfig",
     "HeuristicConfig",
     "LearnedPolicyConfig",
+    "LoopConfig",
     "MeanFieldConfig",
     "OptimizerConfig",
     "OrderConfig",
@@ -102,6 +105,7 @@ __all__ = [
     "TreeTask",
     "UniformSizesConfig",
     "WarmStartConfig",
+    "autocast",
     "autocast_dtype",
     "build_denoiser",
     "build_heuristic",
@@ -110,8 +114,11 @@ __all__ = [
     "build_problem",
     "build_schedule",
     "build_task",
+    "compiling",
     "learned_order",
     "learned_policy",
+    "loop_options",
+    "piece_size",
     "save_tokenizer",
     "saved_tokenizer",
 ]

@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer
 from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
 from orderppl.experiments.build.tasks import AntibodyTask, ChainTask, ReactionTask, Task, TaskConfig, TreeTask
 from orderppl.experiments.config import setting
 from orderppl.models.denoisers import (
+    TOKENIZER_FILE,
+    TOKENIZER_FOLDER,
     TRAINED,
     AntibodyDenoiser,
     MarkovChainDenoiser,
@@ -24,10 +26,10 @@ from orderppl.models.denoisers import (
     denoiser_tokenizer,
     load_denoiser,
     load_trained,
+    trained_tokenizer,
 )
 
 DENOISER_FILE = TRAINED
-TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,8 @@ def saved_tokenizer(config: DenoiserConfig) -> Tokenizer | None:
         )
     if not isinstance(config, SavedDenoiserConfig):
         return None
-    for path in (Path(config.run) / TOKENIZER_FILE, Path(config.run) / TOKENIZER_FOLDER):
-        if path.exists():
-            return load_tokenizer(path)
-    return None
+    run = Path(config.run)
+    return trained_tokenizer(run) if any((run / name).exists() for name in (TOKENIZER_FILE, TOKENIZER_FOLDER)) else None
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
@@ -155,9 +155,7 @@ def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) 
         denoiser = ReactionDenoiser.from_wheel()
     elif isinstance(config, SavedDenoiserConfig):
         denoiser = load_trained(config.run)
-        if (denoiser.vocab_size, denoiser.mask_index) != (task.vocab_size, task.mask_index):
-            problem = f"has {denoiser.vocab_size} tokens, {task.name} has {task.vocab_size}"
-            raise UserError("denoiser.run", problem, "use a denoiser trained on this task")
+        _check_vocabulary(denoiser, config.run, task, "denoiser.run", "use a denoiser trained on this task")
         _check_length(denoiser.max_length, config.run, task)
     elif isinstance(config, PretrainedDenoiserConfig):
         denoiser = _public_denoiser(config, task)
@@ -190,14 +188,18 @@ def _public_denoiser(config: PretrainedDenoiserConfig, task: Task) -> nn.Module:
         trust_remote_code=config.trust_remote_code,
         dtype=getattr(torch, config.dtype),
     )
-    known = max(denoiser.vocab_size, denoiser.mask_index + 1)
-    if (known, denoiser.mask_index) != (task.vocab_size, task.mask_index):
-        problem = f"{config.model} knows {known} tokens and MASK {denoiser.mask_index}, "
-        problem += f"{task.name} was read with {task.vocab_size} and {task.mask_index}"
-        raise UserError("denoiser.model", problem, "read the task with the tokeniser of the model")
+    _check_vocabulary(denoiser, config.model, task, "denoiser.model", "read the task with the tokeniser of the model")
     _check_length(getattr(denoiser, "max_length", None), config.model, task)
     assert isinstance(denoiser, nn.Module)
     return denoiser
+
+
+def _check_vocabulary(denoiser: Denoiser, source: str, task: Task, field: str, remedy: str) -> None:
+    known = max(denoiser.vocab_size, denoiser.mask_index + 1)  # MASK may be no class of the output head
+    if (known, denoiser.mask_index) != (task.vocab_size, task.mask_index):
+        problem = f"{source} knows {known} tokens and MASK {denoiser.mask_index}, "
+        problem += f"{task.name} was read with {task.vocab_size} and {task.mask_index}"
+        raise UserError(field, problem, remedy)
 
 
 def _check_length(longest: int | None, source: str, task: Task) -> None:

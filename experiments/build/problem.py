@@ -33,6 +33,7 @@ from orderppl.experiments.build.guides import (
     is_table_plan,
 )
 from orderppl.experiments.build.heuristics import HeuristicConfig, Policies, build_heuristic
+from orderppl.experiments.build.loop import LoopConfig
 from orderppl.experiments.build.objectives import ElboConfig, RevealTraceGraphConfig, build_elbo
 from orderppl.experiments.build.priors import PriorConfig, StepPriceConfig, UniformStepsConfig, build_prior
 from orderppl.experiments.build.tasks import ChainTask, Task, TaskConfig, build_task
@@ -65,7 +66,7 @@ class WarmStartConfig(HeuristicConfig):
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class FitConfig(LoopConfig):
     """The training loop."""
 
     updates: int = setting(500, "updates", at_least=1)
@@ -75,11 +76,9 @@ class FitConfig:
     kl_weight: Anneal | None = setting(None, "annealed elbo.kl_weight")
     temperature: Anneal | None = setting(None, "annealed guide.temperature")
     step_price: Anneal | None = setting(None, "annealed price of a step_price prior")
-    log_every: int = setting(10, "updates between two points of the log", at_least=1)
     validate_every: int | None = setting(100, "updates between two validations", at_least=1)
     patience: int | None = setting(None, "validations without progress before stopping", at_least=1)
     ema_decay: float | None = setting(None, "decay of averaged parameters", above=0, below=1)
-    checkpoint_every: int | None = setting(100, "updates between two checkpoints", at_least=1)
     warm_start: WarmStartConfig | None = setting(None, "a policy to imitate first; null: none")
 
     def __post_init__(self) -> None:
@@ -210,6 +209,12 @@ def build_schedule(config: OptimizerConfig, updates: int) -> Callable[[Optimizer
 def autocast_dtype(config: RunConfig) -> torch.dtype | None:
     """Dtype of autocast; float32 and float64 train in their own."""
     return torch.bfloat16 if config.dtype == "bfloat16" else None
+
+
+def autocast(config: RunConfig) -> torch.autocast:
+    """The context in which networks run that are not trained."""
+    dtype = autocast_dtype(config)
+    return torch.autocast(torch.device(config.device).type, dtype=dtype, enabled=dtype is not None)
 
 
 def learned_policy(

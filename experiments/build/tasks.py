@@ -88,6 +88,7 @@ class Gsm8kTask:
     min_count: int = setting(1, "words seen less often in training become unknown", at_least=1)
     max_context: int = setting(128, "longest prompt, tokens", at_least=1)
     max_length: int = setting(96, "longest response, tokens", at_least=1)
+    canvas: int | None = setting(None, "positions of a response, filled up with ends; null: one end", at_least=1)
     separator: bool = setting(True, "end prompts by a separator, from which a new denoiser counts response positions")
 
 
@@ -301,7 +302,7 @@ def _text_task(
             config.max_context,
             config.max_length,
             eos=not isinstance(config, ReactionTask | SudokuTask),  # the model knows how long these are
-            canvas=config.canvas if isinstance(config, ArithmeticTask) else None,
+            canvas=config.canvas if isinstance(config, ArithmeticTask | Gsm8kTask) else None,
             separate=separate,
             on_long="report",
             report=report,

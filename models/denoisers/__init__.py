@@ -1,7 +1,15 @@
 """Denoisers: a small transformer, exact ones, pretrained models of molecules, and public masked language models."""
 
 from orderppl.models.denoisers.antibody import AntibodyDenoiser
-from orderppl.models.denoisers.loading import TRAINED, denoiser_tokenizer, load_denoiser, load_trained
+from orderppl.models.denoisers.loading import (
+    TOKENIZER_FILE,
+    TOKENIZER_FOLDER,
+    TRAINED,
+    denoiser_tokenizer,
+    load_denoiser,
+    load_trained,
+    trained_tokenizer,
+)
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
 from orderppl.models.denoisers.pretrained import PretrainedDenoiser, SplitPretrainedDenoiser
 from orderppl.models.denoisers.reaction import ReactionDenoiser, reaction_vocabulary
@@ -14,6 +22,8 @@ ExactDenoiser = MarkovChainDenoiser | TreeFieldDenoiser
 """Those that know their log evidence and the best fixed order."""
 
 __all__ = [
+    "TOKENIZER_FILE",
+    "TOKENIZER_FOLDER",
     "TRAINED",
     "AntibodyDenoiser",
     "ExactDenoiser",
@@ -32,4 +42,5 @@ __all__ = [
     "masked_diffusion_nelbo",
     "reaction_vocabulary",
     "train_denoiser",
+    "trained_tokenizer",
 ]

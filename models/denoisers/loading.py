@@ -27,6 +27,7 @@ from orderppl.models.denoisers.transformer import TransformerDenoiser
 LOGIT_SHIFT = {"llada": 0, "Dream": 1}
 """Kinds with remote code that are known: `model_type` -> by how many positions their logits lag behind."""
 TRAINED = "denoiser.safetensors"  # of a run of train-denoiser
+TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"  # beside it: a WordTokenizer, or one of transformers
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,7 @@ def denoiser_tokenizer(
     """
     source = find_source(name_or_path, revision, trust_remote_code)
     if source.kind == "trained":
-        beside = source.path / "tokenizer.json"
-        return load_tokenizer(tokenizer or (beside if beside.is_file() else source.path / "tokenizer"))
+        return trained_tokenizer(source.path) if tokenizer is None else load_tokenizer(tokenizer)
     if source.kind == "smdm":
         classes = source.config.get("vocab_size", smdm.SmdmConfig.vocab_size)
         has_own = source.path.is_dir() and any(source.path.glob("tokenizer*"))
@@ -165,6 +165,19 @@ def denoiser_tokenizer(
         num_classes=source.config.get("vocab_size"),
         trust_remote_code=trust_remote_code,
     )
+
+
+def trained_tokenizer(run: Path) -> Tokenizer:
+    """The tokeniser that train-denoiser put beside a denoiser, with the denoiser's MASK.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (run / TOKENIZER_FILE).is_file():
+        return load_tokenizer(run / TOKENIZER_FILE)
+    config = read_config(run / TRAINED)
+    classes = int(config["vocab_size"]) if config.get("model_type") == smdm.MODEL_TYPE else None
+    return load_tokenizer(run / TOKENIZER_FOLDER, mask_index=classes, num_classes=classes)
 
 
 def _adapt(source: Source, dtype: torch.dtype) -> PretrainedDenoiser:

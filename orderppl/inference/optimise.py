@@ -368,7 +368,8 @@ def optimise(
 
     def measured() -> dict[str, float]:
         assert validate is not None
-        return {name: float(value) for name, value in validate().items()}
+        with torch.autocast(where.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            return {name: float(value) for name, value in validate().items()}
 
     def run_validation() -> None:
         nonlocal stale, best_weights

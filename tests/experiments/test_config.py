@@ -13,6 +13,7 @@ from orderppl.experiments.config import (
     build_config,
     config_dict,
     dump_config,
+    identity_dict,
     load_config,
     packaged_configs,
     setting,
@@ -128,3 +129,43 @@ def test_unreadable_config_files_are_reported(tmp_path: Path) -> None:
 def test_packaged_configs_are_found_by_name() -> None:
     folder = Path(__file__).parents[2] / "experiments" / "configs"
     assert set(packaged_configs()) == {path.stem for path in folder.glob("*.yaml")}
+
+
+def test_items_of_lists_are_set_by_number_or_all_at_once(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Many(RunConfig):
+        loops: tuple[Loop, ...] = setting((), "loops")
+
+    globals()["Many"] = Many
+    file = tmp_path / "many.yaml"
+    file.write_text("loops: [&one {updates: 1}, *one, {<<: *one, clip: 0.5}]\n")
+    read = load_config(Many, file, ["loops.1.updates=7", "loops.*.learning_rate=0.2"])
+    assert read.loops == (Loop(1, 0.2), Loop(7, 0.2), Loop(1, 0.2, 0.5))  # what was one alias is set one by one
+    for wrong in ("loops.3.updates=1", "loops.x.updates=1"):
+        with pytest.raises(UserError, match=r"the list has 3 items; write 0 to 2, or \* for all"):
+            load_config(Many, file, [wrong])
+
+
+def test_a_file_is_another_one_with_changes(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("seed: 3\nloop: {updates: 20}\nshape: shell\n")
+    second.write_text(f"base: {first}\nset:\n  loop.updates: 5\n  shape.thickness: 2.0\n")
+    assert load_config(Settings, second, ["loop.clip=3"]) == Settings(
+        seed=3, loop=Loop(5, clip=3.0), shape=Shell(thickness=2.0)
+    )
+    second.write_text(f"base: {first}\nseed: 1\n")
+    with pytest.raises(UserError, match="has a base; write its changes under `set:`"):
+        load_config(Settings, second)
+
+
+def test_settings_that_results_do_not_depend_on_are_no_part_of_the_identity() -> None:
+    @dataclass(frozen=True)
+    class Machine:
+        rows: int = 1
+        pieces: int = setting(1, "pieces", alters=False)
+
+    @dataclass(frozen=True)
+    class Whole:
+        machines: tuple[Machine, ...] = (Machine(), Machine(2, 3))
+
+    assert identity_dict(Whole()) == {"machines": [{"rows": 1}, {"rows": 2}]}

@@ -2,20 +2,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from gsm8k_rows import write_rows
+
 from orderppl.experiments import cli, gsm8k
-from orderppl.experiments.build import build_denoiser, build_problem, build_task
-from orderppl.experiments.config import build_config, config_dict, load_config
 from orderppl.experiments.evaluate import load_order
-from orderppl.experiments.orders import OrderArm
 from orderppl.experiments.results import read_results
-from orderppl.inference.fit import OrderLoss
-from orderppl.models.denoisers import TransformerDenoiser
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 FIT = "fit: {updates: 2, batch_size: 4}, elbo: {num_particles: 2}"
@@ -47,18 +45,6 @@ def small(form: str) -> list[str]:
         "batch_size": "5",
     }
     return [part for key, value in values.items() for part in ("--set", f"{form}.{key}={value}")]
-
-
-def write_rows(folder: Path, name: str, first: int, count: int) -> None:
-    """Problems in the format of the real files: two equations, the second with the result of the first."""
-    rows = []
-    for index in range(first, first + count):
-        a, b, c = 2 + index % 7, 3 + index % 5, 1 + index % 11
-        total, left = a * b, a * b + c
-        question = f"Problem {index}: Mia has {a} bags of {b} pens and buys {c} more. How many pens has she?"
-        answer = f"She has <<{a}*{b}={total}>>{total} pens, then <<{total}+{c}={left}>>{left}.\n#### {left}"
-        rows.append(json.dumps({"question": question, "answer": answer}))
-    (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -195,37 +181,28 @@ def test_stages_say_what_they_need(
     assert "no local path" in capsys.readouterr().err
 
 
+def test_the_shipped_run_prints_its_tables_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings that were added since have defaults: its stages are finished, and no data are read."""
+    shipped = Path(__file__).parents[2] / "docs" / "results" / "gsm8k"
+    shutil.copytree(shipped / "run", tmp_path / "runs" / "gsm8k")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["gsm8k", "--preset", "cpu", "--data", "../shared/data/gsm8k", "--out", "runs/gsm8k"])
+    assert end.value.code == 0
+    assert "GSM8K, equations form, test rows" in capsys.readouterr().out
+    now, before = (
+        [r for r in read_results(folder)["records"] if r["metric"] != "cpu_seconds"]
+        for folder in (tmp_path / "runs" / "gsm8k", shipped)
+    )
+    assert [r["value"] for r in now if "arm" in r] == [r["value"] for r in before if "arm" in r]
+
+
 def test_an_order_is_a_run_of_fit_order(finished: Path) -> None:
     config, problem = load_order(finished / "programs" / "residual")
     assert config.num_steps == 4
     assert problem.task.name == "gsm8k"
-
-
-def test_the_paper_preset_builds_all_its_objects(data: Path, tmp_path: Path) -> None:
-    config = load_config(gsm8k.Config, gsm8k.PRESETS["paper"])
-    settings = config.equations
-    assert (settings.training.updates, settings.training.batch_size) == (45_000, 256)
-    assert [arm.num_steps for arm in settings.orders] == [5, 10, 15]
-    for arm in settings.orders:
-        assert (arm.fit.updates, arm.fit.batch_size, arm.elbo.num_particles) == (15_000, 32, 8)
-        assert arm.fit.temperature is not None
-        assert 0.05 <= arm.fit.temperature.end <= arm.fit.temperature.start <= 0.1
-    with torch.device("meta"):
-        shape = {key: getattr(settings.denoiser, key) for key in ("width", "layers", "heads", "positions", "tied")}
-        whole = TransformerDenoiser(vocab_size=32_000, mask_index=1, max_length=512, **shape)
-    assert 120e6 < sum(parameter.numel() for parameter in whole.parameters()) < 180e6
-    task = build_task(replace(settings.task, data=str(data)), 0)
-    denoiser = build_denoiser(replace(settings.denoiser, width=24, layers=1), task, settings.task)
-    for arm in settings.orders:
-        plain = config_dict(arm)
-        plain["prior"]["network"] |= {"width": 24, "layers": 1}
-        plain["guide"]["network"] |= {"width": 24, "layers": 1}
-        tiny = build_config(OrderArm, plain)
-        study = gsm8k.Study(config, "equations", tmp_path)
-        problem = build_problem(study.orders.config(tiny), task, denoiser)
-        batch = next(task.stream("train", 2))
-        loss = OrderLoss(problem.model, problem.guide, problem.elbo)
-        assert torch.isfinite(loss(**batch))
 
 
 @pytest.mark.slow

@@ -1,0 +1,179 @@
+"""What an update costs, in memory and operations, found by running it on shapes alone: no number is computed."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pyro import validation_enabled
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+Batch = Mapping[str, Tensor]
+PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)  # lowered by autocast
+
+
+@dataclass(frozen=True)
+class UpdateMemory:
+    """Memory of an update, in bytes.
+
+    Attributes:
+        weights: parameters, trained or not, and buffers.
+        optimizer: state that the optimiser keeps.
+        peak: most that is held at a time on top of `weights`: activations, gradients, state of the optimiser.
+    """
+
+    weights: int
+    optimizer: int
+    peak: int
+
+
+def update_memory(
+    loss: nn.Module,
+    batch: Batch,
+    optimizer: Callable[[Iterable[Tensor]], Optimizer],
+    *,
+    accumulate: int = 1,
+    autocast_dtype: torch.dtype | None = None,
+) -> UpdateMemory:
+    """Find the memory that an update needs, as `optimise` makes it.
+
+    The update runs on the meta device, with attention in one kernel as on a GPU. Not counted are the working space of
+    kernels, what an allocator wastes, and the float32 copy of an autocast weight.
+
+    Args:
+        loss: as for `optimise`; it is left as it is.
+        batch: the whole batch, of the widest rows there are.
+        optimizer: makes the optimiser.
+        accumulate: pieces of the batch.
+        autocast_dtype: of the forward pass.
+
+    Raises:
+        RuntimeError: the loss needs to look at a number.
+    """
+    shapes = on_shapes(loss)
+    rows = len(next(iter(batch.values())))
+    piece = {name: tensor[: -(-rows // accumulate)].to("meta") for name, tensor in batch.items()}
+    parameters = [parameter for parameter in shapes.parameters() if parameter.requires_grad]
+    opt = optimizer(parameters)
+    with validation_enabled(False), _AsOnAccelerator(autocast_dtype), _Held() as held:
+        for _ in range(2):  # the first one makes the optimiser's state
+            for _ in range(min(accumulate, 2)):  # gradients of earlier pieces are held
+                shapes(**piece).backward()
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+    state = [value for own in opt.state.values() for value in own.values() if isinstance(value, Tensor)]
+    stored = {id(tensor): tensor for tensor in (*shapes.parameters(), *shapes.buffers())}
+    return UpdateMemory(_bytes(stored.values()), _bytes(state), held.peak)
+
+
+def update_flops(loss: nn.Module, batches: Sequence[Batch]) -> float:
+    """Floating-point operations of matrix products and attention in an update, backward included, mean over batches.
+
+    Args:
+        loss: as for `optimise`; it is left as it is.
+        batches: whole batches.
+
+    Raises:
+        RuntimeError: the loss needs to look at a number.
+    """
+    shapes = on_shapes(loss)
+
+    def run(batch: Batch) -> None:
+        shapes(**{name: tensor.to("meta") for name, tensor in batch.items()}).backward()
+
+    return sum(count_flops(partial(run, batch)) for batch in batches) / len(batches)
+
+
+def count_flops(action: Callable[[], object]) -> int:
+    """Floating-point operations of matrix products and attention that an action on the meta device would take."""
+    with validation_enabled(False), _AsOnAccelerator(None), FlopCounterMode(display=False) as counter:
+        action()
+    return int(counter.get_total_flops())
+
+
+def on_shapes(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device, made without a copy of its numbers."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _AsOnAccelerator(TorchFunctionMode):
+    """Attention in one kernel, and matrix products in the dtype of autocast, neither of which the meta device knows."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if self.dtype is not None and (func in PRODUCTS or func is F.scaled_dot_product_attention):
+            args, kwargs = tree_map_only(Tensor, self._lowered, (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _lowered(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() and tensor.is_meta else tensor
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    bias = None
+    if attn_mask is not None:
+        bias = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    trained = torch.is_grad_enabled() and q.requires_grad
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    mixed: Tensor = kernel(q, k, v, bias, trained, **options)[0]
+    return mixed
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make while they are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for tensor in args:  # what was there before, parameters above all, is not counted
+            if isinstance(tensor, Tensor):
+                self._known.add(tensor.untyped_storage())
+        made = func(*args, **({} if kwargs is None else kwargs))
+        tree_map_only(Tensor, self._count, made)
+        return made
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if not tensor.is_meta or storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.held -= size
