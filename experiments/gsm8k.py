@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -175,7 +176,7 @@ class Study:
         self.task_config = replace(self.settings.task, data=config.data, form=form)
         self.processes = Processes.join(config.device)
         self.stages = Stages(out, config.seed, form, self.processes)
-        self.orders = Orders(self.stages, config, self.task_config, out / "denoiser", self.start)
+        self.orders = Orders(self.stages, config, self.task_config, out / "denoiser", lambda: self.start)
         self._loaded: nn.Module | None = None
         if config.shard is not None and self.settings.compare is None:
             raise UserError("--shard", f"{form} is not evaluated in shards", f"leave it out, or set {form}.compare")
@@ -185,8 +186,9 @@ class Study:
         """The data."""
         return self.orders.task
 
+    @cached_property
     def start(self) -> TransformerConfig | PretrainedDenoiserConfig:
-        """What the training of the denoiser starts from; a stand-in is written when it is first needed."""
+        """What the training of the denoiser starts from; a stand-in is written when it is first needed, by all."""
         chosen = self.settings.denoiser
         if not isinstance(chosen, StandInConfig):
             return chosen
@@ -269,7 +271,7 @@ class Study:
             device=self.config.device,
             dtype=self.config.dtype,
             task=self.task_config,
-            denoiser=self.start(),
+            denoiser=self.start,
             fit=self.settings.training,
         )
 
