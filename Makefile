@@ -44,7 +44,7 @@ lower-bounds:
 	$(LOW_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) \
 	  -c $(LOW_VENV)/constraints.txt -e ".[dev]"
 	$(LOW_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps sapiens==1.0.5 rxnmapper==0.4.3
-	$(LOW_VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_FLAGS)
+	$(LOW_VENV)/bin/python -m pytest -W default $(WORKERS) $(PYTEST_FLAGS) # old libraries warn of each other
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
