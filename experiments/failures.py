@@ -52,7 +52,7 @@ def holds_settings_alone(folder: Path) -> bool:
 def _system_errors(error: BaseException | None) -> Iterator[tuple[int, str | None]]:
     """Number and path of the system errors behind an exception: libraries that write files wrap or only quote them."""
     while error is not None:
-        quoted = re.search(r"\(os error (\d+)\)", str(error))
+        quoted = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))
         if isinstance(error, OSError) and error.errno is not None:
             yield error.errno, error.filename
         elif quoted:

@@ -364,6 +364,15 @@ def test_one_line_from_the_hub(
 # ---- what goes wrong on the way
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A test run in the background of a shell is born with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_interrupted(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C behind a checkpoint; what it leaves goes on to the end of an uninterrupted run."""
     save = CheckpointFolder.save
@@ -382,6 +391,7 @@ def test_interrupted(here: Path, capfd: pytest.CaptureFixture[str], monkeypatch:
     assert (here / "new/order.safetensors").read_bytes() == (here / "run/order.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_interrupted_before_there_is_anything(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_order, "build_problem", lambda config: signal.raise_signal(signal.SIGINT))
     assert call(*fit("bert"), "--out", "new") == 130
