@@ -214,7 +214,8 @@ class Study:
             return stage in stages and not (unfinished and self.stages.is_finished(name))
 
         arms = [arm for arm in self.settings.orders if wanted("order", arm.arm)]
-        if not (arms or wanted("denoiser", "denoiser")):
+        denoiser_too = wanted("denoiser", "denoiser")
+        if not (arms or denoiser_too):
             return []
         training = self._training()  # on all processes: it may write a stand-in
 
@@ -224,7 +225,7 @@ class Study:
                 self.orders.denoiser() if trained else build_denoiser(training.denoiser, self.task, training.task)
             )
             try:
-                found = [estimate_denoiser(training, self.task, denoiser)] if wanted("denoiser", "denoiser") else []
+                found = [estimate_denoiser(training, self.task, denoiser)] if denoiser_too else []
                 found += [estimate_order(a.arm, self.orders.config(a), self.orders.problem(a, denoiser)) for a in arms]
             except (RuntimeError, NotImplementedError) as error:  # a network that looks at numbers: it has none to see
                 Console().print(f"There is no estimate for these networks: {str(error).splitlines()[0]}", markup=False)

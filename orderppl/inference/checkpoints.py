@@ -98,8 +98,8 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """The temporary name of a file that appears complete, or not at all."""
-    temporary = path.with_name(TEMPORARY + path.name)
+    """The temporary name of a file that appears complete, or not at all; one for each process that writes it."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         yield temporary
         _sync(temporary)
