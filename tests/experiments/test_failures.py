@@ -310,9 +310,15 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None: ...
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Does not tell stderr, which is under test, of clients that hang up."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None: ...
+
+
 @pytest.fixture
 def hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = QuietServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
