@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent / "exact"))
-from programs import LENGTH, StateTable, TableDenoiser, make_batch
 
 from orderppl import path as path_module
 from orderppl.denoising import Canvas
@@ -21,6 +16,8 @@ from orderppl.distributions import SequentialReveal, StepwiseReveal
 from orderppl.models import EasyFirst, LearnedPolicy, UniformSteps
 from orderppl.path import RevealPath
 from orderppl.states import masked_before, partial_state
+
+from programs import LENGTH, StateTable, TableDenoiser, make_batch
 
 STEPS = 3
 

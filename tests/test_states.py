@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent / "exact"))
-from programs import TableDenoiser
 
 from orderppl.denoising import Canvas
 from orderppl.states import (
@@ -24,6 +18,8 @@ from orderppl.states import (
     stacked_steps,
     steps_used,
 )
+
+from programs import TableDenoiser
 
 ORDER = torch.tensor([[1, 0, 2], [0, 2, VISIBLE]])
 TOKENS = torch.tensor([[5, 6, 7], [8, 9, 0]])

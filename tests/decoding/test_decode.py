@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from extreme_policies import Everything, Nothing
 
 from orderppl.decoding import (
     Block,
@@ -25,6 +19,8 @@ from orderppl.decoding import (
 from orderppl.denoising import Canvas
 from orderppl.distributions import RevealSet
 from orderppl.errors import UserError
+
+from extreme_policies import Everything, Nothing
 
 VOCAB, MASK = 7, 6
 

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from extreme_policies import Everything, Nothing
 
 from orderppl.decoding import (
     POLICIES,
@@ -46,6 +41,8 @@ from orderppl.distributions import RevealSet
 from orderppl.models import LearnedPolicy
 from orderppl.models.denoisers import TransformerDenoiser
 from orderppl.models.networks import PolicyNetwork
+
+from extreme_policies import Everything, Nothing
 
 VOCAB, MASK, SEPARATOR = 8, 7, 6
 EXAMPLES = settings(max_examples=4, deadline=None, derandomize=True, database=None)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chain_programs import chain_batch, chain_programs, fixed_guide, left_to_right
 
 from orderppl.diagnostics import agreement, to_inference_data
 from orderppl.diagnostics.agreement import auroc, overlap
 from orderppl.errors import UserError
 from orderppl.guides import PolicyGuide, RandomGuide
 from orderppl.models import EasyFirst, LeftToRight
+
+from chain_programs import chain_batch, chain_programs, fixed_guide, left_to_right
 
 nan = np.nan
 

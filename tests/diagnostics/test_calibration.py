@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chain_programs import ExactPosterior, chain_batch, chain_programs, fixed_guide, left_to_right
 
 from orderppl.diagnostics import calibrate, simulate
 from orderppl.diagnostics.calibration import _ranks, _step_at, default_functions, uniformity
 from orderppl.errors import UserError
 from orderppl.guides import PolicyGuide, RandomGuide
 from orderppl.models import EasyFirst, StepPrice, UniformSteps
+
+from chain_programs import ExactPosterior, chain_batch, chain_programs, fixed_guide, left_to_right
 
 LENGTH, STEPS = 4, 3
 

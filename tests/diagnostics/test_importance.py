@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyro
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chain_programs import (
-    ExactPosterior,
-    chain_batch,
-    chain_programs,
-    enumerated_evidence,
-    fixed_guide,
-    left_to_right,
-)
 
 from orderppl import RevealTraceGraph_ELBO, fit
 from orderppl.diagnostics import bound_curve, draw_orders, importance_report, pareto_k, prior_log_weights
@@ -32,6 +20,15 @@ from orderppl.inference.exact import all_orders
 from orderppl.models import CosineSteps, EasyFirst, StepPrice, UniformSteps, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.models.networks import PositionTable
+
+from chain_programs import (
+    ExactPosterior,
+    chain_batch,
+    chain_programs,
+    enumerated_evidence,
+    fixed_guide,
+    left_to_right,
+)
 
 
 def test_khat_tells_a_good_guide_from_a_bad_one():

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chain_programs import chain_batch, chain_programs, fixed_guide, left_to_right
 
 from orderppl.diagnostics import (
     InferenceData,
@@ -28,6 +24,8 @@ from orderppl.errors import UserError
 from orderppl.guides import MeanFieldGuide, PlackettLuceGuide, PolicyGuide, PosteriorGuide, RandomGuide
 from orderppl.models import EasyFirst, FixedSizes, StepPrice, UniformSteps
 from orderppl.models.networks import PositionTable
+
+from chain_programs import chain_batch, chain_programs, fixed_guide, left_to_right
 
 
 @pytest.fixture

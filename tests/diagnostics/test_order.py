@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import xarray as xr
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).parent))
-from chain_programs import chain_batch, chain_programs, fixed_guide
-
 from orderppl.diagnostics import order, to_inference_data
 from orderppl.errors import UserError
 from orderppl.models.denoisers import MarkovChainDenoiser
+
+from chain_programs import chain_batch, chain_programs, fixed_guide
 
 nan = np.nan
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chain_programs import chain_batch, chain_programs
 
 from orderppl import RevealTraceGraph_ELBO, fit
 from orderppl.diagnostics import (
@@ -29,6 +24,8 @@ from orderppl.errors import UserError
 from orderppl.guides import MeanFieldGuide
 from orderppl.inference import BatchStream
 from orderppl.models.networks import PositionTable
+
+from chain_programs import chain_batch, chain_programs
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import LENGTH, VOCAB, StateTable, TableDenoiser
 
 from orderppl.decoding import (
     Block,
@@ -34,6 +28,8 @@ from orderppl.errors import UserError
 from orderppl.models import LearnedPolicy
 from orderppl.path import RevealPath
 from orderppl.states import UnmaskingState
+
+from programs import LENGTH, VOCAB, StateTable, TableDenoiser
 
 STEPS = 3
 MASKED = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 0], [1, 1, 1], [1, 1, 1]]).bool()

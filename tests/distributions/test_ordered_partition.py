@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import LENGTH, VOCAB, StateTable, TableDenoiser
 
 from orderppl.decoding import make_sizes
 from orderppl.denoising import Canvas
@@ -24,6 +18,8 @@ from orderppl.distributions import (
 )
 from orderppl.models import LearnedPolicy
 from orderppl.path import RevealPath
+
+from programs import LENGTH, VOCAB, StateTable, TableDenoiser
 
 STEPS = 3
 MASKED = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 0], [0, 0, 0]]).bool()  # full, padded, one position, none

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pyro
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import GUIDES, PRIORS, TableDenoiser, TokenTable, is_finite_pair, make_batch, make_pair
-
 from orderppl.errors import UserError
 from orderppl.guides import RandomGuide
 from orderppl.inference import RelaxedELBO, RevealTraceGraph_ELBO, exact_elbo, exact_evidence
 from orderppl.inference.exact import all_orders, exact_terms
 from orderppl.models import UniformSteps, UnmaskingModel
+
+from programs import GUIDES, PRIORS, TableDenoiser, TokenTable, is_finite_pair, make_batch, make_pair
 
 PAIRS = [(prior, guide) for prior in PRIORS for guide in GUIDES if is_finite_pair(guide, prior)]
 # The gradient of every pair is checked; by default, of the later guides and priors with some of the others.

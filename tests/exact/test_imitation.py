@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pyro
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import flat_gradient, largest_z, learned, make_batch, make_guide, make_pair
-
 from orderppl.errors import UserError
 from orderppl.inference import Imitation, all_orders, exact_terms
+
+from programs import flat_gradient, largest_z, learned, make_batch, make_guide, make_pair
 
 TIED = {("learned_policy", "policy"), ("learned_steps", "plan"), ("priced_policy", "policy")}
 PAIRS = [

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pyro
 import pytest
 import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import flat_gradient, largest_z, learned, make_batch, make_pair
 
 from orderppl.diagnostics import draw_orders
 from orderppl.errors import UserError
@@ -27,6 +22,8 @@ from orderppl.inference import (
     importance_bound,
 )
 from orderppl.inference.objective import as_objective
+
+from programs import flat_gradient, largest_z, learned, make_batch, make_pair
 
 PAIRS = [
     ("uniform", "mean_field"),

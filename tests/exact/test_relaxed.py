@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pyro
 import pytest
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-from programs import flat_gradient, largest_z, learned, make_batch, make_pair
 
 from orderppl.data.chains import sample_chains
 from orderppl.data.collate import tensors
@@ -23,6 +18,8 @@ from orderppl.inference.relaxed import relaxed_steps
 from orderppl.models import EasyFirst, UniformSteps, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser, TransformerDenoiser
 from orderppl.models.networks import PositionTable
+
+from programs import flat_gradient, largest_z, learned, make_batch, make_pair
 
 STATES, LENGTH, STEPS = 3, 4, 3
 

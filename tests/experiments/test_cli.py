@@ -16,6 +16,8 @@ from orderppl.experiments import cli
 from orderppl.experiments.config import RunConfig, setting
 from orderppl.experiments.results import read_results
 
+from command_line import call
+
 
 @dataclass(frozen=True)
 class Config(RunConfig):
@@ -43,13 +45,6 @@ def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setitem(cli.EXPERIMENTS, "demo-run", "Draws a number.")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        cli.main(arguments)
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 def test_help_lists_every_experiment_without_loading_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from orderppl.experiments import ablate, cli, sudoku
+from orderppl.experiments import ablate, sudoku
 from orderppl.experiments.build import SudokuTask
 from orderppl.experiments.config import load_config
 from orderppl.experiments.orders import Orders
 from orderppl.experiments.results import read_results
 from orderppl.experiments.stages import Stages
 from orderppl.inference import OrderLoss
+
+import command_line
 
 NETWORK = "network: {width: 8, layers: 1, heads: 2}"
 FIT = "fit: {updates: 2, batch_size: 4, validate_every: null}, elbo: {num_particles: 2}"
@@ -34,10 +36,7 @@ SMALL = {
 
 def call(command: str, denoiser: Path, out: Path, settings: dict[str, str], *more: str) -> int:
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    with pytest.raises(SystemExit) as end:
-        cli.main([command, "--denoiser", str(denoiser), "--out", str(out), *sets, *more])
-    assert isinstance(end.value.code, int)
-    return end.value.code
+    return command_line.call(command, "--denoiser", str(denoiser), "--out", str(out), *sets, *more)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +48,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     settings += ["fit={updates: 3, batch_size: 8, warmup: 1}"]
     sets = [part for value in settings for part in ("--set", value)]
-    with pytest.raises(SystemExit) as end:
-        cli.main(["train-denoiser", "--config", "sudoku_denoiser", "--out", str(out), *sets])
-    assert end.value.code == 0
+    assert command_line.call("train-denoiser", "--config", "sudoku_denoiser", "--out", str(out), *sets) == 0
     return out
 
 

@@ -9,19 +9,13 @@ import pytest
 import yaml
 
 from orderppl.diagnostics import load
-from orderppl.experiments import cli
 from orderppl.experiments.diagnose import frontier_points, open_run
 from orderppl.experiments.results import read_results
 
+from command_line import call
+
 SMALL = ["task.train=64", "task.validation=16", "task.test=32", "task.length=6", "fit.updates=12", "num_steps=3"]
 OPTIONS = ["--draws", "40", "--sequences", "3", "--set", "state_draws=4"]
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        cli.main(arguments)
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 def settings(*assignments: str) -> list[str]:

@@ -6,7 +6,6 @@ import errno
 import json
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +19,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tiny_models import write_model, write_tokenizer
-
-from orderppl.experiments import cli, fit_order
+from orderppl.experiments import fit_order
 from orderppl.experiments.failures import explain
 from orderppl.inference.checkpoints import TEMPORARY, CheckpointFolder, write_text
+
+from command_line import call
+from tiny_models import write_model, write_tokenizer
 
 SETTINGS = {
     "num_steps": 3,
@@ -58,13 +57,6 @@ def here(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(root / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        cli.main(arguments)
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 def only_line(capfd: pytest.CaptureFixture[str]) -> str:

@@ -29,13 +29,14 @@ from orderppl.experiments.build import (
     save_tokenizer,
 )
 from orderppl.experiments.build.networks import PolicyNetworkConfig
-from orderppl.experiments.cli import main
 from orderppl.experiments.config import dump_config
 from orderppl.experiments.fit_order import save_order
 from orderppl.experiments.frontier_report import pass_at_k
 from orderppl.experiments.results import read_results
 from orderppl.experiments.train_denoiser import Config as TrainDenoiserConfig
 from orderppl.inference.checkpoints import save_weights, write_text
+
+import command_line
 
 TASK = ArithmeticTask(variant="dual", num_operations=2, train=60, validation=20, test=30)
 GRID = """
@@ -90,9 +91,7 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
 
 
 def call(folder: Path, out: Path, *more: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(command(folder, out, *more))
-    return int(end.value.code or 0)
+    return command_line.call(*command(folder, out, *more))
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -215,9 +214,7 @@ def test_results_of_another_denoiser_are_refused(
         (["--out", str(whole)], "denoiser.weights differs"),
         (["--out", str(tmp_path / "new"), "--run", str(folder / "order-0")], "learned for another denoiser"),
     ):
-        with pytest.raises(SystemExit) as end:
-            main([*words, *more])
-        assert end.value.code == 2
+        assert command_line.call(*words, *more) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
     assert (whole / "rows-1-of-1.jsonl").read_bytes() == before
@@ -236,9 +233,7 @@ def test_rows_that_a_run_has_seen_in_training_are_left_out(folder: Path, tmp_pat
     (order / "order.yaml").write_text(leaky)
     words = ["frontier", "--denoiser", str(folder / "denoiser"), "--run", str(order), "--out", str(tmp_path / "out")]
     grid = ["--config", str(folder / "grid.yaml"), "--set", "heuristics=[]", "--set", "dials={}"]
-    with pytest.raises(SystemExit) as end:
-        main([*words, *grid])
-    assert not end.value.code
+    assert command_line.call(*words, *grid) == 0
     found = records(tmp_path / "out")
     assert {record["n"] for record in found} == {15}  # rows 80 to 94 are training rows of that run
     assert "15 rows left out" in (tmp_path / "out" / "tables.txt").read_text()
@@ -262,9 +257,8 @@ def test_one_policy_for_a_range_of_prices_is_a_curve(folder: Path, tmp_path: Pat
     save_order(order, problem, tmp_path / "order")
     words = ["frontier", "--denoiser", str(folder / "denoiser"), "--run", str(tmp_path / "order")]
     words += ["--out", str(tmp_path / "out"), "--config", str(folder / "grid.yaml"), "--set", "metrics=path_nats"]
-    with pytest.raises(SystemExit) as end:
-        main([*words, "--set", "dials={decisions: sample, price: [0.1, 10]}", "--set", "random_seeds=1"])
-    assert not end.value.code
+    more = ("--set", "dials={decisions: sample, price: [0.1, 10]}", "--set", "random_seeds=1")
+    assert command_line.call(*words, *more) == 0
     arms = {r["arm"]: r for r in records(tmp_path / "out") if r["metric"] == "path_nats" and r["kind"] == "learned"}
     assert list(arms) == ["order (sample) price=0.1", "order (sample) price=10"]
     cheap, dear = arms.values()

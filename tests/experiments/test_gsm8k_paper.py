@@ -17,17 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from gsm8k_rows import write_rows
-from tiny_models import write_model
-
 from orderppl.decoding.registry import POLICIES
-from orderppl.experiments import cli, gsm8k
+from orderppl.experiments import gsm8k
 from orderppl.experiments.build import PretrainedDenoiserConfig
 from orderppl.experiments.config import config_dict, load_config
 from orderppl.experiments.results import read_results
 from orderppl.models.denoisers import SmdmConfig, SmdmDenoiser, denoiser_tokenizer
+
+import command_line
+from gsm8k_rows import write_rows
+from tiny_models import write_model
 
 SIZES = {  # what the small preset may change of the paper's
     *("validation", "max_context", "max_length", "canvas", "dtype"),
@@ -100,10 +99,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
 
 
 def call(data: Path, out: Path, *more: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        cli.main(command(data, out, *more))
-    assert isinstance(end.value.code, int)
-    return end.value.code
+    return command_line.call(*command(data, out, *more))
 
 
 JOINT = ("--set", "equations.orders.0.freeze_denoiser=false")

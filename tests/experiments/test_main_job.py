@@ -11,7 +11,8 @@ import pytest
 from orderppl.errors import UserError
 from orderppl.experiments import evaluate, posterior
 from orderppl.experiments.build import ArithmeticTask
-from orderppl.experiments.cli import main
+
+from command_line import call
 
 FEW = ["--set", "fit.updates=3", "--set", "fit.kl_weight.updates=2", "--set", "elbo.num_particles=2"]
 
@@ -24,12 +25,6 @@ def installed(package: str, wanted: str) -> bool:
 
 
 needs_weights = pytest.mark.skipif(not installed("sapiens", "1.0.5"), reason="the antibody weights are not installed")
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    return int(stop.value.code or 0)
 
 
 def read(out: Path) -> dict:

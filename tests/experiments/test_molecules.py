@@ -14,11 +14,12 @@ from orderppl.data.antibody_regions import REGIONS, antibody_regions
 from orderppl.errors import UserError
 from orderppl.experiments import evaluate
 from orderppl.experiments.antibody_judge import AntibodyJudge
-from orderppl.experiments.cli import main
 from orderppl.experiments.config import load_config
 from orderppl.experiments.molecules import within_budget
 from orderppl.experiments.reactions import Config as ReactionsConfig
 from orderppl.experiments.reactions import token_kind
+
+from command_line import call
 
 FEW = [
     "--set",
@@ -43,12 +44,6 @@ def installed(package: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    return int(stop.value.code or 0)
 
 
 def reactions(path: Path, rows: int) -> Path:

@@ -12,12 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tiny_models import write_model
-
 from orderppl.decoding import decode
 from orderppl.errors import UserError
-from orderppl.experiments import cli
 from orderppl.experiments.build import (
     ArithmeticTask,
     ChainTask,
@@ -30,6 +26,9 @@ from orderppl.experiments.build import (
 from orderppl.experiments.evaluate import load_order
 from orderppl.experiments.results import read_results
 from orderppl.models.denoisers import load_denoiser
+
+from command_line import call
+from tiny_models import write_model
 
 REMOTE = ("llada", "Dream")
 KINDS = ("bert", "smdm", *REMOTE)
@@ -56,13 +55,6 @@ for policy, model in zip(sys.argv[1::2], sys.argv[2::2]):
     output = decode(denoiser, policy, context, mask, length=torch.tensor({sizes}), max_steps=policy.num_steps)
     print(json.dumps([output.sequences.tolist(), output.reveal_step.tolist()]))
 """
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        cli.main(arguments)
-    assert isinstance(end.value.code, int)
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ from orderppl.errors import UserError
 from orderppl.evaluation import path_likelihood
 from orderppl.experiments import evaluate, fit_order, report
 from orderppl.experiments.build import learned_policy
-from orderppl.experiments.cli import main
 from orderppl.experiments.config import load_config
 from orderppl.experiments.markup import tag
 from orderppl.experiments.replay import load_parts, record_replays
 from orderppl.experiments.results import write_results
+
+from command_line import call
 
 CHAIN = ["task.length=7", "task.train=40", "task.validation=8", "task.test=9", "fit.updates=3", "num_steps=3"]
 TEXT = [
@@ -31,12 +32,6 @@ TEXT = [
     "elbo.num_particles=2",
     "fit={updates: 1, batch_size: 2, validate_every: null}",
 ]
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    return int(stop.value.code or 0)
 
 
 def chain_run(out: Path) -> Path:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
-from pathlib import Path
 
 import pyro
 import pytest
@@ -13,19 +11,6 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive, TraceGraph_ELBO
 from pyro.ops.provenance import get_provenance
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import (
-    GUIDES,
-    LENGTH,
-    PosteriorTable,
-    StateTable,
-    TableDenoiser,
-    TokenTable,
-    make_batch,
-    make_guide,
-    make_pair,
-)
 
 from orderppl.decoding import Block, GreedyOracle, Klass, TopProb, UniformSizes, follow
 from orderppl.denoising import Canvas
@@ -43,6 +28,18 @@ from orderppl.guides import (
 )
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.models import FixedSizes, LearnedPolicy, LearnedSteps, UniformSteps, UnmaskingModel
+
+from programs import (
+    GUIDES,
+    LENGTH,
+    PosteriorTable,
+    StateTable,
+    TableDenoiser,
+    TokenTable,
+    make_batch,
+    make_guide,
+    make_pair,
+)
 
 STEPS = 3
 every_guide = pytest.mark.parametrize("name", GUIDES)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import LENGTH, VOCAB, StateTable, TableDenoiser, TokenTable
-
 from orderppl.guides import MeanFieldGuide, PolicyGuide, RandomGuide
 from orderppl.inference import BatchStream, FitResult, RevealTraceGraph_ELBO, fit
 from orderppl.inference.objective import Objective
 from orderppl.models import LearnedPolicy, LearnedSteps, UniformSteps, UnmaskingModel
+
+from programs import LENGTH, VOCAB, StateTable, TableDenoiser, TokenTable
 
 STEPS = 3
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -15,14 +13,13 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import LENGTH, VOCAB, StateTable, TableDenoiser, TokenTable, make_batch, make_pair
-
 from orderppl.distributions import BernoulliSet
 from orderppl.guides import MeanFieldGuide, RandomGuide
 from orderppl.inference import RevealTraceGraph_ELBO, exact_elbo, exact_evidence
 from orderppl.inference.exact import all_orders
 from orderppl.models import LearnedPolicy, SequentialUnmaskingModel, UniformSteps, UnmaskingModel
+
+from programs import LENGTH, VOCAB, StateTable, TableDenoiser, TokenTable, make_batch, make_pair
 
 STEPS = 3
 Program = Callable[..., object]

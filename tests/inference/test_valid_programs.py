@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pyro
@@ -17,14 +15,13 @@ from pyro.infer import ELBO, Trace_ELBO, TraceGraph_ELBO
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import GUIDES, LENGTH, PRIORS, VOCAB, TableDenoiser, is_finite_pair, make_batch, make_guide, make_pair
-
 from orderppl.errors import UserError
 from orderppl.guides import SequentialGuide
 from orderppl.inference import EnumeratedELBO, ImportanceWeightedELBO, RevealTraceGraph_ELBO, SequenceWakeSleep
 from orderppl.inference.objective import as_objective
 from orderppl.models import SequentialUnmaskingModel, UnmaskingModel
+
+from programs import GUIDES, LENGTH, PRIORS, VOCAB, TableDenoiser, is_finite_pair, make_batch, make_guide, make_pair
 
 STEPS = 2
 STOCK = {"max_plate_nesting": 1, "vectorize_particles": True}

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +12,6 @@ import torch
 from huggingface_hub import errors
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import KINDS, MASKED_LM, write_model, write_tokenizer
-
 from orderppl.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from orderppl.decoding import decode, make_policy
 from orderppl.denoising import Canvas, Denoiser, SplitDenoiser
@@ -26,6 +22,8 @@ from orderppl.models.denoisers import PretrainedDenoiser, SplitPretrainedDenoise
 from orderppl.models.denoisers.remote_code import check_loads_alike
 from orderppl.models.networks import PolicyNetwork
 from orderppl.states import UnmaskingState
+
+from tiny_models import KINDS, MASKED_LM, write_model, write_tokenizer
 
 
 @pytest.fixture(scope="module")

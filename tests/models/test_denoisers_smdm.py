@@ -1,18 +1,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import loud
-
 from orderppl.errors import UserError
 from orderppl.models.denoisers import SmdmConfig, SmdmDenoiser, load_denoiser
+
+from tiny_models import loud
 
 TINY = SmdmConfig(n_layer=2, n_head=4, n_embd=32, intermediate_size=48, vocab_size=50, block_size=64)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,6 @@ import huggingface_hub
 import pytest
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import LENGTH, VOCAB, TableDenoiser
 
 from orderppl.data.tokenizers import WordTokenizer
 from orderppl.decoding import Policy, StochasticPolicy, Threshold, decode
@@ -40,6 +36,8 @@ from orderppl.models.architectures import build, describe
 from orderppl.models.networks import PolicyNetwork, PositionTable, SequenceEncoder
 from orderppl.models.plans import OpeningPlan
 from orderppl.states import UnmaskingState
+
+from programs import LENGTH, VOCAB, TableDenoiser
 
 STEPS = 3
 

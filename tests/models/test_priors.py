@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pyro
 import pytest
@@ -12,9 +10,6 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import LENGTH, PRIORS, PricedTable, TableDenoiser, TokenTable, make_batch
 
 from orderppl.decoding import (
     Block,
@@ -51,6 +46,8 @@ from orderppl.models import (
 from orderppl.models.priors import LOGIT_LIMIT
 from orderppl.path import RevealPath
 from orderppl.states import UnmaskingState
+
+from programs import LENGTH, PRIORS, PricedTable, TableDenoiser, TokenTable, make_batch
 
 STEPS = 4
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import pyro
 import pytest
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))
-from programs import LENGTH, PRIORS, VOCAB, StateTable, TableDenoiser, TokenTable, make_batch
 
 from orderppl.denoising import Canvas
 from orderppl.guides import PolicyGuide, RandomGuide, RenormalisedScoreGuide
@@ -31,6 +26,8 @@ from orderppl.models import (
     UnmaskingModel,
 )
 from orderppl.path import RevealPath
+
+from programs import LENGTH, PRIORS, VOCAB, StateTable, TableDenoiser, TokenTable, make_batch
 
 STEPS = 3
 every_prior = pytest.mark.parametrize("name", sorted(PRIORS))
