@@ -1,4 +1,4 @@
-"""The one exception that reaches a user as a single clear line, and a failure that has many names."""
+"""The one exception that reaches a user as a single clear line, and what there is to say of foreign ones."""
 
 
 class UserError(ValueError):
@@ -18,6 +18,11 @@ class UserError(ValueError):
             problem, _, remedy = rest.rpartition("; ")
         self.field, self.problem, self.remedy = field, problem, remedy
         super().__init__(f"{field}: {problem}; {remedy}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of foreign code says, in one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from orderppl.errors import UserError
+from orderppl.errors import UserError, first_line
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.py")
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
@@ -60,7 +60,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> tuple[str, st
 
     page = f"https://huggingface.co/{name}"
     offline = f"download it where there is a network (hf download {name}) and give the folder"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if isinstance(error, errors.GatedRepoError):
         return f"{name} is gated", f"accept its terms at {page}, then log in with: hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -74,7 +74,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> tuple[str, st
         return f"{name!r} is neither a folder here nor a hub name", "give an existing folder or owner/name"
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
         error = error.__cause__  # it was reached, and said so
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
             problem = f"{name} is neither a folder here nor in the local cache, and HF_HUB_OFFLINE is set"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from orderppl.errors import UserError
+from orderppl.errors import UserError, first_line
 from orderppl.experiments.config import setting
 
 
@@ -44,7 +44,7 @@ def compiling(denoiser: nn.Module, config: LoopConfig) -> Iterator[None]:
     except Exception as error:  # what a compiler raises depends on the backend
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             "compile", f"the denoiser cannot be compiled here ({reason})", "set compile to false"
         ) from error

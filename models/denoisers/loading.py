@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from orderppl.denoising import Denoiser
-from orderppl.errors import UserError, is_out_of_memory
+from orderppl.errors import UserError, first_line, is_out_of_memory
 from orderppl.hub import fetch
 from orderppl.inference.checkpoints import load_weights, read_config
 from orderppl.models.denoisers import smdm
@@ -258,7 +258,7 @@ def _load_masked_lm(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, An
     except Exception as error:  # what a wrong file leads to depends on the model
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         problem = f"{folder} cannot be loaded ({reason})"
         raise UserError("denoiser", problem, "give a complete folder, or download it again") from error
     return network, info
@@ -306,7 +306,7 @@ def _way_to_pad(denoiser: PretrainedDenoiser, dtype: torch.dtype) -> Padding:
     except Exception as error:  # foreign code
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         problem = f"the model does not read a row of tokens ({reason})"
         raise UserError("denoiser", problem, "use the transformers_version of its config.json") from error
     allowed = alone.abs().max() * (1e-4 if dtype in (torch.float32, torch.float64) else 3e-2)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orderppl.errors import UserError, is_out_of_memory
+from orderppl.errors import UserError, first_line, is_out_of_memory
 
 AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
 
@@ -66,7 +66,7 @@ def load_remote(folder: Path, auto_map: dict[str, str], dtype: torch.dtype) -> t
             raise
         import transformers
 
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         problem = f"the code of {folder} fails under transformers {transformers.__version__} ({reason})"
         raise UserError("denoiser", problem, "use the transformers_version of its config.json") from error
     return network, info

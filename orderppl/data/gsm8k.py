@@ -19,7 +19,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 
 from orderppl.data.report import LoadReport, hash_fraction
-from orderppl.errors import UserError
+from orderppl.errors import UserError, first_line
 
 Form = Literal["full", "equations", "programs"]
 
@@ -202,7 +202,7 @@ def _hub(name: str, report: LoadReport) -> dict[str, tuple[str, Iterator[tuple[i
     try:
         loaded = load_dataset(name, "main") if name.rpartition("/")[2] == "gsm8k" else load_dataset(name)
     except Exception as error:  # the hub client raises many unrelated types; all mean that the name cannot be read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             "data",
             f"{name!r} is no local path and cannot be loaded from the hub ({reason})",

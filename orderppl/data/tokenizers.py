@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from orderppl.errors import UserError
+from orderppl.errors import UserError, first_line
 from orderppl.hub import TOKENIZER_FILES, fetch
 
 PAD, MASK, EOS, UNK, JOIN = "<pad>", "<mask>", "<eos>", "<unk>", "<join>"
@@ -346,7 +346,7 @@ def load_tokenizer(
             warnings.simplefilter("ignore", FutureWarning)  # of old names in the configuration of remote code
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # what a wrong file leads to depends on the tokeniser
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             "tokenizer",
             f"{name_or_path} cannot be loaded ({reason})",
