@@ -13,7 +13,7 @@ explains everything else. Finished fits and measurements are kept: repeat the co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -25,7 +25,7 @@ from rich.table import Table
 from orderppl.errors import UserError
 from orderppl.experiments import comparison
 from orderppl.experiments.config import setting
-from orderppl.experiments.results import Record, save_figure
+from orderppl.experiments.results import Record, real, save_figure
 from orderppl.inference.checkpoints import write_text
 
 if TYPE_CHECKING:
@@ -89,14 +89,14 @@ def ingredient_table(records: Sequence[Record], reference: str) -> Table:
         table.add_column(column, justify="left" if column == "arm" else "right")
     for family, found in lines.items():
         first = found["nfe"][0]
-        nfe = sum(_real(record, "value") for record in found["nfe"]) / len(found["nfe"])
+        nfe = sum(real(record, "value") for record in found["nfe"]) / len(found["nfe"])
         cells = [family, str(first["steps"]), f"{nfe:.2f}", str(len(found["nfe"]))]
         for metric, factor, digits in (("accuracy", 100, 1), ("path_nats", 1, 4)):
-            values = [factor * _real(record, "value") for record in found.get(metric, [])]
+            values = [factor * real(record, "value") for record in found.get(metric, [])]
             spread = f" ({min(values):.{digits}f}-{max(values):.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.{digits}f}{spread}" if values else "")
             gaps = found.get(f"{metric}_difference", [])
-            numbers = [factor * _real(gaps[0], key) for key in ("value", "low", "high")] if gaps else []
+            numbers = [factor * real(gaps[0], key) for key in ("value", "low", "high")] if gaps else []
             cells.append("{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*numbers, d=digits) if gaps else "")
         table.add_row(*cells)
     return table
@@ -122,8 +122,8 @@ def ingredient_figure(records: Sequence[Record]) -> Figure:
             for family, found in lines.items()
             if f"{metric}_difference" in found
         }
-        values = [_real(record, "value") for record in gaps.values()]
-        ends = [[abs(_real(r, "value") - _real(r, key)) for r in gaps.values()] for key in ("low", "high")]
+        values = [real(record, "value") for record in gaps.values()]
+        ends = [[abs(real(r, "value") - real(r, key)) for r in gaps.values()] for key in ("low", "high")]
         axis.errorbar(values, list(gaps), xerr=ends, fmt="o", markersize=4)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel("accuracy, right is better" if metric == "accuracy" else "nats per token, left is better")
@@ -144,7 +144,3 @@ def _lines(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
         if str(record["metric"]).endswith("_difference"):
             lines[str(record["arm"])].setdefault(str(record["metric"]), []).append(record)
     return lines
-
-
-def _real(record: Mapping[str, object], key: str) -> float:
-    return float(str(record[key]))

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from orderppl.evaluation import Frontier, Point, bootstrap_mean, paired_difference
-from orderppl.experiments.results import Record
+from orderppl.experiments.results import Record, real
 from orderppl.experiments.sweeps import Arm
 
 if TYPE_CHECKING:
@@ -336,17 +336,17 @@ def arm_table(records: Iterable[Record], title: str) -> Table:
         table.add_row(
             arm,
             str(head["steps"]),
-            f"{_real(head, 'nfe'):.2f} ± {_real(head, 'nfe_se'):.2f} ({head['nfe_min']}-{head['nfe_max']})",
-            f"{_real(head, 'nfe_batch_max'):.1f}",
-            f"{_real(head, 'tokens_per_forward'):.2f}",
+            f"{real(head, 'nfe'):.2f} ± {real(head, 'nfe_se'):.2f} ({head['nfe_min']}-{head['nfe_max']})",
+            f"{real(head, 'nfe_batch_max'):.1f}",
+            f"{real(head, 'tokens_per_forward'):.2f}",
             str(head["seeds"]),
             _interval(metrics.get("accuracy"), 100, 1),
             _interval(metrics.get("path_nats"), 1, 3),
-            f"{_real(path, 'nfe'):.2f}" if path else "",
+            f"{real(path, 'nfe'):.2f}" if path else "",
             str(head.get("policy_parameters", "")),
-            *(f"{_real(head, key):+.0%}" if key in head else "" for key in ("policy_flops_share", "policy_wall_share")),
-            f"{_real(head, 'nfe_charged'):.2f}" if "nfe_charged" in head else "",
-            f"{1000 * _real(head, 'seconds_per_row'):.1f}",
+            *(f"{real(head, key):+.0%}" if key in head else "" for key in ("policy_flops_share", "policy_wall_share")),
+            f"{real(head, 'nfe_charged'):.2f}" if "nfe_charged" in head else "",
+            f"{1000 * real(head, 'seconds_per_row'):.1f}",
         )
     return table
 
@@ -359,21 +359,21 @@ def advantage_table(records: Iterable[Record], title: str) -> Table:
     for record in records:
         factor, digits = (100, 1) if record.get("measured") == "accuracy" else (1, 4)
         if record["metric"] == "frontier":
-            value = f"{factor * _real(record, 'value'):.{digits}f}"
-            place = f"{_real(record, 'target_nfe'):.2f}"
+            value = f"{factor * real(record, 'value'):.{digits}f}"
+            place = f"{real(record, 'target_nfe'):.2f}"
             table.add_row("", "", str(record["measured"]), place, "", value, str(record["of"]))
         elif record["metric"] == "advantage":
             seeds = str(record["training_seeds"])
             if record["training_seeds"] != 1:
-                spread = [f"{factor * _real(record, key):+.{digits}f}" for key in ("seed_low", "seed_high")]
+                spread = [f"{factor * real(record, key):+.{digits}f}" for key in ("seed_low", "seed_high")]
                 seeds += f" ({' to '.join(spread)})"
             table.add_row(
                 str(record["arm"]),
                 str(record.get("dial", "curve")),
                 str(record["measured"]),
-                f"{_real(record, 'nfe'):.2f}",
-                f"{factor * _real(record, 'own'):.{digits}f}",
-                f"{factor * _real(record, 'frontier'):.{digits}f}",
+                f"{real(record, 'nfe'):.2f}",
+                f"{factor * real(record, 'own'):.{digits}f}",
+                f"{factor * real(record, 'frontier'):.{digits}f}",
                 str(record["of"]),
                 _interval(record, factor, digits, "+"),
                 seeds,
@@ -386,30 +386,24 @@ def pass_table(records: Iterable[Record], title: str) -> Table:
     lines: dict[str, dict[int, Record]] = {}
     for record in records:
         if record["metric"] == "pass_at_k":
-            lines.setdefault(str(record["arm"]), {})[int(_real(record, "k"))] = record
+            lines.setdefault(str(record["arm"]), {})[int(real(record, "k"))] = record
     ks = sorted({k for line in lines.values() for k in line})
     first = next(iter(next(iter(lines.values())).values()))
-    about = f"{first['samples']} samples at temperature {_real(first, 'temperature'):g}"
+    about = f"{first['samples']} samples at temperature {real(first, 'temperature'):g}"
     table = Table(title=f"Sampled tokens, {about}: {title}", title_justify="left")
     table.add_column("arm")
     for column in ("NFE", *(f"pass@{k} %" for k in ks)):
         table.add_column(column, justify="right")
     for arm, line in lines.items():
         some = next(iter(line.values()))
-        table.add_row(arm, f"{_real(some, 'nfe'):.2f}", *(_interval(line.get(k), 100, 1) for k in ks))
+        table.add_row(arm, f"{real(some, 'nfe'):.2f}", *(_interval(line.get(k), 100, 1) for k in ks))
     return table
-
-
-def _real(record: Record, key: str) -> float:
-    value = record[key]
-    assert isinstance(value, (int, float))
-    return float(value)
 
 
 def _interval(record: Record | None, factor: float, digits: int, sign: str = "") -> str:
     if record is None:
         return ""
-    value, low, high = (f"{factor * _real(record, key):{sign}.{digits}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{factor * real(record, key):{sign}.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 

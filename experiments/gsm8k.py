@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from orderppl.data.gsm8k import load_gsm8k
 from orderppl.decoding import Policy, StochasticDecision, make_policy
 from orderppl.denoising import Denoiser
-from orderppl.errors import UserError
+from orderppl.errors import UserError, first_line
 from orderppl.evaluation import evaluate_policies, paired_difference
 from orderppl.experiments import frontier
 from orderppl.experiments.build import (
@@ -57,7 +57,7 @@ from orderppl.experiments.config import RunConfig, identity_dict, setting
 from orderppl.experiments.estimate import Throughput, estimate_denoiser, estimate_order, measure_throughput, show
 from orderppl.experiments.fit_order import ORDER_FILE, learned_modules
 from orderppl.experiments.orders import OrderArm, Orders, check_names
-from orderppl.experiments.results import Record
+from orderppl.experiments.results import Record, real
 from orderppl.experiments.stages import Stages
 from orderppl.experiments.stand_in import StandInConfig, write_stand_in
 from orderppl.experiments.sweeps import LearnedSweepConfig
@@ -228,7 +228,7 @@ class Study:
                 found = [estimate_denoiser(training, self.task, denoiser)] if denoiser_too else []
                 found += [estimate_order(a.arm, self.orders.config(a), self.orders.problem(a, denoiser)) for a in arms]
             except (RuntimeError, NotImplementedError) as error:  # a network that looks at numbers: it has none to see
-                Console().print(f"There is no estimate for these networks: {str(error).splitlines()[0]}", markup=False)
+                Console().print(f"There is no estimate for these networks: {first_line(error)}", markup=False)
                 return []
             told = self.config.device_tflops
             if told is not None:
@@ -532,8 +532,8 @@ def arm_table(records: Iterable[Record], title: str) -> Table:
     for arm, metrics in arms.items():
         cost = metrics.get("nfe", metrics["path_nats"])
         first = cost[0]
-        low = min(int(_real(record, "nfe_min")) for record in cost)
-        high = max(int(_real(record, "nfe_max")) for record in cost)
+        low = min(int(real(record, "nfe_min")) for record in cost)
+        high = max(int(real(record, "nfe_max")) for record in cost)
         table.add_row(
             arm,
             str(first["parameters"]),
@@ -548,14 +548,8 @@ def arm_table(records: Iterable[Record], title: str) -> Table:
     return table
 
 
-def _real(record: Record, key: str) -> float:
-    value = record[key]
-    assert isinstance(value, (int, float))
-    return float(value)
-
-
 def _mean(records: list[Record], key: str) -> float:
-    return sum(_real(record, key) for record in records) / len(records)
+    return sum(real(record, key) for record in records) / len(records)
 
 
 def _interval(records: list[Record], factor: float, digits: int) -> str:

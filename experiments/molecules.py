@@ -27,7 +27,7 @@ from orderppl.experiments.build import (
 from orderppl.experiments.config import setting
 from orderppl.experiments.evaluate import heuristics
 from orderppl.experiments.fit_order import fit_problem, save_order
-from orderppl.experiments.results import Record, results_table
+from orderppl.experiments.results import Record, real, results_table
 from orderppl.guides import MeanFieldGuide
 
 Batches = list[dict[str, Tensor]]
@@ -194,7 +194,7 @@ def first_rows(problem: OrderProblem, rows: int, device: str) -> Batches:
 def best_heuristic(records: Sequence[Record]) -> str:
     """The arm that neither learns nor sees the truth with the lowest `path_nats`."""
     arms = {
-        str(record["arm"]): float(str(record["value"]))
+        str(record["arm"]): real(record)
         for record in records
         if record["metric"] == "path_nats" and not str(record["arm"]).startswith(("learned", "greedy_oracle"))
     }

@@ -32,7 +32,7 @@ from orderppl.experiments.chain import require_exact
 from orderppl.experiments.config import setting
 from orderppl.experiments.evaluate import best_arms, chain_gaps
 from orderppl.experiments.fit_order import LOG_FILE, fit_problem, save_order
-from orderppl.experiments.results import Record, results_table, save_figure
+from orderppl.experiments.results import Record, real, results_table, save_figure
 from orderppl.inference import ImportanceWeightedELBO
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.importance_weighted import log_mean_exp
@@ -80,7 +80,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
             records.append({**record, "steps": num_steps, "n": len(evidence), "seed": seed, **labels})
         alone: dict[str, Policy] = {"its prior, sampled": learned_policy(problem, "sample")}
         records += chain_gaps(denoiser, alone, list(test.once()), num_steps, seed, labels)
-    gaps = {str(record["arm"]): float(str(record["value"])) for record in expected}
+    gaps = {str(record["arm"]): real(record) for record in expected}
     plot_fits(logs, float(log_evidence(denoiser, held_out).mean()), gaps, out / "posterior.png")
     title = f"Exact {config.task.name}, {num_steps} steps: gap to the log evidence, nats"
     Console().print(results_table(records, title=title))

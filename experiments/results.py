@@ -26,6 +26,13 @@ Record = Mapping[str, object]
 """A flat object: `metric`, `value`, and the labels that identify it (`task`, `arm`, `steps`, `seed`, `n`, ...)."""
 
 
+def real(record: Record, key: str = "value") -> float:
+    """A number of a record."""
+    value = record[key]
+    assert isinstance(value, (int, float))
+    return float(value)
+
+
 def environment(device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32") -> dict[str, object]:
     """Where a number was measured: versions, device, dtype, cores and threads."""
     device = torch.device(device)

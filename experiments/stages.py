@@ -103,15 +103,13 @@ class Stages:
         Raises:
             UserError: it is not finished; `remedy` says how to finish it.
         """
-        found = read_stage(self.out / stage)
-        if found is None or not found["finished"]:
+        if not self.is_finished(stage):
             raise UserError("--stage", f"{self.out / stage} is not finished", remedy)
         return self.out / stage
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage has been run to its end."""
-        found = read_stage(self.out / stage)
-        return found is not None and bool(found["finished"])
+        return self._result(stage) is not None
 
     def records(self, stage: str, labels: Record) -> list[Record]:
         """What a finished stage found, with the `seconds` and `cpu_seconds` it took; else nothing.
@@ -120,12 +118,17 @@ class Stages:
             stage: its folder.
             labels: added to every record.
         """
-        found = read_stage(self.out / stage)
-        if found is None or not found["finished"]:
+        found = self._result(stage)
+        if found is None:
             return []
         spent = [(key, found[key]) for key in ("seconds", "cpu_seconds") if key in found]
         times = [{"metric": key, "value": value, "stage": stage, **labels} for key, value in spent]
         return [*times, *({**labels, **record} for record in found["records"])]
+
+    def _result(self, stage: str) -> dict[str, Any] | None:
+        """What a stage wrote down, if it has been run to its end."""
+        found = read_stage(self.out / stage)
+        return found if found is not None and found["finished"] else None
 
 
 def _as_now(before: Mapping[str, Any], now: Mapping[str, Any], settings: Any) -> dict[str, Any]:

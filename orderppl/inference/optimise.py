@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from orderppl.errors import UserError
 from orderppl.inference.annealing import Anneal, set_dial
 from orderppl.inference.batches import BatchStream
-from orderppl.inference.checkpoints import TEMPORARY, CheckpointFolder, learned_state
+from orderppl.inference.checkpoints import CheckpointFolder, learned_state, write_text
 from orderppl.inference.processes import Processes
 from orderppl.randomness import keyed_draws
 
@@ -84,9 +83,7 @@ class _Log:
                 if record["update"] <= update:
                     kept.append(record)
         if self.writes:
-            temporary = self.path.with_name(TEMPORARY + self.path.name)
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         trace = [record for record in kept if "validation" not in record]
         validations = [{"update": r["update"], **r["validation"]} for r in kept if "validation" in r]
         return trace, validations
