@@ -80,6 +80,9 @@ class TransformerConfig:
     positions: Literal["rotary", "learned"] = setting("rotary", "position information")
     tied: bool = setting(True, "share embedding and output head")
     number_features: bool = setting(True, "start number embeddings as Fourier features of their value")
+    prompt_reads_response: bool = setting(
+        True, "prompts attend to responses too; false: they are read once per decoding (needs a separator)"
+    )
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) 
             tied=config.tied,
             positions=config.positions,
             separator_index=task.separator,
+            prompt_reads_response=config.prompt_reads_response,
             prompt_room=max(
                 (batch["context"].shape[1] for batch in task.splits.values() if "context" in batch), default=1
             ),
