@@ -294,25 +294,36 @@ class ResidualPolicy(LearnedPolicy):
 class FinishingPolicy(RevealPrior):
     """Another policy, with one decision before each of its own: reveal all that is left at once.
 
-        p(z_t | s_t) = f_t [z_t = M_t] + (1 - f_t) prior(z_t | s_t),      logit f_t = mean_{i in M_t} network(s_t)_i
+        p(z_t | s_t) = f_t [z_t = M_t] + (1 - f_t) prior(z_t | s_t)
+        logit f_t = slope u + mean_{i in M_t} network(s_t)_i,      u in [-1, 1] the log-price's place in its range
 
-    Under a step price it learns for which sequences further steps are worth what they cost.
+    Under a step price it learns for which sequences further steps are worth what they cost. With a range of prices
+    the network says where the price is at which that changes; without the first term, the decision for all sequences
+    and prices grows certain long before it learns to tell them apart.
 
     Args:
         prior: the other policy.
         network: state -> float [*, L].
+        prices: the range that a `StepPrice` around it charges; None leaves out the first term.
+        slope: log-odds of finishing between the middle of the range and its ends.
     """
 
-    def __init__(self, prior: RevealPrior, network: nn.Module) -> None:
+    def __init__(
+        self, prior: RevealPrior, network: nn.Module, prices: PriceRange | None = None, slope: float = 4.0
+    ) -> None:
         super().__init__()
         self.prior = prior
         self.network = network
+        self.prices = prices
+        self.slope = slope
         self.non_empty = prior.non_empty
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Finish, or reveal as the other policy does."""
         logits = torch.where(state.masked, self.network(state), 0.0)  # [*, L]
         finish = logits.sum(-1) / state.masked.sum(-1).clamp(min=1)  # [*]
+        if self.prices is not None:
+            finish = finish + self.slope * self.prices.places(finish.shape[-1], finish.device).to(finish.dtype)
         return FinishingSet(state.law(self.prior.distribution), finish.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
 
 

@@ -85,6 +85,7 @@ class FinishingPolicyConfig:
         ResidualPolicyConfig, "the other policy"
     )
     network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the decision; its bias is the first one")
+    slope: float = setting(4.0, "with a range of prices: log-odds between its middle and its ends", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def build_prior(
             return models.ResidualPolicy(base, correction, config.non_empty)
         case FinishingPolicyConfig():
             other = build_prior(config.prior, task, num_steps, prices)
-            return models.FinishingPolicy(other, build_policy_network(config.network, task, prices=prices))
+            decision = build_policy_network(config.network, task, prices=prices)
+            return models.FinishingPolicy(other, decision, prices, config.slope)
         case LearnedStepsConfig():
             return models.LearnedSteps(build_sequence_network(config.network, task, num_steps))
         case StepPriceConfig():

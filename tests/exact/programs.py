@@ -109,6 +109,12 @@ def priced_range(steps: int) -> StepPrice:
     return StepPrice(LearnedPolicy(PricedTable(prices)), prices)
 
 
+def finishing_range(steps: int) -> StepPrice:
+    """The same, with a decision to finish that the price moves."""
+    prices = PriceRange(0.2, 1.5)
+    return StepPrice(FinishingPolicy(LearnedPolicy(PricedTable(prices)), StateTable(), prices, slope=1.5), prices)
+
+
 class PosteriorTable(nn.Module):
     """Posterior network: the policy's logits and one per true token and position."""
 
@@ -141,6 +147,7 @@ PRIORS = {
     "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
     "priced_finishing": lambda steps: StepPrice(PRIORS["finishing_policy"](steps), 0.7),
     "priced_range": priced_range,
+    "finishing_range": finishing_range,
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 GUIDES += ["plackett_luce", "one_each", "point", "oracle", "smoothed", "klass"]
@@ -184,7 +191,8 @@ def is_finite_pair(guide: str, prior: str) -> bool:
         return guide in same_sizes[prior]
     waits = {"random", "mean_field", "plan"}
     never_waits = {"left_to_right", "easy_first", "learned_policy", "heuristic"}
-    never_waits |= {"priced_policy", "priced_range", "priced_looking_back", "finishing_policy", "priced_finishing"}
+    never_waits |= {"priced_policy", "priced_range", "priced_looking_back"}
+    never_waits |= {"finishing_policy", "priced_finishing", "finishing_range"}
     return not (guide in waits and prior in never_waits)
 
 

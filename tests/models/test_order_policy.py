@@ -51,6 +51,11 @@ def priced() -> StepPrice:
     return StepPrice(LearnedPolicy(network(features=("confidence", "price"), prices=prices)), prices)
 
 
+def finishing_by_price() -> StepPrice:
+    prices = PriceRange(0.1, 2.0)
+    return StepPrice(FinishingPolicy(EasyFirst(0.7, 0.5), network(), prices, slope=3.0), prices)
+
+
 def learned_things() -> dict[str, nn.Module]:
     """One of everything that can be shared."""
     shared = network(features=("margin",), reads_tokens=False)
@@ -58,6 +63,7 @@ def learned_things() -> dict[str, nn.Module]:
         "residual": StepPrice(ResidualPolicy(EasyFirst(0.7, 0.5), network(zero_init=True), non_empty=False), 0.3),
         "learned": LearnedPolicy(network()),
         "finishing": StepPrice(FinishingPolicy(EasyFirst(0.7, 0.5), network()), 0.3),
+        "finishing by price": finishing_by_price(),
         "same network twice": ResidualPolicy(LearnedPolicy(shared), shared),
         "range of prices": priced(),
         "schedule": LearnedSchedule(STEPS),

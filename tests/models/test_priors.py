@@ -30,6 +30,7 @@ from orderppl.errors import UserError
 from orderppl.models import (
     CosineSteps,
     EasyFirst,
+    FinishingPolicy,
     FixedSizes,
     HeuristicPrior,
     LearnedPolicy,
@@ -243,6 +244,21 @@ def test_a_range_prices_every_sequence_for_itself():
         StepPrice(UniformSteps(), 0.5).at(0.5)
 
 
+def test_finishing_depends_on_the_price():
+    """logit f = slope u + mean network, with u = -0.75, -0.25, 0.25, 0.75 for four sequences; +-1 at the ends."""
+    prices = PriceRange(0.1, 1.6)
+    finishing = FinishingPolicy(EasyFirst(), Constant(-0.5), prices, slope=4.0)
+    state = make_state([[True, True, False]] * 4)
+    torch.testing.assert_close(finishing.distribution(state).logit, torch.tensor([-3.5, -1.5, 0.5, 2.5]))
+    priced = StepPrice(finishing, prices)
+    one = make_state([[True, True, False]])
+    for price, logit in ((0.1, -4.5), (0.4, -0.5), (1.6, 3.5)):
+        torch.testing.assert_close(priced.at(price).prior.distribution(one).logit, torch.tensor([logit]))
+    assert priced.at(1.6).select(one).tolist() == [[True, True, False]]
+    same_for_all = FinishingPolicy(EasyFirst(), Constant(-0.5))
+    torch.testing.assert_close(same_for_all.distribution(state).logit, torch.full((4,), -0.5))
+
+
 def test_fixed_sizes_is_uniform_over_orders_of_its_sizes():
     """p(r) = prod_t k_t! / n! for each row's own n, and no other order is possible."""
     batch = make_batch()
@@ -363,7 +379,7 @@ def test_bad_settings_are_refused(build, field: str):
 def test_every_prior_is_a_policy(name: str):
     """Selects a subset of what is masked, something when it never waits; rows do not influence each other."""
     prior = PRIORS[name](STEPS)
-    prior = prior.at(0.5) if name == "priced_range" else prior  # rows decoded together pay the same price
+    prior = prior.at(0.5) if name.endswith("_range") else prior  # rows decoded together pay the same price
     assert isinstance(prior, Policy)
     masked = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]]).bool()
     denoiser = TableDenoiser()
