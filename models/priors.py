@@ -320,10 +320,12 @@ class FinishingPolicy(RevealPrior):
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Finish, or reveal as the other policy does."""
-        logits = torch.where(state.masked, self.network(state), 0.0)  # [*, L]
-        finish = logits.sum(-1) / state.masked.sum(-1).clamp(min=1)  # [*]
+        logits = self.network(state)  # [*, L]
         if self.prices is not None:
-            finish = finish + self.slope * self.prices.places(finish.shape[-1], finish.device).to(finish.dtype)
+            places = self.prices.places(logits.shape[-2], logits.device).to(logits.dtype)  # [B]
+            logits = logits + self.slope * places[:, None]
+        logits = torch.where(state.masked, logits, 0.0)
+        finish = logits.sum(-1) / state.masked.sum(-1).clamp(min=1)  # [*]
         return FinishingSet(state.law(self.prior.distribution), finish.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
 
 

@@ -67,6 +67,9 @@ class SavedDenoiserConfig:
 
     name: Literal["saved"] = "saved"
     run: str = setting("runs/train-denoiser", "its run folder", file=True)
+    max_length: int | None = setting(
+        None, "longest prompt plus response, tokens, of one with rotary positions; null: as it was trained", at_least=1
+    )
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,10 @@ def build_denoiser(config: DenoiserConfig, task: Task, task_config: TaskConfig) 
         denoiser = ReactionDenoiser.from_wheel()
     elif isinstance(config, SavedDenoiserConfig):
         denoiser = load_trained(config.run)
+        if config.max_length is not None:
+            if not isinstance(denoiser, TransformerDenoiser):
+                raise UserError("denoiser.max_length", "an SMDM keeps its own", "leave it out")
+            denoiser.read_up_to(config.max_length)
         _check_vocabulary(denoiser, config.run, task, "denoiser.run", "use a denoiser trained on this task")
         _check_length(denoiser.max_length, config.run, task)
     elif isinstance(config, PretrainedDenoiserConfig):

@@ -116,6 +116,17 @@ class TransformerDenoiser(nn.Module):
         if number_values is not None:
             self._initialise_numbers(number_values)
 
+    def read_up_to(self, max_length: int) -> None:
+        """Set the longest canvas, tokens; rotary positions have no end of their own.
+
+        Raises:
+            UserError: learned positions.
+        """
+        if self.config["positions"] != "rotary":
+            problem = f"its {self.max_length} positions are learned"
+            raise UserError("max_length", problem, "leave it out, or train a denoiser with rotary positions")
+        self.max_length = self.config["max_length"] = max_length
+
     def _initialise_numbers(self, number_values: Sequence[float | None] | Tensor) -> None:
         values = torch.as_tensor(
             [math.nan if value is None else float(value) for value in number_values], dtype=torch.float32

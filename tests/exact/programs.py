@@ -147,7 +147,7 @@ PRIORS = {
     "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
     "priced_finishing": lambda steps: StepPrice(PRIORS["finishing_policy"](steps), 0.7),
     "priced_range": priced_range,
-    "finishing_range": finishing_range,
+    "priced_finishing_range": finishing_range,
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 GUIDES += ["plackett_luce", "one_each", "point", "oracle", "smoothed", "klass"]
@@ -192,7 +192,7 @@ def is_finite_pair(guide: str, prior: str) -> bool:
     waits = {"random", "mean_field", "plan"}
     never_waits = {"left_to_right", "easy_first", "learned_policy", "heuristic"}
     never_waits |= {"priced_policy", "priced_range", "priced_looking_back"}
-    never_waits |= {"finishing_policy", "priced_finishing", "finishing_range"}
+    never_waits |= {"finishing_policy", "priced_finishing", "priced_finishing_range"}
     return not (guide in waits and prior in never_waits)
 
 

@@ -92,7 +92,7 @@ def test_gradient_is_unbiased(prior: str, guide: str):
         ("residual_policy", "policy"),
         ("priced_policy", "other_policy"),
         ("priced_finishing", "policy"),
-        ("finishing_range", "policy"),
+        ("priced_finishing_range", "policy"),
         ("learned_steps", "plan"),
         ("learned_policy", "plackett_luce"),
         ("uniform", "one_each"),

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from orderppl.errors import UserError
-from orderppl.experiments import cli, evaluate, fit_order, train_denoiser
+from orderppl.experiments import cli, evaluate, fit_order, frontier, train_denoiser
 from orderppl.experiments.build import (
+    DENOISER_FILE,
     ArithmeticTask,
     MeanFieldConfig,
     RandomGuideConfig,
     RevealTraceGraphConfig,
+    SavedDenoiserConfig,
     TransformerConfig,
     build_denoiser,
     build_problem,
@@ -25,6 +27,7 @@ from orderppl.experiments.build import (
 from orderppl.experiments.config import config_dict, dump_config, load_config, packaged_configs
 from orderppl.experiments.results import read_results
 from orderppl.inference import EnumeratedELBO
+from orderppl.inference.checkpoints import save_weights
 
 SMALL = [
     "task={name: chain, num_states: 3, length: 6, train: 40, validation: 10, test: 10}",
@@ -266,14 +269,31 @@ def test_a_range_of_prices_is_checked_when_it_is_read() -> None:
             load_config(fit_order.Config, "chain", wrong)
 
 
-@pytest.mark.parametrize("name", ["chain", "arithmetic_order", "arithmetic_denoiser"])
+CONFIGS = ["chain", "arithmetic_order", "arithmetic_denoiser", "mod20_denoiser", "mod20_order", "dual_denoiser"]
+CONFIGS += ["dual_order", "programs_order", "frontier", "frontier_mod20", "frontier_dual", "frontier_programs"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_packaged_configs_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    kind = train_denoiser.Config if name == "arithmetic_denoiser" else fit_order.Config
+    kind = train_denoiser.Config if name.endswith("_denoiser") else fit_order.Config
+    kind = frontier.Config if name.startswith("frontier") else kind
     assert name in packaged_configs()
-    for run in ("train-denoiser", "mod20-denoiser"):
+    for run in ("train-denoiser", "mod20-denoiser", "dual-denoiser", "gsm8k/programs/denoiser"):
         (tmp_path / "runs" / run).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     load_config(kind, name)
+
+
+def test_a_saved_denoiser_reads_longer_rows_when_told_so(tmp_path: Path) -> None:
+    task_config = ArithmeticTask(train=20, validation=2, test=2, num_operations=2)
+    longer = replace(task_config, num_operations=3)
+    first = build_denoiser(TransformerConfig(width=8, layers=1, heads=1), build_task(task_config, seed=0), task_config)
+    save_weights(first, tmp_path / DENOISER_FILE)
+    saved, task = SavedDenoiserConfig(run=str(tmp_path)), build_task(longer, seed=0)
+    with pytest.raises(UserError, match=r"^task\.max_length: "):
+        build_denoiser(saved, task, longer)
+    denoiser = build_denoiser(replace(saved, max_length=task.canvas_length), task, longer)
+    assert denoiser.max_length == task.canvas_length
 
 
 def test_a_separator_ends_every_prompt_of_word_problems_and_a_new_denoiser_counts_from_it() -> None:

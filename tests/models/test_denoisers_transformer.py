@@ -104,6 +104,19 @@ def test_refuses_a_longer_canvas() -> None:
         denoiser(torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 6, dtype=torch.bool))
 
 
+def test_rotary_positions_can_be_told_to_go_on() -> None:
+    denoiser = TransformerDenoiser(V, MASK, width=16, layers=1, heads=2, max_length=5)
+    state, attended = torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool)
+    before = denoiser(state, attended)
+    denoiser.read_up_to(6)
+    torch.testing.assert_close(denoiser(state, attended), before)
+    assert denoiser(torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 6, dtype=torch.bool)).shape == (1, 6, V)
+    assert TransformerDenoiser(**denoiser.config).max_length == 6
+    learned = TransformerDenoiser(V, MASK, width=16, layers=1, heads=2, max_length=5, positions="learned")
+    with pytest.raises(UserError, match="max_length: its 5 positions are learned"):
+        learned.read_up_to(6)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_is_rebuilt_from_its_files(tmp_path: Path, tied: bool) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1, heads=2, tied=tied, number_values=range(9))
