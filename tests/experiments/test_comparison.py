@@ -32,6 +32,7 @@ SMALL = {
     "random_seeds": "1",
     "resamples": "100",
 }
+CURVE = SMALL | {"curve": "learned"}
 
 
 def call(command: str, denoiser: Path, out: Path, settings: dict[str, str], *more: str) -> int:
@@ -55,7 +56,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(denoiser: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "sudoku"
-    assert call("sudoku", denoiser, out, SMALL, "--seeds", "2") == 0
+    assert call("sudoku", denoiser, out, CURVE, "--seeds", "2") == 0
     return out
 
 
@@ -85,7 +86,7 @@ def test_what_is_learned_and_measured_is_kept(finished: Path, denoiser: Path, tm
     shutil.rmtree(lost)
     lines = (out / "rows-1-of-1.jsonl").read_text().splitlines()
     (out / "rows-1-of-1.jsonl").write_text("\n".join(lines[:-3]) + "\n")
-    assert call("sudoku", denoiser, out, SMALL, "--seeds", "2") == 0
+    assert call("sudoku", denoiser, out, CURVE, "--seeds", "2") == 0
     kept = {path: path.stat().st_mtime_ns for path in weights if lost not in path.parents}
     assert kept == {path: weights[path] for path in kept}
     assert (lost / "order.safetensors").read_bytes() == before  # the same fit again
@@ -95,7 +96,7 @@ def test_what_is_learned_and_measured_is_kept(finished: Path, denoiser: Path, tm
         for run in (finished, out)
     )
     assert new == old
-    assert call("sudoku", denoiser, out, SMALL | {"learn": SMALL["learn"].replace("updates: 2", "updates: 3")}) == 2
+    assert call("sudoku", denoiser, out, CURVE | {"learn": SMALL["learn"].replace("updates: 2", "updates: 3")}) == 2
 
 
 def test_training_seeds_differ_and_share_the_data(finished: Path) -> None:
@@ -141,5 +142,5 @@ def test_every_arm_of_the_ablation_can_be_fitted(denoiser: Path, tmp_path: Path)
 @pytest.mark.parametrize("preset", list(sudoku.PRESETS.values()))
 def test_the_presets_are_read(preset: str, denoiser: Path) -> None:
     config = load_config(sudoku.Config, preset, [f"source={denoiser}"])
-    assert [arm.num_steps for arm in config.learn] == [2, 3, 4]
+    assert max(arm.num_steps for arm in config.learn) >= 4  # up to the step count where the comparison ends
     assert config.training_seeds >= 3
