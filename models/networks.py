@@ -369,7 +369,7 @@ class PositionTable(nn.Module):
 
 
 FEATURES = ("confidence", "margin", "entropy")
-POLICY_FEATURES = (*FEATURES, "prediction", "price")
+POLICY_FEATURES = (*FEATURES, "chance", "prediction", "price")
 TRUTH_FEATURES = (*FEATURES, "likelihood")
 
 
@@ -389,9 +389,11 @@ class PolicyNetwork(nn.Module):
         layers: number of blocks.
         heads: attention heads.
         features: any of `confidence` (log odds of the top token), `margin` (top minus second probability), `entropy`
-            (share of the largest possible), `prediction` (the expected embedding of the token, needs `reads_tokens`),
-            `price` (that of a step, needs `prices`) and, with `sees_truth`, `likelihood` (log-probability of the true
-            token). Without any of those that read its predictions the denoiser is not called.
+            (share of the largest possible), `chance` (the same for all positions: sum of log c_i over the masked ones,
+            the log-probability that all top tokens are right if they do not depend on each other), `prediction` (the
+            expected embedding of the token, needs `reads_tokens`), `price` (that of a step, needs `prices`) and, with
+            `sees_truth`, `likelihood` (log-probability of the true token). Without any of those that read its
+            predictions the denoiser is not called.
         reads_tokens: False leaves revealed tokens and prompt out.
         zero_init: start with all logits 0, as a correction on top of a heuristic does.
         bias: initial logit otherwise; the default reveals about one position in eight.
@@ -474,6 +476,9 @@ class PolicyNetwork(nn.Module):
                 columns.append(top[..., 0].exp() - top[..., 1].exp())
             if "entropy" in self.features:
                 columns.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(log_probs.shape[-1]))
+            if "chance" in self.features:
+                chance = torch.where(masked, top[..., 0], 0.0).sum(-1, keepdim=True)  # [*, 1]
+                columns.append(chance.clamp(min=-32).expand_as(top[..., 0]) / 8)
             if "likelihood" in self.features and truth is not None:
                 hidden_truth = torch.where(masked, truth, 0)  # what is not hidden may be no class of the denoiser
                 columns.append(log_probs.gather(-1, hidden_truth[..., None])[..., 0].clamp(min=-10) / 4)

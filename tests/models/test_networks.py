@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -217,8 +218,8 @@ def cut(state: UnmaskingState, batch: dict[str, Tensor], row: int) -> UnmaskingS
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"reads_tokens": False}, {"features": ("prediction", "margin")}, {"places": 8}],
-    ids=["tokens", "blind", "expected", "places"],
+    [{}, {"reads_tokens": False}, {"features": ("prediction", "margin")}, {"features": ("chance",)}, {"places": 8}],
+    ids=["tokens", "blind", "expected", "chance", "places"],
 )
 def test_policy_ignores_padding_and_other_rows(options: dict[str, Any]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
@@ -245,7 +246,7 @@ def test_policy_learns_about_the_places_that_rows_have() -> None:
     assert touched.tolist() == [True] * 5 + [False] * 3
 
 
-@pytest.mark.parametrize("features", [("confidence",), ("prediction",)])
+@pytest.mark.parametrize("features", [("confidence",), ("prediction",), ("chance",)])
 def test_policy_never_sees_hidden_tokens(features: tuple[str, ...]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1)
     network = PolicyNetwork(V + 1, width=16, features=features)
@@ -337,6 +338,22 @@ def test_policy_reads_what_the_denoiser_expects() -> None:
         PolicyNetwork(V + 1, features=("prediction",), reads_tokens=False)
 
 
+def test_chance_is_that_of_the_top_tokens_of_all_masked_positions() -> None:
+    """One number per state, prod_{i masked} c_i: with four equal tokens and n positions masked it is n log(1 / 4)."""
+
+    class Even(nn.Module):
+        mask_index, vocab_size = MASK, V
+
+        def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+            return torch.zeros(*state.shape, V).masked_fill(torch.arange(V) >= 4, -torch.inf)
+
+    network = PolicyNetwork(V + 1, width=16, features=("chance",))
+    state = state_of(ragged(), Even(), MASK)
+    column = network._describe(state.masked, state.steps_left, 3, state.log_probs, None)[..., 0]
+    expected = -state.masked.sum(-1, keepdim=True) * math.log(4) / 8
+    torch.testing.assert_close(column, expected.expand_as(column))
+
+
 def test_policy_reads_the_price_of_each_sequence() -> None:
     """A sequence reads its own price only; a range without the feature, and the reverse, are refused."""
     torch.manual_seed(0)
@@ -382,7 +399,7 @@ def test_policy_features_stay_finite_at_any_confidence(certain: float) -> None:
             return logits.expand(*state.shape, V)
 
     denoiser = Sure()
-    network = PolicyNetwork(V, width=16)
+    network = PolicyNetwork(V, width=16, features=("confidence", "margin", "entropy", "chance"))
     logits = network(state_of(ragged(), denoiser, 0))
     assert logits.isfinite().all()
     logits.sum().backward()
