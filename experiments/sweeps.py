@@ -67,8 +67,18 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class TurnConfig:
+    """One position of the dials."""
+
+    beta: float | None = setting(None, "factor on reveal probabilities; null: as learned", above=0)
+    price: float | None = setting(
+        None, "nats per step, for a policy learned for a range of prices; null: its middle", above=0
+    )
+
+
+@dataclass(frozen=True)
 class DialsConfig:
-    """What can be turned on a learned order after training."""
+    """What can be turned on a learned order after training; every combination of beta and price, or the turns alone."""
 
     decisions: tuple[Literal["mode", "sample", "rank"], ...] = setting(
         ("mode",), "how probabilities become reveal sets: mode, sample or (plans) rank"
@@ -77,7 +87,15 @@ class DialsConfig:
     price: tuple[float, ...] = setting(
         (), "nats per step, for a policy learned for a range of prices; none: across its range", above=0
     )
+    turns: tuple[TurnConfig, ...] = setting(
+        (), "positions of beta and price together, such as a beta beyond the range of prices only"
+    )
     budgets: tuple[int, ...] = setting((), "step budgets T; none: that of the run", at_least=1)
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        if self.turns and (self.beta or self.price):
+            raise UserError("turns", "given together with beta or price", "give them as turns too")
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,8 @@ class LearnedSweepConfig(DialsConfig):
     runs: tuple[str, ...] = setting((), "run folders with an order.safetensors")
 
     def __post_init__(self) -> None:
-        """Check that there is a run."""
+        """Check that there is a run, and the dials."""
+        super().__post_init__()
         if not self.runs:
             raise UserError("runs", f"no run folder for {self.arm}", "give at least one, or leave the arm out")
 
@@ -211,7 +230,7 @@ def grouped_runs(runs: Sequence[str], dials: DialsConfig) -> list[LearnedSweepCo
     for folder in runs:
         settings = str(config_dict(replace(load_settings(folder), seed=0)))
         name = named.setdefault(settings, Path(folder).resolve().name)
-        options = {key: getattr(dials, key) for key in ("decisions", "beta", "price", "budgets")}
+        options = {key: getattr(dials, key) for key in ("decisions", "beta", "price", "turns", "budgets")}
         sweeps.append(LearnedSweepConfig(arm=name, runs=(folder,), **options))
     return sweeps
 
@@ -253,8 +272,9 @@ def _turned(
     sweep: LearnedSweepConfig, folder: str, weights: str, num_steps: int, frozen: bool, problem: OrderProblem
 ) -> Iterator[Arm]:
     prices: Sequence[float | None] = sweep.price or _learned_prices(problem) or (None,)
-    grid: list[Sequence[Any]] = [sweep.decisions, sweep.beta or (None,), prices]
-    for decision, beta, price, budget in itertools.product(*grid, sweep.budgets or (num_steps,)):
+    turns: list[tuple[float | None, float | None]] = [(turn.beta, turn.price) for turn in sweep.turns]
+    turns = turns or list(itertools.product(sweep.beta or (None,), prices))
+    for decision, (beta, price), budget in itertools.product(sweep.decisions, turns, sweep.budgets or (num_steps,)):
         policy = learned_policy(problem, decision, beta=beta, price=price)
         dial = [f"beta={beta:g}"] if beta is not None else []
         dial += [f"price={price:g}"] if price is not None else []

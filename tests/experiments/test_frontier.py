@@ -264,6 +264,13 @@ def test_one_policy_for_a_range_of_prices_is_a_curve(folder: Path, tmp_path: Pat
     cheap, dear = arms.values()
     assert cheap["price"] == 0.1 and cheap["policy_parameters"] == dear["policy_parameters"] > 0
     assert cheap["value"] != dear["value"]  # the network reads the price: all else, the noise too, is the same
+    turns = "[{price: 0.1}, {price: 10}, {price: 10, beta: 100}]"
+    more = ("--set", f"dials={{decisions: sample, turns: {turns}}}", "--set", "random_seeds=1")
+    assert command_line.call(*words, *more) == 0
+    arms = {r["arm"]: r for r in records(tmp_path / "out") if r["metric"] == "path_nats" and r["kind"] == "learned"}
+    assert list(arms) == [*(f"order (sample) price={price}" for price in ("0.1", "10")), "order (sample) beta=100 price=10"]
+    assert [arm["value"] for arm in arms.values()][:2] == [cheap["value"], dear["value"]]
+    assert [arm["nfe"] for arm in arms.values()][2] < dear["nfe"]  # a larger beta reveals more
 
 
 @pytest.mark.parametrize(
@@ -274,6 +281,7 @@ def test_one_policy_for_a_range_of_prices_is_a_curve(folder: Path, tmp_path: Pat
         (["--set", "heuristics=[{policy: margin, budgets: [2, 2]}]"], "comes twice"),
         (["--set", "heuristics=[{policy: margin, budgets: [2], block_size: [2]}]"], "blocks of 2 in 2 steps"),
         (["--set", "dials.price=[1.0]"], "not learned for a range of prices"),
+        (["--set", "dials={price: [1.0], turns: [{price: 2.0}]}"], "given together with beta or price"),
         (["--set", "metrics=[]"], "metrics"),
         (["--set", "orders=[{arm: x, runs: [nowhere]}]"], "holds no order.safetensors"),
     ],
