@@ -64,7 +64,8 @@ class PolicyNetworkConfig:
     layers: int = setting(2, "blocks", at_least=1)
     heads: int = setting(4, "attention heads", at_least=1)
     features: tuple[str, ...] = setting(
-        networks.FEATURES, "confidence, margin, entropy, chance, prediction (of the denoiser), price (of a step, with a range)"
+        networks.FEATURES,
+        "confidence, margin, entropy, chance, prediction (of the denoiser), price (of a step, with a range)",
     )
     reads_tokens: bool = setting(True, "see revealed tokens and prompt")
     bias: float = setting(-2.0, "initial logit")
@@ -79,7 +80,8 @@ class PosteriorNetworkConfig:
     layers: int = setting(2, "blocks", at_least=1)
     heads: int = setting(4, "attention heads", at_least=1)
     features: tuple[str, ...] = setting(
-        networks.TRUTH_FEATURES, "denoiser features: confidence, margin, entropy, chance, likelihood (of the true token)"
+        networks.TRUTH_FEATURES,
+        "denoiser features: confidence, margin, entropy, chance, likelihood (of the true token)",
     )
     reads_tokens: bool = setting(True, "see the prompt, and the revealed tokens apart from the true ones")
     bias: float = setting(-1.0, "initial logit")

@@ -268,7 +268,10 @@ def test_one_policy_for_a_range_of_prices_is_a_curve(folder: Path, tmp_path: Pat
     more = ("--set", f"dials={{decisions: sample, turns: {turns}}}", "--set", "random_seeds=1")
     assert command_line.call(*words, *more) == 0
     arms = {r["arm"]: r for r in records(tmp_path / "out") if r["metric"] == "path_nats" and r["kind"] == "learned"}
-    assert list(arms) == [*(f"order (sample) price={price}" for price in ("0.1", "10")), "order (sample) beta=100 price=10"]
+    assert list(arms) == [
+        *(f"order (sample) price={price}" for price in ("0.1", "10")),
+        "order (sample) beta=100 price=10",
+    ]
     assert [arm["value"] for arm in arms.values()][:2] == [cheap["value"], dear["value"]]
     assert [arm["nfe"] for arm in arms.values()][2] < dear["nfe"]  # a larger beta reveals more
 
