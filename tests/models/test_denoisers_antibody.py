@@ -1,3 +1,4 @@
+import copy
 import csv
 import importlib.metadata
 from pathlib import Path
@@ -76,17 +77,18 @@ def test_restores_real_human_domains(denoiser: AntibodyDenoiser) -> None:
 
 @torch.no_grad()
 def test_padding_and_other_rows_change_nothing(denoiser: AntibodyDenoiser) -> None:
+    denoiser = copy.deepcopy(denoiser).double()  # float32 kernels round by the shape of a batch, up to 3e-5 on some CPUs
     tokens, mask = padded([DOMAIN, DOMAIN[:60], DOMAIN[:1]])
     tokens[:, ::4] = torch.where(mask[:, ::4], MASK, tokens[:, ::4])
     together = denoiser(tokens, mask)
     for row in range(3):
         alone = denoiser(tokens[row][mask[row]][None], torch.ones(1, int(mask[row].sum()), dtype=torch.bool))
-        torch.testing.assert_close(together[row][mask[row]], alone[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[row][mask[row]], alone[0], atol=1e-9, rtol=1e-9)
     # padding in front and in the middle, whatever stands there
     inner = torch.cat([torch.full((1, 3), 7), tokens[1:2, :20], torch.full((1, 2), MASK), tokens[1:2, 20:60]], 1)
     inner_mask = torch.tensor([[False] * 3 + [True] * 20 + [False] * 2 + [True] * 40])
     moved = denoiser(inner, inner_mask)[0][inner_mask[0]]
-    torch.testing.assert_close(moved, together[1][mask[1]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(moved, together[1][mask[1]], atol=1e-9, rtol=1e-9)
     # an empty row is finite where a residue may stand
     empty = denoiser(inner, torch.zeros_like(inner_mask))
     assert empty[..., 4:24].isfinite().all()
