@@ -77,7 +77,8 @@ def test_restores_real_human_domains(denoiser: AntibodyDenoiser) -> None:
 
 @torch.no_grad()
 def test_padding_and_other_rows_change_nothing(denoiser: AntibodyDenoiser) -> None:
-    denoiser = copy.deepcopy(denoiser).double()  # float32 kernels round by the shape of a batch, up to 3e-5 on some CPUs
+    # float32 kernels round by the shape of a batch, up to 3e-5 on some CPUs
+    denoiser = copy.deepcopy(denoiser).double()
     tokens, mask = padded([DOMAIN, DOMAIN[:60], DOMAIN[:1]])
     tokens[:, ::4] = torch.where(mask[:, ::4], MASK, tokens[:, ::4])
     together = denoiser(tokens, mask)
