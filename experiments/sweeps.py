@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,7 +230,7 @@ def grouped_runs(runs: Sequence[str], dials: DialsConfig) -> list[LearnedSweepCo
     for folder in runs:
         settings = str(config_dict(replace(load_settings(folder), seed=0)))
         name = named.setdefault(settings, Path(folder).resolve().name)
-        options = {key: getattr(dials, key) for key in ("decisions", "beta", "price", "turns", "budgets")}
+        options = {dial.name: getattr(dials, dial.name) for dial in fields(DialsConfig)}
         sweeps.append(LearnedSweepConfig(arm=name, runs=(folder,), **options))
     return sweeps
 
@@ -271,9 +271,9 @@ def learned_arms(sweeps: Sequence[LearnedSweepConfig], task: Task, denoiser: nn.
 def _turned(
     sweep: LearnedSweepConfig, folder: str, weights: str, num_steps: int, frozen: bool, problem: OrderProblem
 ) -> Iterator[Arm]:
-    prices: Sequence[float | None] = sweep.price or _learned_prices(problem) or (None,)
     turns: list[tuple[float | None, float | None]] = [(turn.beta, turn.price) for turn in sweep.turns]
-    turns = turns or list(itertools.product(sweep.beta or (None,), prices))
+    if not turns:
+        turns = list(itertools.product(sweep.beta or (None,), sweep.price or _learned_prices(problem) or (None,)))
     for decision, (beta, price), budget in itertools.product(sweep.decisions, turns, sweep.budgets or (num_steps,)):
         policy = learned_policy(problem, decision, beta=beta, price=price)
         dial = [f"beta={beta:g}"] if beta is not None else []

@@ -27,7 +27,7 @@ class StochasticDecision:
     """Turns a distribution over reveal sets into a set.
 
     `mode` reveals {beta p > 0.5}, p the inclusion probability (`SetLaw.decide`); an empty set falls to the decoder's
-    arg-max rule.
+    arg-max rule, as every set does with a beta of 1/2 or less.
     `sample` draws from the distribution (exactly, also when it is conditioned to be non-empty) with the noise of the
     state; see `RevealSet.draw`.
 

@@ -142,5 +142,6 @@ def test_every_arm_of_the_ablation_can_be_fitted(denoiser: Path, tmp_path: Path)
 @pytest.mark.parametrize("preset", list(sudoku.PRESETS.values()))
 def test_the_presets_are_read(preset: str, denoiser: Path) -> None:
     config = load_config(sudoku.Config, preset, [f"source={denoiser}"])
-    assert max(arm.num_steps for arm in config.learn) >= 4  # up to the step count where the comparison ends
+    budgets = {"sudoku_open": [8], "sudoku_unique": [2, 3, 4]}  # one policy for a range of prices; one per budget
+    assert [arm.num_steps for arm in config.learn] == budgets[preset]
     assert config.training_seeds >= 3

@@ -257,17 +257,19 @@ def test_one_policy_for_a_range_of_prices_is_a_curve(folder: Path, tmp_path: Pat
     save_order(order, problem, tmp_path / "order")
     words = ["frontier", "--denoiser", str(folder / "denoiser"), "--run", str(tmp_path / "order")]
     words += ["--out", str(tmp_path / "out"), "--config", str(folder / "grid.yaml"), "--set", "metrics=path_nats"]
-    more = ("--set", "dials={decisions: sample, price: [0.1, 10]}", "--set", "random_seeds=1")
-    assert command_line.call(*words, *more) == 0
-    arms = {r["arm"]: r for r in records(tmp_path / "out") if r["metric"] == "path_nats" and r["kind"] == "learned"}
+
+    def measured(dials: str) -> dict[str, dict[str, Any]]:
+        more = ("--set", f"dials={{decisions: sample, {dials}}}", "--set", "random_seeds=1")
+        assert command_line.call(*words, *more) == 0
+        found = records(tmp_path / "out")
+        return {r["arm"]: r for r in found if r["metric"] == "path_nats" and r["kind"] == "learned"}
+
+    arms = measured("price: [0.1, 10]")
     assert list(arms) == ["order (sample) price=0.1", "order (sample) price=10"]
     cheap, dear = arms.values()
     assert cheap["price"] == 0.1 and cheap["policy_parameters"] == dear["policy_parameters"] > 0
     assert cheap["value"] != dear["value"]  # the network reads the price: all else, the noise too, is the same
-    turns = "[{price: 0.1}, {price: 10}, {price: 10, beta: 100}]"
-    more = ("--set", f"dials={{decisions: sample, turns: {turns}}}", "--set", "random_seeds=1")
-    assert command_line.call(*words, *more) == 0
-    arms = {r["arm"]: r for r in records(tmp_path / "out") if r["metric"] == "path_nats" and r["kind"] == "learned"}
+    arms = measured("turns: [{price: 0.1}, {price: 10}, {price: 10, beta: 100}]")
     assert list(arms) == [
         *(f"order (sample) price={price}" for price in ("0.1", "10")),
         "order (sample) beta=100 price=10",
