@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyro
 import torch
 from pyro.nn import PyroModule
@@ -20,7 +22,7 @@ class UnmaskingModel(PyroModule):
     """The generative program of masked diffusion with the order as its latent variable, scored in one piece.
 
         r ~ prior                                  ordered partition of the positions, site `reveal_step`
-        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t, c)_i        site `tokens`; with outliers, see `RevealedTokens`
+        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t, c)_i        site `tokens`; with outliers or an answer, see `RevealedTokens`
 
     All T states of an order are stacked and go through the denoiser in one call. The states are built from the
     observed tokens: to generate, use `SequentialUnmaskingModel`.
@@ -31,9 +33,12 @@ class UnmaskingModel(PyroModule):
         num_steps: step budget T.
         one_step: look at one uniformly drawn step per sequence instead of all T; unbiased, T times fewer denoiser rows.
         outlier: share of sequences that may be anything, at least 0 and below 1.
+        asked: tokens, int64 [B, L] -> bool [B, L], which of them are asked for, such as `AnswerTokens`; all when left
+            out.
 
     Raises:
-        UserError: a share outside [0, 1), or one of a program that looks at one step, which only estimates p(x | r).
+        UserError: a share outside [0, 1), or, in a program that looks at one step, which only estimates p(x | r), a
+            share or an answer.
     """
 
     def __init__(
@@ -43,17 +48,21 @@ class UnmaskingModel(PyroModule):
         num_steps: int,
         one_step: bool = False,
         outlier: float = 0.0,
+        asked: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not 0 <= outlier < 1:
             raise UserError("outlier", f"{outlier} is not in [0, 1)", "use 0 for none, or a share such as 0.5")
         if outlier and one_step:
             raise UserError("outlier", "a one-step program only estimates the likelihood of a sequence", "use 0")
+        if asked is not None and one_step:
+            raise UserError("asked", "a one-step program does not see when the answer is there", "leave it out")
         super().__init__("model")  # a root name of its own, or pyro.infer.SVI confuses its parameters with the guide's
         self.denoiser = denoiser
         self.prior = prior
         self.num_steps = num_steps
         self.one_step = one_step
         self.outlier = outlier
+        self.asked = asked
 
     def forward(
         self,
@@ -77,9 +86,10 @@ class UnmaskingModel(PyroModule):
             attention_mask = torch.ones_like(tokens, dtype=torch.bool)
         canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
         path = RevealPath(canvas, tokens, self.num_steps, self.one_step)
+        asked = None if self.asked is None else self.asked(tokens)
         with pyro.plate("batch", len(tokens), dim=-1):
             reveal_step = pyro.sample("reveal_step", self.prior(path))
-            pyro.sample("tokens", RevealedTokens(path(reveal_step), reveal_step, self.outlier), obs=tokens)
+            pyro.sample("tokens", RevealedTokens(path(reveal_step), reveal_step, self.outlier, asked), obs=tokens)
         return reveal_step
 
 

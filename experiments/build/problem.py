@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from orderppl import guides, models
+from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.decoding import Policy
 from orderppl.errors import UserError
+from orderppl.evaluation import exact_match
 from orderppl.experiments.build.denoisers import (
     ChainDenoiserConfig,
     DenoiserConfig,
@@ -115,6 +117,9 @@ class OrderConfig(RunConfig):
     denoiser: DenoiserConfig = setting(ChainDenoiserConfig, "what fills in the tokens")
     freeze_denoiser: bool = setting(True, "learn the order only")
     outlier: float = setting(0.0, "share of sequences that may be anything; see RevealedTokens", at_least=0, below=1)
+    asked: Literal["response", "answer"] = setting(
+        "response", "what has to be right: all tokens, or those of the answer and what is written before it is there"
+    )
     prior: PriorConfig = setting(UniformStepsConfig, "p(order)")
     guide: GuideConfig = setting(MeanFieldConfig, "q(order | sequence)")
     elbo: ElboConfig = setting(RevealTraceGraphConfig, "the objective", unnamed=True)
@@ -139,9 +144,13 @@ class OrderConfig(RunConfig):
         if self.fit.kl_weight is not None and not hasattr(self.elbo, "kl_weight"):
             remedy = "set it to null, or choose another objective"
             raise UserError("fit.kl_weight", f"{self.elbo.name} has no weight of a KL to anneal", remedy)
-        if self.outlier and (self.elbo.one_step or self.elbo.name == "relaxed"):
+        if self.elbo.one_step or self.elbo.name == "relaxed":
             problem = "needs the likelihood of whole sequences, which this objective does not know"
-            raise UserError("outlier", problem, "set it to 0, or use elbo=reveal_trace_graph with one_step=false")
+            remedy = "or use elbo=reveal_trace_graph with one_step=false"
+            if self.outlier:
+                raise UserError("outlier", problem, f"set it to 0, {remedy}")
+            if self.asked == "answer":
+                raise UserError("asked", problem, f"set it to response, {remedy}")
 
 
 @dataclass
@@ -169,10 +178,26 @@ def build_problem(config: OrderConfig, task: Task | None = None, denoiser: nn.Mo
     prior = build_prior(config.prior, task, config.num_steps)
     with pyro.settings.context(module_local_params=True):  # as `fit` runs them; a program remembers how it was made
         model = models.UnmaskingModel(
-            as_denoiser(denoiser), prior, config.num_steps, one_step=config.elbo.one_step, outlier=config.outlier
+            as_denoiser(denoiser),
+            prior,
+            config.num_steps,
+            one_step=config.elbo.one_step,
+            outlier=config.outlier,
+            asked=answer_tokens(task) if config.asked == "answer" else None,
         )
         guide = build_guide(config.guide, prior, denoiser, task, config.num_steps)
     return OrderProblem(task, denoiser, model, guide, build_elbo(config.elbo))
+
+
+def answer_tokens(task: Task) -> AnswerTokens:
+    """Which tokens are the answer.
+
+    Raises:
+        UserError: the responses have no marked answer.
+    """
+    if task.tokenizer is None or task.grade is not exact_match:
+        raise UserError("asked", f"the responses of {task.name} have no answer of their own", "set it to response")
+    return AnswerTokens.of(task.tokenizer)
 
 
 def build_imitation(config: WarmStartConfig, problem: OrderProblem) -> Imitation:

@@ -29,10 +29,18 @@ class RevealedTokens(dist.TorchDistribution):
     so that sequences which no order makes likely stop to matter. Towards 1 it is affine in p(x | r): what is maximised
     is then the probability of the whole sequence, not its logarithm.
 
+    Where only some tokens A are asked for, such as the answer at the end of a chain of equations, what is revealed
+    together with the last of them, or later, is not observed: nothing was conditioned on it, so that it sums to 1,
+
+        log p(x_A, x_{i : r_i < max r_A} | r)   <=   log p(x_A | r)
+
+    A token counts if it is asked for, or revealed before all that is asked for is there.
+
     Args:
         state: the stacked states of the order, leading shape [S, *].
         reveal_step: int64 [*, L], the order; its provenance is carried by `log_prob`.
         outlier: share of outliers, at least 0 and below 1; all T states are needed unless it is 0.
+        asked: bool [B, L], the tokens A; None asks for all. All T states are needed.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -42,12 +50,14 @@ class RevealedTokens(dist.TorchDistribution):
         state: UnmaskingState,
         reveal_step: Tensor,
         outlier: float = 0.0,
+        asked: Tensor | None = None,
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.state = state
         self.reveal_step = reveal_step
         self.outlier = outlier
+        self.asked = asked
         shape = state.masked.shape[1:]
         super().__init__(
             shape[:-1] if batch_shape is None else torch.Size(batch_shape), shape[-1:], validate_args=validate_args
@@ -61,7 +71,20 @@ class RevealedTokens(dist.TorchDistribution):
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealedTokens:
         """Return the same distribution at a broader batch shape."""
         state, order = self.state, self.reveal_step
-        return RevealedTokens(state, order, self.outlier, batch_shape, validate_args=self._validate_args)
+        return RevealedTokens(state, order, self.outlier, self.asked, batch_shape, validate_args=self._validate_args)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether only whole sequences have a likelihood, which is no sum over the decisions of single positions."""
+        return bool(self.outlier) or self.asked is not None
+
+    def counted(self, revealed: Tensor) -> Tensor:
+        """Those of the tokens revealed at every state (bool [S, *, L]) that are observed."""
+        if self.asked is None:
+            return revealed
+        asked = self.asked & self.state.masked  # [S, *, L], not revealed before
+        goes_on = (asked & ~revealed).any(-1, keepdim=True)
+        return revealed & (asked | goes_on)
 
     def robust(self, log_likelihood: Tensor) -> Tensor:
         """The log-likelihood of whole sequences among outliers, float of any shape."""
@@ -91,7 +114,7 @@ class RevealedTokens(dist.TorchDistribution):
             self._validate_sample(value)
         state = self.state
         revealed = detach_provenance(self.reveal_step) == state.step.unsqueeze(-1)  # [S, *, L]
-        by_step = self.token_log_prob(value).masked_fill(~revealed, 0.0).sum(-1)  # [S, *]
+        by_step = self.token_log_prob(value).masked_fill(~self.counted(revealed), 0.0).sum(-1)  # [S, *]
         total = by_step.sum(0) * (state.num_steps / by_step.shape[0])
         return track_provenance(self.robust(total).expand(self.batch_shape), get_provenance(self.reveal_step))
 

@@ -45,7 +45,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
                       - kl_weight stop(KL_t^k - mean_{j != k} KL_t^j) sum_{u < t} log q(z_u^k | M_u^k) ]
 
     A likelihood with outliers puts its function of the whole sequence around each of the two sums of a gain, what was
-    revealed before z_t included, and takes the place of the first term of the surrogate.
+    revealed before z_t included, and takes the place of the first term of the surrogate; where only an answer is asked
+    for, the sums are over what is observed (see `RevealedTokens`).
     A program that looks at one random step per sequence cannot see gains; there the inner expectation itself is used,
     sum_i q_ti l_i(s_t) with its path-wise gradient and the score of the earlier sets (`credit="expected"`).
     Where a set law has no closed form, what was sampled stands in: sum_{i in z_t} l_i(s_t) for its expectation, and
@@ -139,8 +140,9 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         every_step = len(state.step) == q.num_steps
         if self.credit == "gain" and not every_step:
             raise UserError("credit", "a one-step program cannot see gains", 'leave it out or use "expected"')
-        if self.credit == "expected" and likelihood.outlier:
-            raise UserError("credit", "outliers are scored by whole sequences", 'leave it out or use "gain"')
+        if self.credit == "expected" and likelihood.is_whole:
+            problem = "outliers and answers are scored by whole sequences"
+            raise UserError("credit", problem, 'leave it out or use "gain"')
         if every_step:
             q.share(order, tokens, state)
             q_at, log_q = q.reveal_sets(order), q.step_log_prob(order)  # [T, *]
@@ -162,14 +164,18 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             """Of whole sequences: float of shape [.., *]."""
             return site_scaled(likelihood.robust(log_likelihood), sites.tokens)
 
-        by_step = hidden.masked_fill(~revealed, 0.0).sum(-1)  # log p(x_{z_t} | s_t), [S, *]
+        def written(sets: Tensor) -> Tensor:
+            """log p(x_z | s_t) of the sets z, bool [S, *, L], as far as it is observed: float [S, *]."""
+            return hidden.masked_fill(~likelihood.counted(sets), 0.0).sum(-1)
+
+        by_step = written(revealed)
         reward = scored(by_step.sum(0)) if every_step else weight * site_scaled(by_step, sites.tokens)
         credit = self.credit or ("gain" if every_step else "expected")
         # Credited with gains, the gradient of the expectation reaches the denoiser only: for a frozen one, spare it.
         probs = _inclusion_probs(q_at) if credit == "expected" or hidden.requires_grad else None  # [S, *, L]
         if credit == "gain":
-            fit = reward if probs is None or likelihood.outlier else expected(probs.detach())
-            at_once = by_step.cumsum(0) - by_step + hidden.sum(-1)  # if everything left were revealed now, [T, *]
+            fit = reward if probs is None or likelihood.is_whole else expected(probs.detach())
+            at_once = by_step.cumsum(0) - by_step + written(state.masked)  # if all that is left were revealed now, [T, *]
             terms = [(reward - scored(at_once), own())]
         elif probs is None:
             fit = weight * site_scaled(by_step, sites.tokens)  # by step, for their scores

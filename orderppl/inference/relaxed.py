@@ -86,8 +86,9 @@ class RelaxedELBO(RevealTraceGraph_ELBO):
             problem = f"draws its order from a {type(q).__name__}, which has no relaxation"
             raise UserError("guide", problem, "use a MeanFieldGuide, or RevealTraceGraph_ELBO")
         require_all_steps(likelihood, "a relaxed bound")
-        if likelihood.outlier:
-            raise UserError("outlier", "a relaxed bound knows none", "use 0, or RevealTraceGraph_ELBO")
+        if likelihood.is_whole:
+            field = "outlier" if likelihood.outlier else "asked"
+            raise UserError(field, "a relaxed bound knows none", "leave it out, or use RevealTraceGraph_ELBO")
         order = detach_provenance(sites.guide["value"])  # [*, L]
         step = likelihood.state.step  # [T, *]
         hard, soft = relaxed_steps(q.logits, order, self.temperature)  # [T, *, L]

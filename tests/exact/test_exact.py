@@ -14,7 +14,7 @@ from orderppl.inference import RelaxedELBO, RevealTraceGraph_ELBO, exact_elbo, e
 from orderppl.inference.exact import all_orders, exact_terms
 from orderppl.models import UniformSteps, UnmaskingModel
 
-from programs import GUIDES, PRIORS, TableDenoiser, TokenTable, is_finite_pair, make_batch, make_pair
+from programs import GUIDES, LENGTH, PRIORS, VOCAB, TableDenoiser, TokenTable, is_finite_pair, make_batch, make_pair
 
 PAIRS = [(prior, guide) for prior in PRIORS for guide in GUIDES if is_finite_pair(guide, prior)]
 # The gradient of every pair is checked; by default, of the later guides and priors with some of the others.
@@ -155,6 +155,60 @@ def test_outliers_are_refused_where_only_parts_of_a_sequence_are_scored():
     model, guide = make_pair("uniform", "mean_field", num_steps=3)
     model.outlier = 0.1
     for elbo, field in ((RevealTraceGraph_ELBO(2, credit="expected"), "credit"), (RelaxedELBO(2), "outlier")):
+        with pytest.raises(UserError, match=f"^{field}: "):
+            elbo.differentiable_loss(model, guide, **make_batch())
+
+
+def every_second(tokens: Tensor) -> Tensor:
+    """An answer at positions 1, 3, ..: bool [B, L]."""
+    return (torch.arange(tokens.shape[-1]) % 2 == 1).expand_as(tokens)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("prior", "guide", "frozen"),
+    [
+        ("learned_policy", "policy", False),
+        ("uniform", "mean_field", True),
+        ("priced_range", "policy", True),
+        ("priced_finishing_range", "policy", True),
+    ],
+)
+def test_gradient_with_an_answer_is_unbiased(prior: str, guide: str, frozen: bool, outlier: float):
+    """60 calls of 64 particles where part of a sequence is asked for; |z| < 5 in every coordinate."""
+    model, guide_program = make_pair(prior, guide, num_steps=3, frozen=frozen)
+    model.asked, model.outlier = every_second, outlier
+    assert largest_z(model, guide_program, RevealTraceGraph_ELBO(64), make_batch(), replicates=60) < 5
+
+
+def test_what_is_revealed_with_the_answer_or_later_is_summed_out():
+    """For every order, log p of the answer and of what stands before it equals the sum over all other tokens."""
+    model, guide = make_pair("learned_policy", "policy", num_steps=3)
+    batch = make_batch(padded=False)
+    orders = all_orders(guide, **batch)  # [N, B, L]
+    tokens, asked = batch["tokens"], every_second(batch["tokens"])
+    last = torch.where(asked, orders, -1).amax(-1, keepdim=True)
+    observed = asked | (orders < last)  # [N, B, L]
+    everything = torch.cartesian_prod(*[torch.arange(VOCAB)] * LENGTH)  # [V^L, L]
+    total = torch.full(orders.shape[:-1], -torch.inf)
+    for filled in everything:
+        plain = exact_terms(model, guide, orders, tokens=filled.expand_as(tokens)).log_likelihood  # [N, B]
+        same = ((filled == tokens) | ~observed).all(-1)
+        total = torch.logaddexp(total, plain.masked_fill(~same, -torch.inf))
+    model.asked = every_second
+    torch.testing.assert_close(exact_terms(model, guide, orders, **batch).log_likelihood, total)
+    model.asked = lambda tokens: torch.ones_like(tokens, dtype=torch.bool)  # nothing is summed out
+    asked_all = exact_terms(model, guide, orders, **batch).log_likelihood
+    model.asked = None
+    torch.testing.assert_close(asked_all, exact_terms(model, guide, orders, **batch).log_likelihood)
+
+
+def test_an_answer_is_refused_where_only_parts_of_a_sequence_are_scored():
+    with pytest.raises(UserError, match="^asked: "):
+        UnmaskingModel(TableDenoiser(), UniformSteps(), 3, one_step=True, asked=every_second)
+    model, guide = make_pair("uniform", "mean_field", num_steps=3)
+    model.asked = every_second
+    for elbo, field in ((RevealTraceGraph_ELBO(2, credit="expected"), "credit"), (RelaxedELBO(2), "asked")):
         with pytest.raises(UserError, match=f"^{field}: "):
             elbo.differentiable_loss(model, guide, **make_batch())
 

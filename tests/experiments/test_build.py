@@ -241,7 +241,7 @@ def test_a_trained_denoiser_carries_an_order(tmp_path: Path) -> None:
     first, last = (load_file(tmp_path / name / "denoiser.safetensors") for name in ("first", "denoiser"))
     for name, weights in first.items():  # it goes on from where the other run has ended
         torch.testing.assert_close(last[name], weights, atol=1e-6, rtol=0)
-    order = [task, f"denoiser={{name: saved, run: {tmp_path / 'denoiser'}}}", "num_steps=3", "outlier=0.5"]
+    order = [task, f"denoiser={{name: saved, run: {tmp_path / 'denoiser'}}}", "num_steps=3", "outlier=0.5", "asked=answer"]
     network = "network: {features: [confidence, prediction, price]}"
     order += [f"prior={{name: step_price, price: 0.1, highest: 2, prior: {{name: residual_policy, {network}}}}}"]
     order += ["guide=policy"]
@@ -264,6 +264,8 @@ def test_a_range_of_prices_is_checked_when_it_is_read() -> None:
         (("prior={name: step_price, highest: 2}", "fit.step_price={start: 1, end: 2, updates: 3}"), "fit.step_price"),
         (("outlier=0.1", "elbo.one_step=true"), "outlier"),
         (("outlier=0.1", "elbo=relaxed"), "outlier"),
+        (("asked=answer", "elbo.one_step=true"), "asked"),
+        (("asked=answer", "elbo=relaxed"), "asked"),
     ):
         with pytest.raises(UserError, match=f"^{field}: "):
             load_config(fit_order.Config, "chain", wrong)
