@@ -7,6 +7,7 @@ from orderppl.models.architectures import ARCHITECTURES
 from orderppl.models.order_policy import DenoiserIdentity, OrderPolicy, as_policy
 from orderppl.models.price import PriceRange
 from orderppl.models.priors import (
+    BoundedEntropy,
     CosineSteps,
     EasyFirst,
     FinishingPolicy,
@@ -27,6 +28,7 @@ from orderppl.models.unmasking import SequentialUnmaskingModel, UnmaskingModel
 
 __all__ = [
     "ARCHITECTURES",
+    "BoundedEntropy",
     "CosineSteps",
     "DenoiserIdentity",
     "EasyFirst",

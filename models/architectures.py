@@ -12,6 +12,7 @@ from orderppl.models.networks import PolicyNetwork, PositionTable, SequenceEncod
 from orderppl.models.plans import OpeningPlan
 from orderppl.models.price import PriceRange
 from orderppl.models.priors import (
+    BoundedEntropy,
     CosineSteps,
     EasyFirst,
     FinishingPolicy,
@@ -25,6 +26,7 @@ from orderppl.models.priors import (
 )
 
 ARCHITECTURES: dict[str, type[Any]] = {
+    "bounded_entropy": BoundedEntropy,
     "cosine_steps": CosineSteps,
     "easy_first": EasyFirst,
     "finishing_policy": FinishingPolicy,

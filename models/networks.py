@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor, nn
 
+from orderppl.decoding.scores import entropy_before
 from orderppl.denoising import distinct_rows
 from orderppl.errors import UserError
 from orderppl.models.price import PriceRange
@@ -369,7 +370,7 @@ class PositionTable(nn.Module):
 
 
 FEATURES = ("confidence", "margin", "entropy")
-POLICY_FEATURES = (*FEATURES, "chance", "prediction", "price")
+POLICY_FEATURES = (*FEATURES, "before", "chance", "prediction", "price")
 TRUTH_FEATURES = (*FEATURES, "likelihood")
 
 
@@ -389,7 +390,8 @@ class PolicyNetwork(nn.Module):
         layers: number of blocks.
         heads: attention heads.
         features: any of `confidence` (log odds of the top token), `margin` (top minus second probability), `entropy`
-            (share of the largest possible), `chance` (the same for all positions: sum of log c_i over the masked ones,
+            (share of the largest possible), `before` (entropy of the masked positions that are more certain; tells
+            equally uncertain ones apart), `chance` (the same for all positions: sum of log c_i over the masked ones,
             the log-probability that all top tokens are right if they do not depend on each other), `prediction` (the
             expected embedding of the token, needs `reads_tokens`), `price` (that of a step, needs `prices`) and, with
             `sees_truth`, `likelihood` (log-probability of the true token). Without any of those that read its
@@ -474,8 +476,11 @@ class PolicyNetwork(nn.Module):
                 columns.append((top[..., 0] - rest).clamp(-10, 10) / 4)
             if "margin" in self.features:
                 columns.append(top[..., 0].exp() - top[..., 1].exp())
+            entropy = -(log_probs.exp() * log_probs).sum(-1)  # [*, L], nats
             if "entropy" in self.features:
-                columns.append(-(log_probs.exp() * log_probs).sum(-1) / math.log(log_probs.shape[-1]))
+                columns.append(entropy / math.log(log_probs.shape[-1]))
+            if "before" in self.features:
+                columns.append(entropy_before(entropy, masked).clamp(max=32) / 8)
             if "chance" in self.features:
                 chance = torch.where(masked, top[..., 0], 0.0).sum(-1, keepdim=True)  # [*, 1]
                 columns.append(chance.clamp(min=-32).expand_as(top[..., 0]) / 8)

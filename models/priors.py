@@ -18,6 +18,7 @@ from orderppl.decoding.memory import first_memory
 from orderppl.decoding.policy import Policy
 from orderppl.decoding.ranking import due_count
 from orderppl.decoding.schedules import SetSizes, make_sizes
+from orderppl.decoding.scores import entropy_before, prediction_entropy
 from orderppl.decoding.step import or_best
 from orderppl.distributions import (
     BernoulliSet,
@@ -246,6 +247,34 @@ class EasyFirst(LogitPrior):
         return (odds / self.temperature).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
+class BoundedEntropy(LogitPrior):
+    """Certain positions first, as many as their entropies allow: an entropy bound made soft.
+
+        logit p_i = (bound - sum_{j in M : H_j < H_i} H_j) / temperature,    H_i the entropy of p(x_i | s_t)
+
+    Unlike a confidence, the sum tells equally uncertain positions apart (ties go to the left), so that one of two cells
+    that depend on each other can be revealed without the other.
+
+    Args:
+        bound: entropy of the others at which a position is as likely revealed as not, nats, at least 0.
+        temperature: positive, nats; towards 0 this is the entropy-bound decoder (arXiv 2505.24857).
+    """
+
+    def __init__(self, bound: float = 0.5, temperature: float = 0.1) -> None:
+        super().__init__()
+        if not bound >= 0:
+            raise ValueError(f"bound: {bound} is negative; use a value such as 0.5")
+        if not temperature > 0:
+            raise ValueError(f"temperature: {temperature} is not positive; use a value such as 0.1")
+        self.bound = bound
+        self.temperature = temperature
+
+    def logits(self, state: UnmaskingState) -> Tensor:
+        """Log-odds of revealing each position, float [*, L]."""
+        before = entropy_before(prediction_entropy(state), state.masked)  # [*, L]
+        return ((self.bound - before) / self.temperature).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
 class LearnedPolicy(LogitPrior):
     """A network decides from what is visible.
 
@@ -283,7 +312,7 @@ class ResidualPolicy(LearnedPolicy):
     def __init__(self, base: LogitPrior, network: nn.Module, non_empty: bool = True) -> None:
         super().__init__(network, non_empty)
         if not isinstance(base, LogitPrior):
-            raise ValueError(f"base: {type(base).__name__} has no logits to correct; use EasyFirst or LearnedPolicy")
+            raise ValueError(f"base: {type(base).__name__} has no logits to correct; use EasyFirst or BoundedEntropy")
         self.base = base
 
     def logits(self, state: UnmaskingState) -> Tensor:

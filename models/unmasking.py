@@ -22,7 +22,7 @@ class UnmaskingModel(PyroModule):
     """The generative program of masked diffusion with the order as its latent variable, scored in one piece.
 
         r ~ prior                                  ordered partition of the positions, site `reveal_step`
-        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t, c)_i        site `tokens`; with outliers or an answer, see `RevealedTokens`
+        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t, c)_i        site `tokens`; see `RevealedTokens`
 
     All T states of an order are stacked and go through the denoiser in one call. The states are built from the
     observed tokens: to generate, use `SequentialUnmaskingModel`.

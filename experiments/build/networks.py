@@ -65,7 +65,7 @@ class PolicyNetworkConfig:
     heads: int = setting(4, "attention heads", at_least=1)
     features: tuple[str, ...] = setting(
         networks.FEATURES,
-        "confidence, margin, entropy, chance, prediction (of the denoiser), price (of a step, with a range)",
+        "of the denoiser: confidence, margin, entropy, before, chance, prediction; price (of a step, with a range)",
     )
     reads_tokens: bool = setting(True, "see revealed tokens and prompt")
     bias: float = setting(-2.0, "initial logit")
@@ -81,7 +81,7 @@ class PosteriorNetworkConfig:
     heads: int = setting(4, "attention heads", at_least=1)
     features: tuple[str, ...] = setting(
         networks.TRUTH_FEATURES,
-        "denoiser features: confidence, margin, entropy, chance, likelihood (of the true token)",
+        "of the denoiser: confidence, margin, entropy, before, chance, likelihood (of the true token)",
     )
     reads_tokens: bool = setting(True, "see the prompt, and the revealed tokens apart from the true ones")
     bias: float = setting(-1.0, "initial logit")

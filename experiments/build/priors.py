@@ -58,6 +58,15 @@ class EasyFirstConfig:
 
 
 @dataclass(frozen=True)
+class BoundedEntropyConfig:
+    """Certain positions first, as many as their entropies allow."""
+
+    name: Literal["bounded_entropy"] = "bounded_entropy"
+    bound: float = setting(0.5, "entropy of more certain positions at which revealing has odds of one", at_least=0)
+    temperature: float = setting(0.1, "nats; towards 0 this is the entropy-bound decoder", above=0)
+
+
+@dataclass(frozen=True)
 class LearnedPolicyConfig:
     """A network decides from what is visible."""
 
@@ -71,7 +80,7 @@ class ResidualPolicyConfig:
     """A heuristic and a learned correction to it, zero at the start."""
 
     name: Literal["residual_policy"] = "residual_policy"
-    base: EasyFirstConfig | LearnedPolicyConfig = setting(EasyFirstConfig, "the heuristic")
+    base: EasyFirstConfig | BoundedEntropyConfig | LearnedPolicyConfig = setting(EasyFirstConfig, "the heuristic")
     network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the correction")
     non_empty: bool = setting(True, "reveal at least one position at every step")
 
@@ -81,7 +90,7 @@ class FinishingPolicyConfig:
     """Another policy, with one decision before each of its own: reveal all that is left."""
 
     name: Literal["finishing_policy"] = "finishing_policy"
-    prior: EasyFirstConfig | LearnedPolicyConfig | ResidualPolicyConfig = setting(
+    prior: EasyFirstConfig | BoundedEntropyConfig | LearnedPolicyConfig | ResidualPolicyConfig = setting(
         ResidualPolicyConfig, "the other policy"
     )
     network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the decision; its bias is the first one")
@@ -128,6 +137,7 @@ FreePriorConfig = (
     | HeuristicPriorConfig
     | LeftToRightConfig
     | EasyFirstConfig
+    | BoundedEntropyConfig
     | LearnedPolicyConfig
     | ResidualPolicyConfig
     | FinishingPolicyConfig
@@ -180,6 +190,8 @@ def build_prior(
             return models.LeftToRight(config.temperature)
         case EasyFirstConfig():
             return models.EasyFirst(config.threshold, config.temperature)
+        case BoundedEntropyConfig():
+            return models.BoundedEntropy(config.bound, config.temperature)
         case LearnedPolicyConfig():
             return models.LearnedPolicy(build_policy_network(config.network, task, prices=prices), config.non_empty)
         case ResidualPolicyConfig():

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from orderppl.decoding.heuristic import Heuristic
-from orderppl.decoding.scores import confidence, longest_prefix, prediction_entropy, preferred, reveal_rank
+from orderppl.decoding.scores import (
+    confidence,
+    entropy_before,
+    longest_prefix,
+    prediction_entropy,
+    preferred,
+    reveal_rank,
+)
 from orderppl.errors import UserError
 from orderppl.states import UnmaskingState
 
@@ -93,12 +100,9 @@ class EntropyBound(Heuristic):
 
     def choose(self, state: UnmaskingState, last: Tensor | None = None) -> Tensor:
         """Return the k lowest-entropy positions."""
-        score, allowed = self.score(state), preferred(state.masked, last)
-        rank = reveal_rank(score, allowed)
-        ordered = -score.gather(-1, rank.argsort(-1)).double()  # [*, L], ascending entropies
-        others = ordered.cumsum(-1) - ordered  # the largest of the first k is the k-th
-        count = longest_prefix(others <= self.gamma, allowed.sum(-1))
-        return (rank < count[..., None]) & allowed
+        allowed = preferred(state.masked, last)
+        others = entropy_before(-self.score(state).double(), allowed)  # the largest of the first k is the k-th
+        return (others <= self.gamma) & allowed
 
 
 @dataclass(frozen=True)

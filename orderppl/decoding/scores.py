@@ -27,6 +27,18 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * finite).sum(-1)
 
 
+def entropy_before(entropy: Tensor, masked: Tensor) -> Tensor:
+    """Sum of the entropies of the masked positions that are more certain than this one, nats: float [*, L].
+
+    Args:
+        entropy: float [*, L], nats.
+        masked: bool [*, L].
+    """
+    rank = reveal_rank(-entropy, masked)
+    ordered = entropy.masked_fill(~masked, 0.0).gather(-1, rank.argsort(-1))  # [*, L], ascending
+    return (ordered.cumsum(-1) - ordered).gather(-1, rank)
+
+
 def reveal_rank(score: Tensor, masked: Tensor, last: Tensor | None = None, tie_break: Tensor | None = None) -> Tensor:
     """Rank positions for revealing: 0 is first.
 

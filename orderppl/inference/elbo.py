@@ -175,7 +175,9 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         probs = _inclusion_probs(q_at) if credit == "expected" or hidden.requires_grad else None  # [S, *, L]
         if credit == "gain":
             fit = reward if probs is None or likelihood.is_whole else expected(probs.detach())
-            at_once = by_step.cumsum(0) - by_step + written(state.masked)  # if all that is left were revealed now, [T, *]
+            at_once = (
+                by_step.cumsum(0) - by_step + written(state.masked)
+            )  # if all that is left were revealed now, [T, *]
             terms = [(reward - scored(at_once), own())]
         elif probs is None:
             fit = weight * site_scaled(by_step, sites.tokens)  # by step, for their scores

@@ -26,6 +26,7 @@ from orderppl.guides import (
     RevealGuide,
 )
 from orderppl.models import (
+    BoundedEntropy,
     CosineSteps,
     EasyFirst,
     FinishingPolicy,
@@ -132,6 +133,7 @@ PRIORS = {
     "cosine": lambda steps: CosineSteps(),
     "left_to_right": lambda steps: LeftToRight(temperature=1.0),
     "easy_first": lambda steps: EasyFirst(0.5, temperature=2.0),
+    "bounded_entropy": lambda steps: BoundedEntropy(0.5, temperature=0.5),
     "learned_policy": lambda steps: LearnedPolicy(StateTable()),
     "may_wait_policy": lambda steps: LearnedPolicy(StateTable(), non_empty=False),
     "residual_policy": lambda steps: ResidualPolicy(EasyFirst(0.5), StateTable(), non_empty=False),
@@ -190,7 +192,7 @@ def is_finite_pair(guide: str, prior: str) -> bool:
     if prior in same_sizes:
         return guide in same_sizes[prior]
     waits = {"random", "mean_field", "plan"}
-    never_waits = {"left_to_right", "easy_first", "learned_policy", "heuristic"}
+    never_waits = {"left_to_right", "easy_first", "bounded_entropy", "learned_policy", "heuristic"}
     never_waits |= {"priced_policy", "priced_range", "priced_looking_back"}
     never_waits |= {"finishing_policy", "priced_finishing", "priced_finishing_range"}
     return not (guide in waits and prior in never_waits)

@@ -42,6 +42,7 @@ PRIORS = [
     "cosine_steps",
     "left_to_right",
     "easy_first",
+    "bounded_entropy",
     "learned_policy",
     "residual_policy",
     "{name: finishing_policy, prior: easy_first}",
@@ -241,7 +242,13 @@ def test_a_trained_denoiser_carries_an_order(tmp_path: Path) -> None:
     first, last = (load_file(tmp_path / name / "denoiser.safetensors") for name in ("first", "denoiser"))
     for name, weights in first.items():  # it goes on from where the other run has ended
         torch.testing.assert_close(last[name], weights, atol=1e-6, rtol=0)
-    order = [task, f"denoiser={{name: saved, run: {tmp_path / 'denoiser'}}}", "num_steps=3", "outlier=0.5", "asked=answer"]
+    order = [
+        task,
+        f"denoiser={{name: saved, run: {tmp_path / 'denoiser'}}}",
+        "num_steps=3",
+        "outlier=0.5",
+        "asked=answer",
+    ]
     network = "network: {features: [confidence, prediction, price]}"
     order += [f"prior={{name: step_price, price: 0.1, highest: 2, prior: {{name: residual_policy, {network}}}}}"]
     order += ["guide=policy"]

@@ -218,8 +218,14 @@ def cut(state: UnmaskingState, batch: dict[str, Tensor], row: int) -> UnmaskingS
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"reads_tokens": False}, {"features": ("prediction", "margin")}, {"features": ("chance",)}, {"places": 8}],
-    ids=["tokens", "blind", "expected", "chance", "places"],
+    [
+        {},
+        {"reads_tokens": False},
+        {"features": ("prediction", "margin")},
+        {"features": ("before", "chance")},
+        {"places": 8},
+    ],
+    ids=["tokens", "blind", "expected", "sums", "places"],
 )
 def test_policy_ignores_padding_and_other_rows(options: dict[str, Any]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
@@ -246,7 +252,7 @@ def test_policy_learns_about_the_places_that_rows_have() -> None:
     assert touched.tolist() == [True] * 5 + [False] * 3
 
 
-@pytest.mark.parametrize("features", [("confidence",), ("prediction",), ("chance",)])
+@pytest.mark.parametrize("features", [("confidence",), ("prediction",), ("before",), ("chance",)])
 def test_policy_never_sees_hidden_tokens(features: tuple[str, ...]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1)
     network = PolicyNetwork(V + 1, width=16, features=features)
@@ -338,20 +344,31 @@ def test_policy_reads_what_the_denoiser_expects() -> None:
         PolicyNetwork(V + 1, features=("prediction",), reads_tokens=False)
 
 
+class Even(nn.Module):
+    """Four equally likely tokens everywhere."""
+
+    mask_index, vocab_size = MASK, V
+
+    def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.zeros(*state.shape, V).masked_fill(torch.arange(V) >= 4, -torch.inf)
+
+
 def test_chance_is_that_of_the_top_tokens_of_all_masked_positions() -> None:
     """One number per state, prod_{i masked} c_i: with four equal tokens and n positions masked it is n log(1 / 4)."""
-
-    class Even(nn.Module):
-        mask_index, vocab_size = MASK, V
-
-        def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-            return torch.zeros(*state.shape, V).masked_fill(torch.arange(V) >= 4, -torch.inf)
-
     network = PolicyNetwork(V + 1, width=16, features=("chance",))
     state = state_of(ragged(), Even(), MASK)
     column = network._describe(state.masked, state.steps_left, 3, state.log_probs, None)[..., 0]
     expected = -state.masked.sum(-1, keepdim=True) * math.log(4) / 8
     torch.testing.assert_close(column, expected.expand_as(column))
+
+
+def test_before_tells_equally_uncertain_positions_apart() -> None:
+    """With four equal tokens everywhere the k-th masked position has k log 4 before it."""
+    network = PolicyNetwork(V + 1, width=16, features=("before",))
+    state = state_of(ragged(), Even(), MASK)
+    column = network._describe(state.masked, state.steps_left, 3, state.log_probs, None)[..., 0]
+    expected = (state.masked.cumsum(-1) - 1) * math.log(4) / 8
+    torch.testing.assert_close(column[state.masked], expected[state.masked])
 
 
 def test_policy_reads_the_price_of_each_sequence() -> None:

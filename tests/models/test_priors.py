@@ -13,6 +13,7 @@ from torch.distributions import kl_divergence
 
 from orderppl.decoding import (
     Block,
+    EntropyBound,
     EosAware,
     Factor,
     GreedyOracle,
@@ -28,6 +29,7 @@ from orderppl.denoising import Canvas
 from orderppl.distributions import StepwiseReveal
 from orderppl.errors import UserError
 from orderppl.models import (
+    BoundedEntropy,
     CosineSteps,
     EasyFirst,
     FinishingPolicy,
@@ -157,6 +159,21 @@ def test_easy_first_at_certainty_stays_finite():
     sharp = EasyFirst(0.9, temperature=0.01)
     assert sharp.logits(state).tolist() == [[LOGIT_LIMIT, -LOGIT_LIMIT]]
     assert torch.isfinite(kl_divergence(EasyFirst(0.5).distribution(state), sharp.distribution(state))).all()
+
+
+def test_bounded_entropy():
+    """Two tokens of probabilities c and 1 - c; the entropies before it by hand, and the decoder it is made from."""
+    confidences = [0.9, 0.6, 0.9, 0.99]
+    nats = [-c * math.log(c) - (1 - c) * math.log(1 - c) for c in confidences]
+    state = make_state([[True, True, True, False]], denoiser=Confidence(confidences))
+    before = [0.0, 2 * nats[0], nats[0]]  # the last one is not masked; of the two equal ones the left one is first
+    by_hand = torch.tensor([[(0.4 - entropy) / 0.5 for entropy in before]])
+    torch.testing.assert_close(BoundedEntropy(0.4, 0.5).logits(state)[:, :3], by_hand, atol=1e-4, rtol=0)
+    generator = torch.Generator().manual_seed(0)
+    for bound in (0.0, 0.3, 1.0, 3.0):  # towards temperature 0: 50 states of 8 positions at each
+        masked = torch.rand(50, 8, generator=generator) < 0.7
+        state = make_state(masked.tolist(), denoiser=Confidence(torch.rand(8, generator=generator).tolist()))
+        assert torch.equal(BoundedEntropy(bound, 1e-6).select(state), EntropyBound(bound).select(state))
 
 
 @pytest.mark.parametrize("non_empty", [False, True])
@@ -361,6 +378,8 @@ def test_settings_no_prior_can_have_are_refused(build, field: str):
     [
         (lambda: LeftToRight(temperature=0.0), "temperature"),
         (lambda: LeftToRight(temperature=math.nan), "temperature"),
+        (lambda: BoundedEntropy(bound=-0.1), "bound"),
+        (lambda: BoundedEntropy(temperature=0.0), "temperature"),
         (lambda: EasyFirst(threshold=0.0), "threshold"),
         (lambda: EasyFirst(threshold=1.0), "threshold"),
         (lambda: EasyFirst(temperature=-1.0), "temperature"),
