@@ -57,6 +57,9 @@ class SweepConfig:
         (), "semi-autoregressive blocks of so many positions; none: no blocks", at_least=1
     )
     eos_aware: bool = setting(False, "text tasks: rank predicted ends and padding behind all others")
+    sure: tuple[float, ...] = setting(
+        (), "tasks with answers: confidences in the answer that end a row; none: no row", at_least=0, at_most=1
+    )
 
     def __post_init__(self) -> None:
         """Check what belongs together."""
@@ -166,7 +169,7 @@ def heuristic_arms(sweeps: Sequence[SweepConfig], task: Task, longest: int) -> l
 
 
 def _expanded(sweep: SweepConfig, task: Task, longest: int, where: str) -> Iterator[Arm]:
-    names = ("tau", "factor", "gamma", "eps", "stable_steps", "block_size")
+    names = ("tau", "factor", "gamma", "eps", "stable_steps", "block_size", "sure")
     sizes: list[SizesConfig | None] = [_sizes(name) for name in sweep.sizes]
     sizes += [FractionalSizesConfig(mean=mean) for mean in sweep.per_step]
     others = (getattr(sweep, name) or (None,) for name in names)
@@ -220,6 +223,7 @@ def _dial(config: HeuristicConfig, budget: int | None) -> tuple[str, str]:
     words += [f"{name}={getattr(config, name):g}" for name in ("eps", "stable_steps") if getattr(config, name)]
     words += ["eos-aware"] if config.eos_aware else []
     words += [f"block {config.block_size}"] if config.block_size else []
+    words += [f"sure {config.sure:g}"] if config.sure is not None else []
     return dial, " ".join(words)
 
 

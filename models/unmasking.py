@@ -10,6 +10,7 @@ from pyro.nn import PyroModule
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
+from orderppl.data.answer_tokens import NO_TOKEN
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.distributions import HiddenTokens, RevealedTokens, Tracked
 from orderppl.errors import UserError
@@ -33,8 +34,8 @@ class UnmaskingModel(PyroModule):
         num_steps: step budget T.
         one_step: look at one uniformly drawn step per sequence instead of all T; unbiased, T times fewer denoiser rows.
         outlier: share of sequences that may be anything, at least 0 and below 1.
-        asked: tokens, int64 [B, L] -> bool [B, L], which of them are asked for, such as `AnswerTokens`; all when left
-            out.
+        asked: tokens, int64 [B, L], `NO_TOKEN` at padding -> bool [B, L], which of them are asked for, such as
+            `AnswerTokens`; all when left out.
 
     Raises:
         UserError: a share outside [0, 1), or, in a program that looks at one step, which only estimates p(x | r), a
@@ -86,7 +87,7 @@ class UnmaskingModel(PyroModule):
             attention_mask = torch.ones_like(tokens, dtype=torch.bool)
         canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
         path = RevealPath(canvas, tokens, self.num_steps, self.one_step)
-        asked = None if self.asked is None else self.asked(tokens)
+        asked = None if self.asked is None else self.asked(tokens.masked_fill(~canvas.attention_mask, NO_TOKEN))
         with pyro.plate("batch", len(tokens), dim=-1):
             reveal_step = pyro.sample("reveal_step", self.prior(path))
             pyro.sample("tokens", RevealedTokens(path(reveal_step), reveal_step, self.outlier, asked), obs=tokens)

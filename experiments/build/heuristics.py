@@ -70,6 +70,9 @@ class HeuristicConfig:
     stable_steps: int | None = setting(None, "klass: predictions in a row", at_least=1)
     block_size: int | None = setting(None, "semi-autoregressive blocks of so many positions", at_least=1)
     eos_aware: bool = setting(False, "text tasks: rank predicted ends and padding behind all others")
+    sure: float | None = setting(
+        None, "tasks with answers: confidence in the answer that ends a row; null: none does", at_least=0, at_most=1
+    )
 
 
 def build_heuristic(config: HeuristicConfig, task: Task) -> Policy:
@@ -87,4 +90,6 @@ def build_heuristic(config: HeuristicConfig, task: Task) -> Policy:
         if task.tokenizer is None:
             raise UserError("eos_aware", f"{task.name} has no end token", "leave it out")
         policy = make_policy("eos_aware", policy=policy, token_ids=(task.tokenizer.eos_index, task.tokenizer.pad_index))
+    if config.sure is not None:
+        policy = make_policy("answer_ready", policy=policy, answer=task.answer_tokens("sure"), sure=config.sure)
     return policy if config.block_size is None else make_policy("block", policy=policy, size=config.block_size)

@@ -16,10 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from orderppl import guides, models
-from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.decoding import Policy
 from orderppl.errors import UserError
-from orderppl.evaluation import exact_match
 from orderppl.experiments.build.denoisers import (
     ChainDenoiserConfig,
     DenoiserConfig,
@@ -183,21 +181,10 @@ def build_problem(config: OrderConfig, task: Task | None = None, denoiser: nn.Mo
             config.num_steps,
             one_step=config.elbo.one_step,
             outlier=config.outlier,
-            asked=answer_tokens(task) if config.asked == "answer" else None,
+            asked=task.answer_tokens("asked") if config.asked == "answer" else None,
         )
         guide = build_guide(config.guide, prior, denoiser, task, config.num_steps)
     return OrderProblem(task, denoiser, model, guide, build_elbo(config.elbo))
-
-
-def answer_tokens(task: Task) -> AnswerTokens:
-    """Which tokens are the answer.
-
-    Raises:
-        UserError: the responses have no marked answer.
-    """
-    if task.tokenizer is None or task.grade is not exact_match:
-        raise UserError("asked", f"the responses of {task.name} have no answer of their own", "set it to response")
-    return AnswerTokens.of(task.tokenizer)
 
 
 def build_imitation(config: WarmStartConfig, problem: OrderProblem) -> Imitation:

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
 
+from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.data.arithmetic import generate_arithmetic
 from orderppl.data.chains import sample_chains
 from orderppl.data.collate import tensors, tokenize
@@ -173,6 +174,19 @@ class Task:
         if split not in self.splits and split != "validation":
             raise UserError("split", f"{self.name} has no split {split!r}", f"use one of {', '.join(self.splits)}")
         return self.splits.get(split, self.splits["test"])
+
+    def answer_tokens(self, setting: str) -> AnswerTokens:
+        """Which tokens of a response are its answer.
+
+        Args:
+            setting: what asks for it, for messages.
+
+        Raises:
+            UserError: the responses have no marked answer.
+        """
+        if self.tokenizer is None or self.grade is not exact_match:
+            raise UserError(setting, f"the responses of {self.name} have no answer of their own", "leave it out")
+        return AnswerTokens.of(self.tokenizer)
 
     def spell(self, token: int) -> str:
         """One token as text: a piece of the tokeniser, a residue, or the number of a state."""

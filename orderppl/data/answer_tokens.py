@@ -11,6 +11,7 @@ from torch import Tensor
 from orderppl.data.tokenizers import Tokenizer
 from orderppl.errors import UserError
 
+NO_TOKEN = -1  # stands at padding, where there may be any id
 MARK, END = re.compile(r"\s*#+\s*"), re.compile(r"\s*(;|<<)\s*")
 
 
@@ -36,12 +37,12 @@ class AnswerTokens:
         """
         marks = [index for index, token in enumerate(tokenizer.tokens) if MARK.fullmatch(token)]
         if not marks:
-            raise UserError("asked", "no token of the tokeniser is #, which marks an answer", "set it to response")
+            raise UserError("tokenizer", "no token of it is #, which marks an answer", "use one that has it")
         ends = [index for index, token in enumerate(tokenizer.tokens) if END.fullmatch(token)]
-        return cls(marks, [tokenizer.eos_index, tokenizer.pad_index, *ends])
+        return cls(marks, [tokenizer.eos_index, NO_TOKEN, *ends])
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return bool [B, L] for tokens, int64 [B, L]."""
+        """Return bool [B, L] for tokens, int64 [B, L], `NO_TOKEN` at padding."""
         place = torch.arange(tokens.shape[-1], device=tokens.device)
         marked, ended = _is_any(tokens, self.marks), _is_any(tokens, self.ends)
         mark = torch.where(marked, place, -1).cummax(-1).values  # [B, L], the last one so far

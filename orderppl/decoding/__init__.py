@@ -12,12 +12,13 @@ from orderppl.decoding.ranking import Entropy, LeftToRight, Margin, Random, Rank
 from orderppl.decoding.registry import POLICIES, describe_policy, make_policy
 from orderppl.decoding.scheduler import RevealScheduler, SchedulerOutput
 from orderppl.decoding.schedules import CosineSizes, FractionalSizes, SetSizes, UniformSizes, make_sizes
-from orderppl.decoding.wrappers import Block, EosAware
+from orderppl.decoding.wrappers import AnswerReady, Block, EosAware
 from orderppl.randomness import uniform_noise
 
 __all__ = [
     "POLICIES",
     "Alternatives",
+    "AnswerReady",
     "Block",
     "CosineSizes",
     "DecodeOutput",

@@ -12,7 +12,7 @@ from orderppl.decoding.heuristic import Heuristic
 from orderppl.decoding.oracles import GreedyOracle, OracleMargin
 from orderppl.decoding.ranking import Entropy, LeftToRight, Margin, Random, TopProb
 from orderppl.decoding.schedules import SetSizes, make_sizes
-from orderppl.decoding.wrappers import Block, EosAware
+from orderppl.decoding.wrappers import AnswerReady, Block, EosAware
 from orderppl.errors import UserError
 
 POLICIES: dict[str, type[Heuristic]] = {
@@ -31,6 +31,7 @@ POLICIES: dict[str, type[Heuristic]] = {
         GreedyOracle,
         Block,
         EosAware,
+        AnswerReady,
     )
 }
 

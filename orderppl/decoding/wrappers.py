@@ -1,18 +1,19 @@
-"""Wrappers around any policy: semi-autoregressive blocks, and end or padding predictions last."""
+"""Wrappers around any policy: semi-autoregressive blocks, ends predicted last, an end once the answer is known."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from orderppl.data.answer_tokens import NO_TOKEN
 from orderppl.decoding.heuristic import Heuristic
 from orderppl.decoding.memory import WINDOW
 from orderppl.decoding.policy import Policy, needs_noise, policy_score, remembers
-from orderppl.decoding.scores import preferred, reveal_rank
+from orderppl.decoding.scores import confidence, preferred, reveal_rank
 from orderppl.errors import UserError
 from orderppl.states import UnmaskingState
 
@@ -146,3 +147,39 @@ class EosAware(Wrapper):
         """Return the wrapped policy's set with end and padding predictions last."""
         mine = self._last(state)
         return choose_with_last(self.policy, state, mine if last is None else mine | last)
+
+
+@dataclass(frozen=True)
+class AnswerReady(Wrapper):
+    """Ends a row once the answer is known: early commit, as of Prophet (arXiv 2508.19982), by confidence.
+
+        z_t = M_t  if  min_{i in A and M_t} c_i >= sure,  otherwise the policy's set
+
+    A is where the answer stands if every hidden token is the most likely one.
+
+    Args:
+        policy: any policy.
+        answer: tokens int64 [B, L], `NO_TOKEN` at padding -> bool [B, L], which of them are the answer, such as
+            `AnswerTokens`.
+        sure: confidence in [0, 1].
+    """
+
+    answer: Callable[[Tensor], Tensor]
+    sure: float = 0.9
+    name = "answer_ready"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sure <= 1:
+            raise UserError("sure", f"{self.sure} is no probability", "give a number from 0 to 1")
+
+    def score(self, state: UnmaskingState) -> Tensor:
+        """Return the wrapped policy's score."""
+        return policy_score(self.policy, state)
+
+    def choose(self, state: UnmaskingState, last: Tensor | None = None) -> Tensor:
+        """Return everything, or the wrapped policy's set."""
+        predicted = state.per_position(lambda log_probs: log_probs.argmax(-1))  # [*, L]
+        tokens = torch.where(state.masked, predicted, state.tokens).masked_fill(~state.attention_mask, NO_TOKEN)
+        asked = self.answer(tokens) & state.masked
+        ready = confidence(state).masked_fill(~asked, torch.inf).amin(-1, keepdim=True) >= self.sure
+        return torch.where(ready, state.masked, choose_with_last(self.policy, state, last))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orderppl.data.answer_tokens import AnswerTokens
+from orderppl.data.answer_tokens import NO_TOKEN, AnswerTokens
 from orderppl.data.collate import collate
 from orderppl.data.tokenizers import WordTokenizer
 from orderppl.errors import UserError
@@ -25,7 +25,7 @@ def test_the_answer_is_the_mark_and_what_follows(mode: str):
     tokenizer = WordTokenizer.build(TEXTS, mode, max_number=20)
     rows = [tokenizer.encode(text) + [tokenizer.eos_index] for text in TEXTS]
     batch = collate([{"tokens": row} for row in rows], tokenizer.pad_index)
-    asked = AnswerTokens.of(tokenizer)(batch["tokens"])
+    asked = AnswerTokens.of(tokenizer)(batch["tokens"].masked_fill(~batch["attention_mask"], NO_TOKEN))
     for row, tokens, answer in zip(asked, batch["tokens"], TEXTS.values(), strict=True):
         assert tokenizer.decode(tokens[row].tolist()).split() == answer.split()
 
@@ -37,5 +37,5 @@ def test_a_response_without_a_mark_is_its_own_answer():
 
 
 def test_a_tokeniser_without_a_mark_is_refused():
-    with pytest.raises(UserError, match="^asked: "):
+    with pytest.raises(UserError, match="^tokenizer: "):
         AnswerTokens.of(WordTokenizer.build(["2 + 3 = 5"], "numbers", max_number=20))

@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.decoding import (
     POLICIES,
+    AnswerReady,
     Block,
     DecodeOutput,
     EosAware,
@@ -225,6 +227,7 @@ BY_NAME: dict[str, list[Factory]] = {
     "greedy_oracle": [lambda p: GreedyOracle(tokens=p.stacked(VOCAB - 1))],
     "block": [lambda p: Block(make_policy("margin"), p.size)],
     "eos_aware": [lambda p: EosAware(make_policy("top_prob"), [0, 1])],
+    "answer_ready": [lambda p: AnswerReady(make_policy("top_prob"), AnswerTokens([0], [1]), 0.3)],
 }
 EVERY: dict[str, Factory] = {
     f"{name}-{number}" if number else name: make for name, makes in BY_NAME.items() for number, make in enumerate(makes)
@@ -258,6 +261,9 @@ INNER = (
 )
 EVERY |= {f"block_{name}": lambda p, make=EVERY[name]: Block(make(p), p.size) for name in (*INNER, "plan_rank")}
 EVERY |= {f"eos_{name}": lambda p, make=EVERY[name]: EosAware(make(p), [0, 1]) for name in INNER}
+EVERY |= {
+    f"ready_{name}": lambda p, make=EVERY[name]: AnswerReady(make(p), AnswerTokens([0], [1]), 0.3) for name in INNER
+}
 EVERY["block_eos"] = lambda p: Block(EosAware(make_policy("factor", factor=1.5), [0, 1]), p.size)
 EVERY["eos_block"] = lambda p: EosAware(Block(make_policy("threshold", tau=0.4), p.size), [0, 1])
 every_policy = pytest.mark.parametrize("name", EVERY)

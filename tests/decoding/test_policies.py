@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from orderppl.decoding import (
     POLICIES,
+    AnswerReady,
     Block,
     CosineSizes,
     EosAware,
@@ -280,6 +282,30 @@ def test_block_shows_a_learned_policy_the_steps_left_in_the_block(confident):
     assert seen == [([2], [[1, 1, 0, 0]]), ([1], [[1, 0, 0, 0]]), ([2], [[0, 0, 1, 1]])]
 
 
+def second_and_later(tokens):
+    """The answer is what follows token 2, or everything."""
+    found = (tokens == 2).long().cumsum(-1)
+    return (found - (tokens == 2).long() > 0) | (found.amax(-1, keepdim=True) == 0)
+
+
+def test_answer_ready_reveals_everything_once_the_answer_is_sure(table):
+    mark = [0.0, 0.02, 0.98]
+    probs = [[0.6, 0.4, 0.0], mark, [0.3, 0.7, 0.0], [0.75, 0.25, 0.0]]
+
+    def sets(sure, masked):
+        policy = make_policy("answer_ready", policy="left_to_right", answer=second_and_later, sure=sure)
+        return chosen(policy, state_of(table(probs), masked))
+
+    assert sets(0.7, [[1, 1, 1, 1]]) == [[0, 1, 2, 3]]  # 0.7 and 0.75 behind the mark
+    assert sets(0.72, [[1, 1, 1, 1]]) == [[0]]
+    assert sets(0.72, [[1, 1, 0, 1]]) == [[0, 1, 3]]  # one of the two has been written
+    assert sets(1.0, [[1, 1, 0, 0]]) == [[0, 1]]  # nothing of the answer is left to write
+    no_mark = [[0.6, 0.4, 0.0], [0.9, 0.1, 0.0]]
+    policy = AnswerReady(make_policy("left_to_right"), second_and_later, 0.6)
+    assert chosen(policy, state_of(table(no_mark), [[1, 1]])) == [[0, 1]]  # all of it is the answer
+    assert chosen(dataclasses.replace(policy, sure=0.7), state_of(table(no_mark), [[1, 1]])) == [[0]]
+
+
 def test_eos_aware_ranks_end_predictions_last(table):
     end = [0.0, 0.02, 0.98]
     probs = [[0.6, 0.4, 0.0], end, [0.3, 0.7, 0.0], end, [0.9, 0.1, 0.0]]
@@ -448,6 +474,7 @@ def test_make_policy_and_describe():
         ("klass", {"stable_steps": 0}, "stable_steps"),
         ("klass", {"tau": -1.0}, "tau"),
         ("eos_aware", {"policy": "random", "token_ids": []}, "token_ids"),
+        ("answer_ready", {"policy": "random", "answer": second_and_later, "sure": 1.5}, "sure"),
         ("random", {"sizes": "linear"}, "sizes"),
     ],
 )
