@@ -4,13 +4,13 @@ if __name__ != "orderppl.models":
     raise ImportError("import orderppl.models, not models")
 
 from orderppl.models.architectures import ARCHITECTURES
+from orderppl.models.finishing import AnswerOdds, FinishingPolicy
 from orderppl.models.order_policy import DenoiserIdentity, OrderPolicy, as_policy
 from orderppl.models.price import PriceRange
 from orderppl.models.priors import (
     BoundedEntropy,
     CosineSteps,
     EasyFirst,
-    FinishingPolicy,
     FixedSizes,
     HeuristicPrior,
     LearnedPolicy,
@@ -28,6 +28,7 @@ from orderppl.models.unmasking import SequentialUnmaskingModel, UnmaskingModel
 
 __all__ = [
     "ARCHITECTURES",
+    "AnswerOdds",
     "BoundedEntropy",
     "CosineSteps",
     "DenoiserIdentity",

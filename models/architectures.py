@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.errors import UserError
+from orderppl.models.finishing import AnswerOdds, FinishingPolicy
 from orderppl.models.networks import PolicyNetwork, PositionTable, SequenceEncoder
 from orderppl.models.plans import OpeningPlan
 from orderppl.models.price import PriceRange
@@ -15,7 +17,6 @@ from orderppl.models.priors import (
     BoundedEntropy,
     CosineSteps,
     EasyFirst,
-    FinishingPolicy,
     LearnedPolicy,
     LearnedSchedule,
     LearnedSteps,
@@ -26,6 +27,8 @@ from orderppl.models.priors import (
 )
 
 ARCHITECTURES: dict[str, type[Any]] = {
+    "answer_odds": AnswerOdds,
+    "answer_tokens": AnswerTokens,
     "bounded_entropy": BoundedEntropy,
     "cosine_steps": CosineSteps,
     "easy_first": EasyFirst,

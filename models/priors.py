@@ -22,7 +22,6 @@ from orderppl.decoding.scores import entropy_before, prediction_entropy
 from orderppl.decoding.step import or_best
 from orderppl.distributions import (
     BernoulliSet,
-    FinishingSet,
     HeuristicReveal,
     OrderedPartition,
     PricedReveal,
@@ -318,44 +317,6 @@ class ResidualPolicy(LearnedPolicy):
     def logits(self, state: UnmaskingState) -> Tensor:
         """Log-odds of revealing each position, float [*, L]."""
         return self.base.logits(state) + super().logits(state)
-
-
-class FinishingPolicy(RevealPrior):
-    """Another policy, with one decision before each of its own: reveal all that is left at once.
-
-        p(z_t | s_t) = f_t [z_t = M_t] + (1 - f_t) prior(z_t | s_t)
-        logit f_t = slope u + mean_{i in M_t} network(s_t)_i,      u in [-1, 1] the log-price's place in its range
-
-    Under a step price it learns for which sequences further steps are worth what they cost. With a range of prices
-    the network says where the price is at which that changes; without the first term, the decision for all sequences
-    and prices grows certain long before it learns to tell them apart.
-
-    Args:
-        prior: the other policy.
-        network: state -> float [*, L].
-        prices: the range that a `StepPrice` around it charges; None leaves out the first term.
-        slope: log-odds of finishing between the middle of the range and its ends.
-    """
-
-    def __init__(
-        self, prior: RevealPrior, network: nn.Module, prices: PriceRange | None = None, slope: float = 4.0
-    ) -> None:
-        super().__init__()
-        self.prior = prior
-        self.network = network
-        self.prices = prices
-        self.slope = slope
-        self.non_empty = prior.non_empty
-
-    def distribution(self, state: UnmaskingState) -> SetLaw:
-        """Finish, or reveal as the other policy does."""
-        logits = self.network(state)  # [*, L]
-        if self.prices is not None:
-            places = self.prices.places(logits.shape[-2], logits.device).to(logits.dtype)  # [B]
-            logits = logits + self.slope * places[:, None]
-        logits = torch.where(state.masked, logits, 0.0)
-        finish = logits.sum(-1) / state.masked.sum(-1).clamp(min=1)  # [*]
-        return FinishingSet(state.law(self.prior.distribution), finish.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
 
 
 class LearnedSteps(RevealPrior):

@@ -86,6 +86,15 @@ class ResidualPolicyConfig:
 
 
 @dataclass(frozen=True)
+class AnswerOddsConfig:
+    """Ends a sequence because its answer is known."""
+
+    name: Literal["answer_odds"] = "answer_odds"
+    sure: float = setting(0.9, "confidence in the answer at which ending has odds of one", above=0, below=1)
+    temperature: float = setting(0.5, "towards 0 it ends exactly from that confidence on", above=0)
+
+
+@dataclass(frozen=True)
 class FinishingPolicyConfig:
     """Another policy, with one decision before each of its own: reveal all that is left."""
 
@@ -95,6 +104,7 @@ class FinishingPolicyConfig:
     )
     network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the decision; its bias is the first one")
     slope: float = setting(4.0, "with a range of prices: log-odds between its middle and its ends", at_least=0)
+    base: AnswerOddsConfig | None = setting(None, "a heuristic that the network corrects, 0 at first; null: none")
 
 
 @dataclass(frozen=True)
@@ -201,8 +211,12 @@ def build_prior(
             return models.ResidualPolicy(base, correction, config.non_empty)
         case FinishingPolicyConfig():
             other = build_prior(config.prior, task, num_steps, prices)
-            decision = build_policy_network(config.network, task, prices=prices)
-            return models.FinishingPolicy(other, decision, prices, config.slope)
+            decision = build_policy_network(config.network, task, config.base is not None, prices)
+            known = None
+            if config.base is not None:
+                answer = task.answer_tokens("prior.base")
+                known = models.AnswerOdds(answer, config.base.sure, config.base.temperature)
+            return models.FinishingPolicy(other, decision, prices, config.slope, known)
         case LearnedStepsConfig():
             return models.LearnedSteps(build_sequence_network(config.network, task, num_steps))
         case StepPriceConfig():

@@ -27,6 +27,7 @@ class AnswerTokens:
 
     def __init__(self, marks: Sequence[int], ends: Sequence[int]) -> None:
         self.marks, self.ends = tuple(marks), tuple(ends)
+        self.config = {"marks": self.marks, "ends": self.ends}
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> AnswerTokens:
@@ -42,10 +43,10 @@ class AnswerTokens:
         return cls(marks, [tokenizer.eos_index, NO_TOKEN, *ends])
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Return bool [B, L] for tokens, int64 [B, L], `NO_TOKEN` at padding."""
+        """Return bool [*, L] for tokens, int64 [*, L], `NO_TOKEN` at padding."""
         place = torch.arange(tokens.shape[-1], device=tokens.device)
         marked, ended = _is_any(tokens, self.marks), _is_any(tokens, self.ends)
-        mark = torch.where(marked, place, -1).cummax(-1).values  # [B, L], the last one so far
+        mark = torch.where(marked, place, -1).cummax(-1).values  # [*, L], the last one so far
         end = torch.where(ended, place, -1).cummax(-1).values
         return (mark > end) | ~marked.any(-1, keepdim=True)
 

@@ -6,9 +6,12 @@ applied to each row by itself and to masked positions only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from orderppl.data.answer_tokens import NO_TOKEN
 from orderppl.states import UnmaskingState
 
 
@@ -25,6 +28,18 @@ def prediction_entropy(state: UnmaskingState) -> Tensor:
 def _entropy(log_probs: Tensor) -> Tensor:
     finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 log 0 = 0
     return -(log_probs.exp() * finite).sum(-1)
+
+
+def answer_confidence(state: UnmaskingState, answer: Callable[[Tensor], Tensor]) -> Tensor:
+    """How sure the answer is: the smallest c of its hidden tokens, 1 where none is hidden; float [*].
+
+    Args:
+        state: a state; the answer is where it would be if every hidden token were the most likely one.
+        answer: tokens int64 [*, L], `NO_TOKEN` at padding -> bool [*, L], which of them are the answer.
+    """
+    predicted = state.per_position(lambda log_probs: log_probs.argmax(-1))  # [*, L]
+    tokens = torch.where(state.masked, predicted, state.tokens).masked_fill(~state.attention_mask, NO_TOKEN)
+    return confidence(state).masked_fill(~(answer(tokens) & state.masked), 1.0).amin(-1)
 
 
 def entropy_before(entropy: Tensor, masked: Tensor) -> Tensor:

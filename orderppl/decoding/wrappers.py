@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orderppl.data.answer_tokens import NO_TOKEN
 from orderppl.decoding.heuristic import Heuristic
 from orderppl.decoding.memory import WINDOW
 from orderppl.decoding.policy import Policy, needs_noise, policy_score, remembers
-from orderppl.decoding.scores import confidence, preferred, reveal_rank
+from orderppl.decoding.scores import answer_confidence, preferred, reveal_rank
 from orderppl.errors import UserError
 from orderppl.states import UnmaskingState
 
@@ -178,8 +177,5 @@ class AnswerReady(Wrapper):
 
     def choose(self, state: UnmaskingState, last: Tensor | None = None) -> Tensor:
         """Return everything, or the wrapped policy's set."""
-        predicted = state.per_position(lambda log_probs: log_probs.argmax(-1))  # [*, L]
-        tokens = torch.where(state.masked, predicted, state.tokens).masked_fill(~state.attention_mask, NO_TOKEN)
-        asked = self.answer(tokens) & state.masked
-        ready = confidence(state).masked_fill(~asked, torch.inf).amin(-1, keepdim=True) >= self.sure
+        ready = answer_confidence(state, self.answer).unsqueeze(-1) >= self.sure
         return torch.where(ready, state.masked, choose_with_last(self.policy, state, last))

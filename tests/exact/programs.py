@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.decoding import (
     EosAware,
     FractionalSizes,
@@ -26,6 +27,7 @@ from orderppl.guides import (
     RevealGuide,
 )
 from orderppl.models import (
+    AnswerOdds,
     BoundedEntropy,
     CosineSteps,
     EasyFirst,
@@ -113,7 +115,9 @@ def priced_range(steps: int) -> StepPrice:
 def finishing_range(steps: int) -> StepPrice:
     """The same, with a decision to finish that the price moves."""
     prices = PriceRange(0.2, 1.5)
-    return StepPrice(FinishingPolicy(LearnedPolicy(PricedTable(prices)), StateTable(), prices, slope=1.5), prices)
+    other = LearnedPolicy(PricedTable(prices))
+    odds = AnswerOdds(AnswerTokens([0], [1]), 0.5, temperature=2.0)
+    return StepPrice(FinishingPolicy(other, StateTable(), prices, slope=1.5, base=odds), prices)
 
 
 class PosteriorTable(nn.Module):

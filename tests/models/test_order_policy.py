@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.data.tokenizers import WordTokenizer
 from orderppl.decoding import Policy, StochasticPolicy, Threshold, decode
 from orderppl.denoising import Canvas
 from orderppl.errors import UserError
 from orderppl.models import (
     ARCHITECTURES,
+    AnswerOdds,
+    BoundedEntropy,
     CosineSteps,
     DenoiserIdentity,
     EasyFirst,
@@ -53,7 +56,8 @@ def priced() -> StepPrice:
 
 def finishing_by_price() -> StepPrice:
     prices = PriceRange(0.1, 2.0)
-    return StepPrice(FinishingPolicy(EasyFirst(0.7, 0.5), network(), prices, slope=3.0), prices)
+    odds = AnswerOdds(AnswerTokens([0], [1, 2]), 0.7)
+    return StepPrice(FinishingPolicy(EasyFirst(0.7, 0.5), network(), prices, slope=3.0, base=odds), prices)
 
 
 def learned_things() -> dict[str, nn.Module]:
@@ -64,6 +68,7 @@ def learned_things() -> dict[str, nn.Module]:
         "learned": LearnedPolicy(network()),
         "finishing": StepPrice(FinishingPolicy(EasyFirst(0.7, 0.5), network()), 0.3),
         "finishing by price": finishing_by_price(),
+        "bounded": ResidualPolicy(BoundedEntropy(0.7, 0.5), network(features=("before", "chance"), zero_init=True)),
         "same network twice": ResidualPolicy(LearnedPolicy(shared), shared),
         "range of prices": priced(),
         "schedule": LearnedSchedule(STEPS),
@@ -122,7 +127,7 @@ def test_comes_back_and_decodes_alike(tmp_path: Path, kind: str) -> None:
 
 def test_everything_registered_is_covered_and_describes_its_constructor() -> None:
     things: list[Any] = [module for thing in learned_things().values() for module in thing.modules()]
-    things.append(priced().price)
+    things += [priced().price, AnswerTokens([0], [1, 2])]
     kinds = {type(thing) for thing in things}
     assert kinds >= set(ARCHITECTURES.values())
     for thing in things:

@@ -11,7 +11,9 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.decoding import (
+    AnswerReady,
     Block,
     EntropyBound,
     EosAware,
@@ -29,6 +31,7 @@ from orderppl.denoising import Canvas
 from orderppl.distributions import StepwiseReveal
 from orderppl.errors import UserError
 from orderppl.models import (
+    AnswerOdds,
     BoundedEntropy,
     CosineSteps,
     EasyFirst,
@@ -276,6 +279,25 @@ def test_finishing_depends_on_the_price():
     torch.testing.assert_close(same_for_all.distribution(state).logit, torch.full((4,), -0.5))
 
 
+def test_a_known_answer_ends_a_sequence():
+    """(logit min c - logit sure) / temperature, by hand; towards temperature 0 it is the wrapper of the decoder."""
+    confidences = [0.7, 0.9, 0.6, 0.99]
+    answer = AnswerTokens([1], [])  # Confidence predicts token 0 everywhere: without a mark everything is the answer
+    odds = AnswerOdds(answer, sure=0.8, temperature=2.0)
+    state = make_state(
+        [[True, True, True, False], [True, True, False, True], [False] * 4], denoiser=Confidence(confidences)
+    )
+    by_hand = torch.tensor([math.log(1.5 / 4) / 2, math.log(7 / 3 / 4) / 2, LOGIT_LIMIT])
+    torch.testing.assert_close(odds(state)[:2], by_hand[:2], atol=1e-4, rtol=0)
+    assert odds(state)[2] > 6  # nothing of it is left to write
+    finishing = FinishingPolicy(EasyFirst(0.95), Constant(-0.5), base=odds)
+    torch.testing.assert_close(finishing.distribution(state).logit[:2], by_hand[:2] - 0.5, atol=1e-4, rtol=0)
+    sharp = FinishingPolicy(EasyFirst(0.95), Constant(0.0), base=AnswerOdds(answer, 0.65, 1e-3))
+    wrapped = AnswerReady(Threshold(0.95), answer, 0.65)
+    assert torch.equal(sharp.select(state), wrapped.select(state))
+    assert sharp.select(state).tolist()[1] == [True, True, False, True]
+
+
 def test_fixed_sizes_is_uniform_over_orders_of_its_sizes():
     """p(r) = prod_t k_t! / n! for each row's own n, and no other order is possible."""
     batch = make_batch()
@@ -378,6 +400,8 @@ def test_settings_no_prior_can_have_are_refused(build, field: str):
     [
         (lambda: LeftToRight(temperature=0.0), "temperature"),
         (lambda: LeftToRight(temperature=math.nan), "temperature"),
+        (lambda: AnswerOdds(AnswerTokens([1], []), sure=1.0), "sure"),
+        (lambda: AnswerOdds(AnswerTokens([1], []), temperature=0.0), "temperature"),
         (lambda: BoundedEntropy(bound=-0.1), "bound"),
         (lambda: BoundedEntropy(temperature=0.0), "temperature"),
         (lambda: EasyFirst(threshold=0.0), "threshold"),
