@@ -370,7 +370,7 @@ class PositionTable(nn.Module):
 
 
 FEATURES = ("confidence", "margin", "entropy")
-POLICY_FEATURES = (*FEATURES, "before", "chance", "prediction", "price")
+POLICY_FEATURES = (*FEATURES, "before", "chance", "prediction", "hidden", "price")
 TRUTH_FEATURES = (*FEATURES, "likelihood")
 
 
@@ -393,14 +393,15 @@ class PolicyNetwork(nn.Module):
             (share of the largest possible), `before` (entropy of the masked positions that are more certain; tells
             equally uncertain ones apart), `chance` (the same for all positions: sum of log c_i over the masked ones,
             the log-probability that all top tokens are right if they do not depend on each other), `prediction` (the
-            expected embedding of the token, needs `reads_tokens`), `price` (that of a step, needs `prices`) and, with
-            `sees_truth`, `likelihood` (log-probability of the true token). Without any of those that read its
-            predictions the denoiser is not called.
+            expected embedding of the token, needs `reads_tokens`), `hidden` (what the output head reads, needs its
+            size), `price` (that of a step, needs `prices`) and, with `sees_truth`, `likelihood` (log-probability of the
+            true token). Without any of those that read the denoiser it is not called.
         reads_tokens: False leaves revealed tokens and prompt out.
         zero_init: start with all logits 0, as a correction on top of a heuristic does.
         bias: initial logit otherwise; the default reveals about one position in eight.
         sees_truth: take the true tokens as a second argument.
         prices: the range of the feature `price`, shared with the `StepPrice` that charges it.
+        hidden: size of the denoiser's hidden states, for the feature `hidden`.
         places: longest response, to give every position an embedding of its own, for canvases on which it has a
             meaning of its own (the cells of a grid). None tells positions apart by distance only.
 
@@ -421,6 +422,7 @@ class PolicyNetwork(nn.Module):
         sees_truth: bool = False,
         prices: PriceRange | None = None,
         places: int | None = None,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         known = (*POLICY_FEATURES, "likelihood") if sees_truth else POLICY_FEATURES
@@ -432,6 +434,9 @@ class PolicyNetwork(nn.Module):
         if ("price" in features) != (prices is not None):
             remedy = "put a step_price with a range on the policy, or leave the feature out"
             raise UserError("features", "price and a range of prices need each other", remedy)
+        if ("hidden" in features) != (hidden is not None):
+            problem = "hidden and the size of the denoiser's hidden states need each other"
+            raise UserError("features", problem, "give hidden=128 for a denoiser of width 128, or leave it out")
         self.prices = prices
         self.config = {
             "vocab_size": vocab_size,
@@ -443,12 +448,15 @@ class PolicyNetwork(nn.Module):
             "sees_truth": sees_truth,
             "prices": prices,
             "places": places,
+            "hidden": hidden,
         }
         self.features, self.reads_tokens = tuple(features), reads_tokens
         self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None
         self.embed_truth = nn.Embedding(vocab_size, width) if sees_truth else None
         self.embed_place = None if places is None else nn.Embedding(places, width)
-        self.project = nn.Linear(len(self.features) - ("prediction" in features) + 4, width)
+        self.read_hidden = None if hidden is None else nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width))
+        numbers = [name for name in self.features if name not in ("prediction", "hidden")]
+        self.project = nn.Linear(len(numbers) + 4, width)
         self.backbone = Backbone(width, layers, heads)
         self.head = nn.Linear(width, 1)
         if zero_init:
@@ -460,7 +468,7 @@ class PolicyNetwork(nn.Module):
 
     @property
     def _reads_denoiser(self) -> bool:
-        return any(name != "price" for name in self.features)
+        return any(name not in ("hidden", "price") for name in self.features)
 
     def _describe(
         self, masked: Tensor, steps_left: Tensor, num_steps: int, log_probs: Tensor | None, truth: Tensor | None
@@ -495,6 +503,17 @@ class PolicyNetwork(nn.Module):
         count = masked_here.sum(-1, keepdim=True).log1p().expand_as(masked_here) / 4
         return torch.stack([*columns, masked_here, left, count], -1)
 
+    def _project_hidden(self, inside: Tensor) -> Tensor:
+        """The denoiser's hidden states, float [*, L, hidden], as part of those of this network, float [*, L, W]."""
+        assert self.read_hidden is not None
+        if inside.shape[-1] != self.config["hidden"]:
+            problem = (
+                f"the hidden states have {inside.shape[-1]} numbers, the network was made for {self.config['hidden']}"
+            )
+            raise UserError("hidden", problem, f"set it to {inside.shape[-1]}")
+        projected: Tensor = self.read_hidden(inside.to(self.project.weight.dtype))
+        return projected
+
     def forward(self, state: UnmaskingState, tokens: Tensor | None = None) -> Tensor:
         """Reveal logits.
 
@@ -511,9 +530,11 @@ class PolicyNetwork(nn.Module):
         if (tokens is None) == (self.embed_truth is not None):
             raise ValueError("tokens: a network sees the true tokens if sees_truth=True; build it for its place")
         truth = None if tokens is None else tokens.masked_fill(~state.canvas.attention_mask, 0).expand_as(state.tokens)
-        inputs = [state.tokens, state.masked, state.steps_left, state.log_probs if self._reads_denoiser else None]
+        inside = None if self.read_hidden is None else state.hidden  # first: the logits then cost no further call
+        log_probs = state.log_probs if self._reads_denoiser else None
+        inputs = [state.tokens, state.masked, state.steps_left, inside, log_probs]
         provenance = get_provenance(inputs)
-        seen, masked, steps_left, log_probs = detach_provenance(inputs)  # run on plain tensors, as a denoiser does
+        seen, masked, steps_left, inside, log_probs = detach_provenance(inputs)  # plain tensors, as for a denoiser
         lead, length = masked.shape[:-1], masked.shape[-1]
         attention = state.attention_mask.expand(masked.shape)  # [*, L]
         described = self._describe(masked, steps_left.expand(lead), state.num_steps, log_probs, truth)  # [*, L, F]
@@ -524,6 +545,8 @@ class PolicyNetwork(nn.Module):
             probs = torch.where(masked.unsqueeze(-1), log_probs, -torch.inf).exp()  # [*, L, V], 0 where visible
             expected = probs @ self.embed.weight[: probs.shape[-1]].to(probs.dtype)
             hidden = hidden + expected.reshape(hidden.shape).to(hidden.dtype)
+        if self.read_hidden is not None and inside is not None:
+            hidden = hidden + self._project_hidden(inside).reshape(hidden.shape)
         if self.embed_truth is not None and truth is not None:
             hidden = hidden + self.embed_truth(truth.reshape(-1, length))
         if self.embed_place is not None:

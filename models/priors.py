@@ -316,7 +316,8 @@ class ResidualPolicy(LearnedPolicy):
 
     def logits(self, state: UnmaskingState) -> Tensor:
         """Log-odds of revealing each position, float [*, L]."""
-        return self.base.logits(state) + super().logits(state)
+        correction = super().logits(state)  # first: a network that reads hidden states spares the base a denoiser call
+        return self.base.logits(state) + correction
 
 
 class LearnedSteps(RevealPrior):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Protocol, cast, runtime_checkable
 
@@ -239,11 +239,13 @@ class Canvas:
         Returns:
             float [.., V], as `logits` gives them.
         """
+        provenance = get_provenance(hidden)
+        hidden = detach_provenance(hidden)
         logits = cast(SplitDenoiser, self.denoiser).output_logits(hidden) if self._is_split else hidden
         logits = _wide(logits)
         if self.mask_index < logits.shape[-1]:
             logits[..., self.mask_index] = -torch.inf
-        return logits
+        return track_provenance(logits, provenance)
 
     def logits(self, state: Tensor) -> Tensor:
         """Token logits of the response positions, in one denoiser call.
@@ -254,17 +256,27 @@ class Canvas:
         Returns:
             float [*, B, L, V], at least float32: -inf at MASK when the output head has that class.
         """
+        return self._read(
+            state, lambda rows, attention: self._classes(self._of_response(self.denoiser, rows, attention))
+        )
+
+    def hidden_states(self, state: Tensor) -> Tensor:
+        """`hidden` of states with any leading shape, int64 [*, B, L] -> float [*, B, L, W]; reads the prompts, too."""
+        read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
+        return self._read(state, lambda rows, attention: self._of_response(read, rows, attention))
+
+    def _read(self, state: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Ask for every state (int64 [*, B, L]) once: float [*, B, L, W] from rows [N, C + L] -> float [N, L, W]."""
         provenance = get_provenance(state)
         state = detach_provenance(state)
         rows, attention = self._with_prompt(state, self.context)
         distinct = distinct_rows(state.reshape(-1, state.shape[-1]), state.shape[-2])
         if distinct is None:
-            logits = self._of_response(self.denoiser(rows, attention), state.shape)
+            found = read(rows, attention)
         else:
             places, kind = distinct
-            read = self._of_response(self.denoiser(rows[places], attention[places]), state.flatten(0, -2)[places].shape)
-            logits = read[kind].reshape(*state.shape, read.shape[-1])
-        return track_provenance(logits, provenance)
+            found = read(rows[places], attention[places])[kind]
+        return track_provenance(found.reshape(*state.shape, found.shape[-1]), provenance)
 
     def soft_logits(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """Token logits of the response positions when tokens are visible in part, in one denoiser call.
@@ -285,7 +297,8 @@ class Canvas:
         rows, attention = self._with_prompt(tokens, self.context)
         prompt = None if self.context is None else torch.ones_like(self.context, dtype=visible.dtype)
         degrees, _ = self._with_prompt(visible, prompt)
-        return self._of_response(self.denoiser.soft_logits(rows, degrees, attention), tokens.shape)
+        logits = self._classes(self._of_response(self.denoiser.soft_logits, rows, degrees, attention))
+        return logits.reshape(*tokens.shape, logits.shape[-1])
 
     def _with_prompt(self, response: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows for the denoiser: prompt and response, and what of them is attended, [N, C + L] each."""
@@ -298,14 +311,17 @@ class Canvas:
         size = response.shape[-1]
         return response.reshape(-1, size), attention.reshape(-1, size)
 
-    def _of_response(self, logits: Tensor, shape: torch.Size) -> Tensor:
-        """The logits (float [N, C + L, V]) of responses of a shape [*, B, L]."""
-        logits = logits[:, logits.shape[1] - shape[-1] :]
+    def _of_response(self, read: Callable[..., Tensor], rows: Tensor, *others: Tensor) -> Tensor:
+        """What a denoiser says of the responses: float [N, L, W] from rows [N, C + L]."""
+        return read(rows, *others)[:, rows.shape[-1] - self.attention_mask.shape[-1] :]
+
+    def _classes(self, logits: Tensor) -> Tensor:
+        """Logits with zero probability of MASK, float [.., V]."""
         logits = _wide(logits)
         if self.mask_index < logits.shape[-1]:
             hidden = torch.arange(logits.shape[-1], device=logits.device) == self.mask_index
             logits = logits.masked_fill(hidden, -torch.inf)
-        return logits.reshape(*shape, logits.shape[-1])
+        return logits
 
 
 def _wide(logits: Tensor) -> Tensor:

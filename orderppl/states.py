@@ -88,7 +88,19 @@ class UnmaskingState:
     @cached_property
     def logits(self) -> Tensor:
         """Denoiser logits at every position, float [*, L, V]; one denoiser call, made when first asked for."""
-        return self.canvas.logits(self.tokens)
+        return self._read_logits()
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """What the denoiser's output head reads, float [*, L, W]; asked for before the logits, it spares their call.
+
+        A denoiser that does not offer its head by itself gives its logits.
+        """
+        return self.canvas.hidden_states(self.tokens)
+
+    def _read_logits(self) -> Tensor:
+        known = self.__dict__.get("hidden")
+        return self.canvas.logits(self.tokens) if known is None else self.canvas.scores(known.clone())
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -194,6 +206,10 @@ class _View(UnmaskingState):
     def logits(self) -> Tensor:
         return self.pick(self.source.logits)
 
+    @cached_property
+    def hidden(self) -> Tensor:
+        return self.pick(self.source.hidden)
+
 
 class StackedStates(UnmaskingState):
     """The states before each of the T steps of an order, leading shape [T, *, B].
@@ -224,7 +240,12 @@ class StackedStates(UnmaskingState):
     @cached_property
     def logits(self) -> Tensor:
         """Denoiser logits at every position, float [T, *, B, L, V]."""
-        return self.canvas.logits(self.tokens) if self._copies == 1 else self._spread(self.distinct.logits)
+        return self._read_logits() if self._copies == 1 else self._spread(self.distinct.logits)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """What the output head reads at every position, float [T, *, B, L, W]."""
+        return self.canvas.hidden_states(self.tokens) if self._copies == 1 else self._spread(self.distinct.hidden)
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -258,8 +279,15 @@ class FollowedStates(StackedStates):
     @cached_property
     def logits(self) -> Tensor:
         """Denoiser logits at every position, float [T, *, B, L, V]."""
-        lead = self.step.shape[1:]
-        return torch.stack([state.logits.expand(lead + state.logits.shape[-2:]) for state in self.met])
+        return self._stacked([state.logits for state in self.met])
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """What the output head reads at every position, float [T, *, B, L, W]."""
+        return self._stacked([state.hidden for state in self.met])
+
+    def _stacked(self, by_step: list[Tensor]) -> Tensor:
+        return torch.stack([values.expand(self.step.shape[1:] + values.shape[-2:]) for values in by_step])
 
     @cached_property
     def log_probs(self) -> Tensor:

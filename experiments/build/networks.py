@@ -65,11 +65,12 @@ class PolicyNetworkConfig:
     heads: int = setting(4, "attention heads", at_least=1)
     features: tuple[str, ...] = setting(
         networks.FEATURES,
-        "of the denoiser: confidence, margin, entropy, before, chance, prediction; price (of a step, with a range)",
+        "of the denoiser: confidence, margin, entropy, before, chance, prediction, hidden; and price, of a step",
     )
     reads_tokens: bool = setting(True, "see revealed tokens and prompt")
     bias: float = setting(-2.0, "initial logit")
     places: bool = setting(False, "an embedding per position, where each means something of its own: a grid")
+    hidden: int | None = setting(None, "size of the denoiser's hidden states, for the feature hidden", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -138,4 +139,5 @@ def build_policy_network(
         sees_truth=isinstance(config, PosteriorNetworkConfig),
         prices=prices if "price" in config.features else None,
         places=task.longest if isinstance(config, PolicyNetworkConfig) and config.places else None,
+        hidden=config.hidden if isinstance(config, PolicyNetworkConfig) else None,
     )

@@ -107,6 +107,11 @@ class DecodingState(UnmaskingState):
         self.predictions = predictions
 
     @property
+    def hidden(self) -> Tensor:
+        """What the output head reads at every position, float [B, L, W]."""
+        return self.predictions.hidden
+
+    @property
     def logits(self) -> Tensor:
         """Denoiser logits at every position, float [B, L, V]; `per_position` is cheaper."""
         return self.predictions.logits

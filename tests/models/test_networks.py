@@ -7,12 +7,15 @@ import torch
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance, track_provenance
 from torch import Tensor, nn
 
+from orderppl.decoding import decode
 from orderppl.denoising import Canvas
+from orderppl.distributions import SequentialReveal
 from orderppl.errors import UserError
-from orderppl.models import PriceRange
+from orderppl.models import EasyFirst, PriceRange, ResidualPolicy
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 from orderppl.models.networks import Backbone, PolicyNetwork, PositionTable, SequenceEncoder, attended_positions
+from orderppl.path import RevealPath
 from orderppl.states import UnmaskingState, partial_state
 
 V, MASK = 7, 7
@@ -223,9 +226,10 @@ def cut(state: UnmaskingState, batch: dict[str, Tensor], row: int) -> UnmaskingS
         {"reads_tokens": False},
         {"features": ("prediction", "margin")},
         {"features": ("before", "chance")},
+        {"features": ("confidence", "hidden"), "hidden": 16},
         {"places": 8},
     ],
-    ids=["tokens", "blind", "expected", "sums", "places"],
+    ids=["tokens", "blind", "expected", "sums", "hidden", "places"],
 )
 def test_policy_ignores_padding_and_other_rows(options: dict[str, Any]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
@@ -252,10 +256,10 @@ def test_policy_learns_about_the_places_that_rows_have() -> None:
     assert touched.tolist() == [True] * 5 + [False] * 3
 
 
-@pytest.mark.parametrize("features", [("confidence",), ("prediction",), ("before",), ("chance",)])
+@pytest.mark.parametrize("features", [("confidence",), ("prediction",), ("before",), ("chance",), ("hidden",)])
 def test_policy_never_sees_hidden_tokens(features: tuple[str, ...]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1)
-    network = PolicyNetwork(V + 1, width=16, features=features)
+    network = PolicyNetwork(V + 1, width=16, features=features, hidden=16 if "hidden" in features else None)
     batch = ragged()
     state = state_of(batch, denoiser, MASK)
     # every hidden token replaced: the partial states stay the same, and so must the logits
@@ -266,6 +270,75 @@ def test_policy_never_sees_hidden_tokens(features: tuple[str, ...]) -> None:
         torch.where(state.masked, MASK, (batch["tokens"] + 1) % V), state.masked, state.step, 3, state.canvas
     )
     assert (network(state) - network(revealed)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("features", [("hidden",), ("confidence", "hidden")])
+@pytest.mark.parametrize("kind", ["split", "whole"])
+def test_a_policy_that_reads_hidden_states_calls_the_denoiser_once(kind: str, features: tuple[str, ...]) -> None:
+    """With logits that are those of the denoiser; where it offers no head by itself, its logits are what is read."""
+    torch.manual_seed(0)
+    calls: list[int] = []
+
+    class Counting(TransformerDenoiser):
+        def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+            calls.append(len(state))
+            return super().hidden_states(state, attention_mask)
+
+    inner = Counting(V, MASK, width=16, layers=1).requires_grad_(False)
+    denoiser = inner if kind == "split" else Whole(inner)
+    network = PolicyNetwork(V + 1, width=16, features=features, hidden=16 if kind == "split" else V)
+    policy = ResidualPolicy(EasyFirst(), network)
+    state, fresh = (state_of(ragged(), denoiser, MASK) for _ in range(2))
+    assert policy.logits(state).isfinite().all()
+    assert len(calls) == 1
+    torch.testing.assert_close(state.log_probs, fresh.log_probs)
+    torch.testing.assert_close(policy.logits(fresh), policy.logits(state))  # logits first: a call more, nothing else
+    part = state.part(1)
+    torch.testing.assert_close(policy.logits(part), policy.logits(state)[1])
+    wrong = PolicyNetwork(V + 1, width=16, features=features, hidden=5)
+    with pytest.raises(UserError, match="^hidden: "):
+        wrong(state)
+
+
+class Whole(nn.Module):
+    """A denoiser that offers no more than its logits."""
+
+    mask_index, vocab_size = MASK, V
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.inner(state, attention_mask)
+        return logits
+
+
+def test_hidden_states_are_the_same_along_an_order_and_in_the_decoder() -> None:
+    """Followed step by step, in the stack of an order and while decoding; and their size and name need each other."""
+    torch.manual_seed(0)
+    denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
+    batch = ragged()
+    network = PolicyNetwork(V + 1, width=16, features=("confidence", "hidden"), hidden=16)
+    policy = ResidualPolicy(EasyFirst(0.5), network)
+    canvas = Canvas(denoiser, batch["attention_mask"], batch.get("context"), batch.get("context_mask"))
+    drawn = SequentialReveal(RevealPath(canvas, batch["tokens"], 3), policy.distribution)
+    order = drawn.sample(torch.Size([4]))
+    afresh = SequentialReveal(RevealPath(canvas, batch["tokens"], 3), policy.distribution).log_prob(order.clone())
+    torch.testing.assert_close(drawn.log_prob(order), afresh)
+    path = RevealPath(canvas, batch["tokens"], 3)
+    stacked = path(order.clone())
+    torch.testing.assert_close(canvas.scores(stacked.hidden.clone()), stacked.logits)
+    outputs = []
+    for rows in (slice(None), slice(2, 3)):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        context = {name: part[name] for name in ("context", "context_mask") if name in part}
+        outputs.append(decode(denoiser, policy, **context, length=part["attention_mask"].sum(-1), max_steps=3))
+    length = int(batch["attention_mask"][2].sum())
+    assert torch.equal(outputs[0].reveal_step[2, :length], outputs[1].reveal_step[0, :length])
+    for options in ({"features": ("hidden",)}, {"hidden": 16}):
+        with pytest.raises(UserError, match="^features: "):
+            PolicyNetwork(V + 1, width=16, **options)
 
 
 def test_posterior_sees_hidden_tokens_of_its_own_row_only() -> None:
@@ -308,8 +381,8 @@ def test_policy_starts_at_its_bias_or_at_zero_and_has_the_size_it_says() -> None
     assert PolicyNetwork(V + 1, zero_init=True)(state).abs().max() == 0
     assert PolicyNetwork(V + 1)(state).mean().item() == pytest.approx(-2.0, abs=0.5)
     assert 50_000 < sum(p.numel() for p in PolicyNetwork(26).parameters()) < 150_000
-    with pytest.raises(UserError, match="unknown feature 'hidden'"):
-        PolicyNetwork(V + 1, features=("hidden",))
+    with pytest.raises(UserError, match="unknown feature 'nothing'"):
+        PolicyNetwork(V + 1, features=("nothing",))
 
 
 def test_policy_trains_every_parameter_and_the_denoiser_behind_its_features() -> None:
