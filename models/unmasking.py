@@ -36,10 +36,12 @@ class UnmaskingModel(PyroModule):
         outlier: share of sequences that may be anything, at least 0 and below 1.
         asked: tokens, int64 [B, L], `NO_TOKEN` at padding -> bool [B, L], which of them are asked for, such as
             `AnswerTokens`; all when left out.
+        temperature: at which tokens are drawn, that of the decoder; positive. Greedy tokens are the limit 0, towards
+            which the likelihood becomes a yes or no per token: 0.25 with outliers comes close.
 
     Raises:
-        UserError: a share outside [0, 1), or, in a program that looks at one step, which only estimates p(x | r), a
-            share or an answer.
+        UserError: a share outside [0, 1), a temperature that is not positive, or a share or an answer in a program that
+            looks at one step, which only estimates p(x | r).
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class UnmaskingModel(PyroModule):
         one_step: bool = False,
         outlier: float = 0.0,
         asked: Callable[[Tensor], Tensor] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         if not 0 <= outlier < 1:
             raise UserError("outlier", f"{outlier} is not in [0, 1)", "use 0 for none, or a share such as 0.5")
@@ -57,6 +60,10 @@ class UnmaskingModel(PyroModule):
             raise UserError("outlier", "a one-step program only estimates the likelihood of a sequence", "use 0")
         if asked is not None and one_step:
             raise UserError("asked", "a one-step program does not see when the answer is there", "leave it out")
+        if not temperature > 0:
+            raise UserError(
+                "temperature", f"{temperature} is not positive", "use 1, or 0.25 to come close to greedy tokens"
+            )
         super().__init__("model")  # a root name of its own, or pyro.infer.SVI confuses its parameters with the guide's
         self.denoiser = denoiser
         self.prior = prior
@@ -64,6 +71,7 @@ class UnmaskingModel(PyroModule):
         self.one_step = one_step
         self.outlier = outlier
         self.asked = asked
+        self.temperature = temperature
 
     def forward(
         self,
@@ -90,7 +98,8 @@ class UnmaskingModel(PyroModule):
         asked = None if self.asked is None else self.asked(tokens.masked_fill(~canvas.attention_mask, NO_TOKEN))
         with pyro.plate("batch", len(tokens), dim=-1):
             reveal_step = pyro.sample("reveal_step", self.prior(path))
-            pyro.sample("tokens", RevealedTokens(path(reveal_step), reveal_step, self.outlier, asked), obs=tokens)
+            likelihood = RevealedTokens(path(reveal_step), reveal_step, self.outlier, asked, self.temperature)
+            pyro.sample("tokens", likelihood, obs=tokens)
         return reveal_step
 
 

@@ -83,7 +83,7 @@ class UnmaskingState:
     noise: Tensor | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
     laws: dict[Callable[..., Any], Any] = field(default_factory=dict)
-    _scored: tuple[Tensor, Tensor] | None = None
+    _scored: tuple[Tensor, float, Tensor] | None = None
 
     @cached_property
     def logits(self) -> Tensor:
@@ -131,20 +131,30 @@ class UnmaskingState:
         """
         return function(self.log_probs)
 
-    def token_log_prob(self, tokens: Tensor) -> Tensor:
+    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """l_i(s_t): log-likelihood of every hidden token, float [*, L]; 0 where it is not hidden.
 
         Args:
             tokens: int64 [*, L] or [B, L], the clean tokens.
+            temperature: at which they are drawn, positive.
         """
-        if self._scored is None or self._scored[0] is not tokens:
+        known = self._score(tokens, temperature)
+        if known is None:
             index = torch.where(self.masked, tokens, 0).unsqueeze(-1)
-            if "log_probs" in self.__dict__:
+            if "log_probs" in self.__dict__ and temperature == 1:
                 chosen = self.log_probs.gather(-1, index).squeeze(-1)
             else:  # without another tensor of the size of the logits
-                chosen = self.logits.gather(-1, index).squeeze(-1) - self.logits.logsumexp(-1)
-            self._scored = tokens, chosen.masked_fill(~self.masked, 0.0)
-        return self._scored[1]
+                logits = self.logits if temperature == 1 else self.logits / temperature
+                chosen = logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
+            known = chosen.masked_fill(~self.masked, 0.0)
+            self._scored = tokens, temperature, known
+        return known
+
+    def _score(self, tokens: Tensor, temperature: float) -> Tensor | None:
+        """What `token_log_prob` has given last, if it was asked the same."""
+        if self._scored is None or self._scored[0] is not tokens or self._scored[1] != temperature:
+            return None
+        return self._scored[2]
 
     def forget_logits(self) -> None:
         """Let go of what is as large as the logits; asking for it again costs another denoiser call."""
@@ -252,13 +262,15 @@ class StackedStates(UnmaskingState):
         """Normalised `logits`, float [T, *, B, L, V]."""
         return self.logits.log_softmax(-1) if self._copies == 1 else self._spread(self.distinct.log_probs)
 
-    def token_log_prob(self, tokens: Tensor) -> Tensor:
+    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """See `UnmaskingState.token_log_prob`; float [T, *, B, L]."""
         if self._copies == 1 or tokens.dim() > 2:  # tokens of their own for every particle
-            return super().token_log_prob(tokens)
-        if self._scored is None or self._scored[0] is not tokens:
-            self._scored = tokens, self._spread(self.distinct.token_log_prob(tokens))
-        return self._scored[1]
+            return super().token_log_prob(tokens, temperature)
+        known = self._score(tokens, temperature)
+        if known is None:
+            known = self._spread(self.distinct.token_log_prob(tokens, temperature))
+            self._scored = tokens, temperature, known
+        return known
 
 
 class FollowedStates(StackedStates):
@@ -294,11 +306,13 @@ class FollowedStates(StackedStates):
         """Normalised `logits`, float [T, *, B, L, V]."""
         return self.logits.log_softmax(-1)
 
-    def token_log_prob(self, tokens: Tensor) -> Tensor:
+    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """See `UnmaskingState.token_log_prob`; float [T, *, B, L]."""
         if tokens.dim() > 2:
-            return UnmaskingState.token_log_prob(self, tokens)
-        if self._scored is None or self._scored[0] is not tokens:
-            by_step = [state.token_log_prob(tokens) for state in self.met]
-            self._scored = tokens, torch.stack([x.expand(self.step.shape[1:] + x.shape[-1:]) for x in by_step])
-        return self._scored[1]
+            return UnmaskingState.token_log_prob(self, tokens, temperature)
+        known = self._score(tokens, temperature)
+        if known is None:
+            by_step = [state.token_log_prob(tokens, temperature) for state in self.met]
+            known = torch.stack([x.expand(self.step.shape[1:] + x.shape[-1:]) for x in by_step])
+            self._scored = tokens, temperature, known
+        return known

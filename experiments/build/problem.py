@@ -118,6 +118,9 @@ class OrderConfig(RunConfig):
     asked: Literal["response", "answer"] = setting(
         "response", "what has to be right: all tokens, or those of the answer and what is written before it is there"
     )
+    token_temperature: float = setting(
+        1.0, "at which tokens are drawn in the likelihood; 0.25 comes close to the greedy tokens of a decoder", above=0
+    )
     prior: PriorConfig = setting(UniformStepsConfig, "p(order)")
     guide: GuideConfig = setting(MeanFieldConfig, "q(order | sequence)")
     elbo: ElboConfig = setting(RevealTraceGraphConfig, "the objective", unnamed=True)
@@ -142,6 +145,8 @@ class OrderConfig(RunConfig):
         if self.fit.kl_weight is not None and not hasattr(self.elbo, "kl_weight"):
             remedy = "set it to null, or choose another objective"
             raise UserError("fit.kl_weight", f"{self.elbo.name} has no weight of a KL to anneal", remedy)
+        if self.token_temperature != 1 and self.elbo.name == "relaxed":
+            raise UserError("token_temperature", "the relaxed objective knows none", "set it to 1")
         if self.elbo.one_step or self.elbo.name == "relaxed":
             problem = "needs the likelihood of whole sequences, which this objective does not know"
             remedy = "or use elbo=reveal_trace_graph with one_step=false"
@@ -182,6 +187,7 @@ def build_problem(config: OrderConfig, task: Task | None = None, denoiser: nn.Mo
             one_step=config.elbo.one_step,
             outlier=config.outlier,
             asked=task.answer_tokens("asked") if config.asked == "answer" else None,
+            temperature=config.token_temperature,
         )
         guide = build_guide(config.guide, prior, denoiser, task, config.num_steps)
     return OrderProblem(task, denoiser, model, guide, build_elbo(config.elbo))

@@ -142,7 +142,10 @@ class DecodingState(UnmaskingState):
         found = [function(logits.log_softmax(-1)) for logits in self.predictions.chunks()]
         return self.unpack(torch.cat(found) if len(found) > 1 else found[0])
 
-    def token_log_prob(self, tokens: Tensor) -> Tensor:
+    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """See `UnmaskingState.token_log_prob`."""
-        chosen = self.packed_log_probs.gather(-1, self.pack(tokens)[:, None])[:, 0]
+        log_probs = self.packed_log_probs
+        if temperature != 1:
+            log_probs = (log_probs / temperature).log_softmax(-1)
+        chosen = log_probs.gather(-1, self.pack(tokens)[:, None])[:, 0]
         return self.unpack(chosen)

@@ -41,6 +41,7 @@ class RevealedTokens(dist.TorchDistribution):
         reveal_step: int64 [*, L], the order; its provenance is carried by `log_prob`.
         outlier: share of outliers, at least 0 and below 1; all T states are needed unless it is 0.
         asked: bool [B, L], the tokens A; None asks for all. All T states are needed.
+        temperature: at which tokens are drawn, positive; towards 0 these are the most likely ones.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -51,6 +52,7 @@ class RevealedTokens(dist.TorchDistribution):
         reveal_step: Tensor,
         outlier: float = 0.0,
         asked: Tensor | None = None,
+        temperature: float = 1.0,
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class RevealedTokens(dist.TorchDistribution):
         self.reveal_step = reveal_step
         self.outlier = outlier
         self.asked = asked
+        self.temperature = temperature
         shape = state.masked.shape[1:]
         super().__init__(
             shape[:-1] if batch_shape is None else torch.Size(batch_shape), shape[-1:], validate_args=validate_args
@@ -70,8 +73,15 @@ class RevealedTokens(dist.TorchDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealedTokens:
         """Return the same distribution at a broader batch shape."""
-        state, order = self.state, self.reveal_step
-        return RevealedTokens(state, order, self.outlier, self.asked, batch_shape, validate_args=self._validate_args)
+        return RevealedTokens(
+            self.state,
+            self.reveal_step,
+            self.outlier,
+            self.asked,
+            self.temperature,
+            batch_shape,
+            validate_args=self._validate_args,
+        )
 
     @property
     def is_whole(self) -> bool:
@@ -95,7 +105,7 @@ class RevealedTokens(dist.TorchDistribution):
 
     def token_log_prob(self, tokens: Tensor) -> Tensor:
         """l_i(s_t): log-likelihood of every hidden token at every state, float [S, *, L]; 0 where it is not hidden."""
-        return self.state.token_log_prob(detach_provenance(tokens))
+        return self.state.token_log_prob(detach_provenance(tokens), self.temperature)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw each token at the true state that reveals it (posterior predictive), int64 [*sample_shape, *, L]."""
@@ -106,7 +116,9 @@ class RevealedTokens(dist.TorchDistribution):
                 raise ValueError("one_step: tokens cannot be drawn from a single step; use one_step=False")
             index = step.expand(logits.shape[1:-1])[None, ..., None].expand((1,) + logits.shape[1:])
             chosen = logits.gather(0, index).squeeze(0).expand(torch.Size(self.batch_shape) + logits.shape[-2:])
-            return sample_categorical(chosen, uniform(torch.Size(sample_shape) + chosen.shape[:-1], chosen.device))
+            return sample_categorical(
+                chosen / self.temperature, uniform(torch.Size(sample_shape) + chosen.shape[:-1], chosen.device)
+            )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-likelihood of the tokens, int64 [*, L] -> float [*]."""

@@ -89,6 +89,8 @@ class RelaxedELBO(RevealTraceGraph_ELBO):
         if likelihood.is_whole:
             field = "outlier" if likelihood.outlier else "asked"
             raise UserError(field, "a relaxed bound knows none", "leave it out, or use RevealTraceGraph_ELBO")
+        if likelihood.temperature != 1:
+            raise UserError("temperature", "a relaxed bound knows none", "use 1, or RevealTraceGraph_ELBO")
         order = detach_provenance(sites.guide["value"])  # [*, L]
         step = likelihood.state.step  # [T, *]
         hard, soft = relaxed_steps(q.logits, order, self.temperature)  # [T, *, L]

@@ -213,6 +213,48 @@ def test_an_answer_is_refused_where_only_parts_of_a_sequence_are_scored():
             elbo.differentiable_loss(model, guide, **make_batch())
 
 
+@pytest.mark.parametrize(
+    ("prior", "guide", "frozen", "one_step"),
+    [
+        ("learned_policy", "policy", False, False),
+        ("uniform", "mean_field", False, True),
+        ("priced_finishing_range", "policy", True, False),
+    ],
+)
+def test_gradient_at_another_temperature_is_unbiased(prior: str, guide: str, frozen: bool, one_step: bool):
+    """60 calls of 64 particles, tokens at temperature 0.4; |z| < 5 in every coordinate."""
+    model, guide_program = make_pair(prior, guide, num_steps=3, frozen=frozen, one_step=one_step)
+    model.temperature = 0.4
+    assert largest_z(model, guide_program, RevealTraceGraph_ELBO(64), make_batch(), replicates=60) < 5
+
+
+def test_the_likelihood_has_the_temperature_of_the_tokens():
+    """For every order as with logits divided by it; towards 0 it is 0 or -inf, whether tokens are the most likely."""
+    model, guide = make_pair("learned_policy", "policy", num_steps=3)
+    batch = make_batch()
+    orders = all_orders(guide, **batch)
+    model.temperature = 0.4
+    cold = exact_terms(model, guide, orders, **batch).log_likelihood
+    drawn = pyro.poutine.trace(model).get_trace(**batch).nodes["tokens"]["fn"]
+    state = drawn.state
+    by_hand = (
+        (state.logits / 0.4).log_softmax(-1).gather(-1, batch["tokens"].expand(state.tokens.shape)[..., None])[..., 0]
+    )
+    torch.testing.assert_close(drawn.token_log_prob(batch["tokens"]), by_hand.masked_fill(~state.masked, 0.0))
+    torch.testing.assert_close(state.token_log_prob(batch["tokens"], 0.4), drawn.token_log_prob(batch["tokens"]))
+    assert not torch.allclose(state.token_log_prob(batch["tokens"]), drawn.token_log_prob(batch["tokens"]))
+    model.temperature = 1e-4
+    coldest = exact_terms(model, guide, orders, **batch).log_likelihood
+    assert (coldest <= 1e-4).all() and ((coldest > -1e-4) | (coldest < -10)).all()
+    assert not torch.allclose(cold, coldest)
+    with pytest.raises(UserError, match="^temperature: "):
+        UnmaskingModel(TableDenoiser(), UniformSteps(), 3, temperature=0.0)
+    model, guide = make_pair("uniform", "mean_field", num_steps=3)
+    model.temperature = 0.5
+    with pytest.raises(UserError, match="^temperature: "):
+        RelaxedELBO(2).differentiable_loss(model, guide, **batch)
+
+
 def test_the_check_notices_a_biased_gradient():
     """The same z-score on a surrogate with the score function's sign reversed."""
 

@@ -273,6 +273,7 @@ def test_a_range_of_prices_is_checked_when_it_is_read() -> None:
         (("outlier=0.1", "elbo=relaxed"), "outlier"),
         (("asked=answer", "elbo.one_step=true"), "asked"),
         (("asked=answer", "elbo=relaxed"), "asked"),
+        (("token_temperature=0.5", "elbo=relaxed"), "token_temperature"),
     ):
         with pytest.raises(UserError, match=f"^{field}: "):
             load_config(fit_order.Config, "chain", wrong)
