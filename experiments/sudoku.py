@@ -9,8 +9,8 @@ valid grid that agrees with the clues, whichever completion it is. In the preset
 most have several completions: cells depend on each other, and filling too many at once makes grids that no completion
 agrees with. In the preset `unique` a puzzle has one completion, which a perfect denoiser would see in a single step.
 
-With one step every arm fills all cells at once, so all are the same. Per training seed, `open` learns one policy for a
-range of step prices, `unique` an order per step budget. Finished fits and measurements are kept: repeat the command to
+With one step every arm fills all cells at once, so all are the same. Per training seed, `open` learns policies for two
+ranges of step prices and one for two steps, `unique` an order per step budget. Finished fits and measurements are kept: repeat the command to
 go on after a kill. See `frontier` for the tables.
 """
 
