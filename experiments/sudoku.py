@@ -10,8 +10,8 @@ most have several completions: cells depend on each other, and filling too many 
 agrees with. In the preset `unique` a puzzle has one completion, which a perfect denoiser would see in a single step.
 
 With one step every arm fills all cells at once, so all are the same. Per training seed, `open` learns policies for two
-ranges of step prices and one for two steps, `unique` an order per step budget. Finished fits and measurements are kept: repeat the command to
-go on after a kill. See `frontier` for the tables.
+ranges of step prices and one for two steps, `unique` an order per step budget. Finished fits and measurements are kept:
+repeat the command to go on after a kill. See `frontier` for the tables.
 """
 
 from __future__ import annotations
