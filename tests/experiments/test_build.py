@@ -17,6 +17,7 @@ from orderppl.experiments.build import (
     RandomGuideConfig,
     RevealTraceGraphConfig,
     SavedDenoiserConfig,
+    SudokuTask,
     TransformerConfig,
     build_denoiser,
     build_problem,
@@ -26,6 +27,7 @@ from orderppl.experiments.build import (
 )
 from orderppl.experiments.config import config_dict, dump_config, load_config, packaged_configs
 from orderppl.experiments.results import read_results
+from orderppl.experiments.sweeps import SweepConfig, heuristic_arms
 from orderppl.inference import EnumeratedELBO
 from orderppl.inference.checkpoints import save_weights
 
@@ -293,6 +295,19 @@ def test_packaged_configs_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, 
         (tmp_path / "runs" / run).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     load_config(kind, name)
+
+
+def test_a_heuristic_can_end_a_row_once_its_answer_is_sure() -> None:
+    """Two confidences, two curves, beside the same policy without; a task without answers refuses."""
+    sweep = SweepConfig(policy=("threshold",), tau=(0.5, 0.9), sure=(0.7, 0.8))
+    task = build_task(ArithmeticTask(train=20, validation=2, test=2, num_operations=2), seed=0)
+    arms = heuristic_arms([sweep, SweepConfig(policy=("threshold",), tau=(0.5,))], task, 20)
+    assert {arm.family for arm in arms} == {"threshold sure 0.7", "threshold sure 0.8", "threshold"}
+    assert len(arms) == 5
+    assert arms[0].labels == {"policy": "answer_ready(threshold)", "tau": 0.5, "sure": 0.7}
+    grids = build_task(SudokuTask(train=8, validation=4, test=4), seed=0)
+    with pytest.raises(UserError, match="sure: the responses of sudoku have no answer"):
+        heuristic_arms([sweep], grids, 16)
 
 
 def test_a_saved_denoiser_reads_longer_rows_when_told_so(tmp_path: Path) -> None:
