@@ -54,13 +54,13 @@ class FinishingPolicy(RevealPrior):
     with u in [-1, 1] the place of the log-price in its range.
 
     Under a step price it learns for which sequences further steps are worth what they cost. With a range of prices
-    the network says where the price is at which that changes; without the first term, the decision for all sequences
+    the network says where the price is at which that changes; without the term of u, the decision for all sequences
     and prices grows certain long before it learns to tell them apart.
 
     Args:
         prior: the other policy.
         network: state -> float [*, L].
-        prices: the range that a `StepPrice` around it charges; None leaves out the first term.
+        prices: the range that a `StepPrice` around it charges; None leaves out the term of u.
         slope: log-odds of finishing between the middle of the range and its ends.
         base: a heuristic to correct, state -> float [*], such as `AnswerOdds`; None leaves out this term.
     """
