@@ -12,7 +12,8 @@ from orderppl.data.tokenizers import Tokenizer
 from orderppl.errors import UserError
 
 NO_TOKEN = -1  # stands at padding, where there may be any id
-MARK, END = re.compile(r"\s*#+\s*"), re.compile(r"\s*(;|<<)\s*")
+_SPACE = "[\\s\u2581\u0120]*"  # as sentencepiece and byte-level vocabularies write it, too
+MARK, END = re.compile(f"{_SPACE}#+{_SPACE}"), re.compile(f"{_SPACE}(;|<<){_SPACE}")
 
 
 class AnswerTokens:

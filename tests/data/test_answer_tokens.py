@@ -36,6 +36,17 @@ def test_a_response_without_a_mark_is_its_own_answer():
     assert AnswerTokens.of(tokenizer)(tokens).all()
 
 
+@pytest.mark.parametrize("space", ["", " ", "\u2581", "\u0120"])
+def test_marks_are_found_in_the_vocabularies_of_others(space: str):
+    class Pieces:
+        tokens = ["<s>", f"{space}####", f"{space}<<", "5", f"{space}#5"]
+        eos_index = 0
+
+    answer = AnswerTokens.of(Pieces())
+    assert answer.marks == (1,)
+    assert answer(torch.tensor([[2, 3, 1, 3, 3, 0, 3]])).tolist() == [[False, False, True, True, True, False, False]]
+
+
 def test_a_tokeniser_without_a_mark_is_refused():
     with pytest.raises(UserError, match="^tokenizer: "):
         AnswerTokens.of(WordTokenizer.build(["2 + 3 = 5"], "numbers", max_number=20))

@@ -78,6 +78,7 @@ def test_the_paper_preset_compares_with_every_policy_that_needs_no_truth() -> No
     swept = {name for sweep in compare.heuristics for name in sweep.policy}
     swept |= {"block" for sweep in compare.heuristics if sweep.block_size}
     swept |= {"eos_aware" for sweep in compare.heuristics if sweep.eos_aware}
+    swept |= {"answer_ready" for sweep in compare.heuristics if sweep.sure}
     assert swept == {name for name, kind in POLICIES.items() if kind.needs_truth is not True}
     fixed = {name for sweep in compare.heuristics if {5, 10, 15} <= set(sweep.budgets) for name in sweep.policy}
     assert fixed == {"random", "top_prob", "margin", "entropy", "left_to_right"}  # at the budgets of the orders
