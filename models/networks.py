@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor, nn
 
-from orderppl.decoding.scores import entropy_before
+from orderppl.decoding.scores import entropy, entropy_before
 from orderppl.denoising import distinct_rows
 from orderppl.errors import UserError
 from orderppl.models.price import PriceRange
@@ -484,11 +484,10 @@ class PolicyNetwork(nn.Module):
                 columns.append((top[..., 0] - rest).clamp(-10, 10) / 4)
             if "margin" in self.features:
                 columns.append(top[..., 0].exp() - top[..., 1].exp())
-            entropy = -(log_probs.exp() * log_probs).sum(-1)  # [*, L], nats
             if "entropy" in self.features:
-                columns.append(entropy / math.log(log_probs.shape[-1]))
+                columns.append(entropy(log_probs) / math.log(log_probs.shape[-1]))
             if "before" in self.features:
-                columns.append(entropy_before(entropy, masked).clamp(max=32) / 8)
+                columns.append(entropy_before(entropy(log_probs), masked).clamp(max=32) / 8)
             if "chance" in self.features:
                 chance = torch.where(masked, top[..., 0], 0.0).sum(-1, keepdim=True)  # [*, 1]
                 columns.append(chance.clamp(min=-32).expand_as(top[..., 0]) / 8)

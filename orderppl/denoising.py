@@ -221,9 +221,13 @@ class Canvas:
         if self._prompt is not None and self.context_mask is not None:
             denoiser = cast(PromptDenoiser, self.denoiser)
             return denoiser.response_states(state, self.attention_mask, self._prompt, self.context_mask)
-        read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
         rows = state if self.context is None else torch.cat([self.context, state], -1)
-        return read(rows, self._attention_of_rows)[:, rows.shape[-1] - state.shape[-1] :]
+        return self._of_response(self._before_head, rows, self._attention_of_rows)
+
+    @property
+    def _before_head(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The denoiser up to its output head; all of it where that is not offered by itself."""
+        return cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
 
     @cached_property
     def _attention_of_rows(self) -> Tensor:
@@ -262,8 +266,7 @@ class Canvas:
 
     def hidden_states(self, state: Tensor) -> Tensor:
         """`hidden` of states with any leading shape, int64 [*, B, L] -> float [*, B, L, W]; reads the prompts, too."""
-        read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
-        return self._read(state, lambda rows, attention: self._of_response(read, rows, attention))
+        return self._read(state, lambda rows, attention: self._of_response(self._before_head, rows, attention))
 
     def _read(self, state: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Ask for every state (int64 [*, B, L]) once: float [*, B, L, W] from rows [N, C + L] -> float [N, L, W]."""

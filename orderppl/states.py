@@ -138,23 +138,19 @@ class UnmaskingState:
             tokens: int64 [*, L] or [B, L], the clean tokens.
             temperature: at which they are drawn, positive.
         """
-        known = self._score(tokens, temperature)
-        if known is None:
-            index = torch.where(self.masked, tokens, 0).unsqueeze(-1)
-            if "log_probs" in self.__dict__ and temperature == 1:
-                chosen = self.log_probs.gather(-1, index).squeeze(-1)
-            else:  # without another tensor of the size of the logits
-                logits = self.logits if temperature == 1 else self.logits / temperature
-                chosen = logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
-            known = chosen.masked_fill(~self.masked, 0.0)
-            self._scored = tokens, temperature, known
-        return known
-
-    def _score(self, tokens: Tensor, temperature: float) -> Tensor | None:
-        """What `token_log_prob` has given last, if it was asked the same."""
         if self._scored is None or self._scored[0] is not tokens or self._scored[1] != temperature:
-            return None
+            self._scored = tokens, temperature, self._score(tokens, temperature)
         return self._scored[2]
+
+    def _score(self, tokens: Tensor, temperature: float) -> Tensor:
+        """`token_log_prob`, worked out."""
+        index = torch.where(self.masked, tokens, 0).unsqueeze(-1)
+        if "log_probs" in self.__dict__ and temperature == 1:
+            chosen = self.log_probs.gather(-1, index).squeeze(-1)
+        else:  # without another tensor of the size of the logits
+            logits = self.logits if temperature == 1 else self.logits / temperature
+            chosen = logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1)
+        return chosen.masked_fill(~self.masked, 0.0)
 
     def forget_logits(self) -> None:
         """Let go of what is as large as the logits; asking for it again costs another denoiser call."""
@@ -262,15 +258,10 @@ class StackedStates(UnmaskingState):
         """Normalised `logits`, float [T, *, B, L, V]."""
         return self.logits.log_softmax(-1) if self._copies == 1 else self._spread(self.distinct.log_probs)
 
-    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-        """See `UnmaskingState.token_log_prob`; float [T, *, B, L]."""
+    def _score(self, tokens: Tensor, temperature: float) -> Tensor:
         if self._copies == 1 or tokens.dim() > 2:  # tokens of their own for every particle
-            return super().token_log_prob(tokens, temperature)
-        known = self._score(tokens, temperature)
-        if known is None:
-            known = self._spread(self.distinct.token_log_prob(tokens, temperature))
-            self._scored = tokens, temperature, known
-        return known
+            return super()._score(tokens, temperature)
+        return self._spread(self.distinct.token_log_prob(tokens, temperature))
 
 
 class FollowedStates(StackedStates):
@@ -291,28 +282,24 @@ class FollowedStates(StackedStates):
     @cached_property
     def logits(self) -> Tensor:
         """Denoiser logits at every position, float [T, *, B, L, V]."""
-        return self._stacked([state.logits for state in self.met])
+        return self._stacked(lambda state: state.logits)
 
     @cached_property
     def hidden(self) -> Tensor:
         """What the output head reads at every position, float [T, *, B, L, W]."""
-        return self._stacked([state.hidden for state in self.met])
+        return self._stacked(lambda state: state.hidden)
 
-    def _stacked(self, by_step: list[Tensor]) -> Tensor:
-        return torch.stack([values.expand(self.step.shape[1:] + values.shape[-2:]) for values in by_step])
+    def _stacked(self, read: Callable[[UnmaskingState], Tensor]) -> Tensor:
+        """What every state says, [*, ..] each or without particles, along a new first dimension."""
+        lead, by_step = self.step.shape[1:], [(state.step.dim(), read(state)) for state in self.met]
+        return torch.stack([values.expand(lead + values.shape[size:]) for size, values in by_step])
 
     @cached_property
     def log_probs(self) -> Tensor:
         """Normalised `logits`, float [T, *, B, L, V]."""
         return self.logits.log_softmax(-1)
 
-    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-        """See `UnmaskingState.token_log_prob`; float [T, *, B, L]."""
+    def _score(self, tokens: Tensor, temperature: float) -> Tensor:
         if tokens.dim() > 2:
-            return UnmaskingState.token_log_prob(self, tokens, temperature)
-        known = self._score(tokens, temperature)
-        if known is None:
-            by_step = [state.token_log_prob(tokens, temperature) for state in self.met]
-            known = torch.stack([x.expand(self.step.shape[1:] + x.shape[-1:]) for x in by_step])
-            self._scored = tokens, temperature, known
-        return known
+            return UnmaskingState._score(self, tokens, temperature)
+        return self._stacked(lambda state: state.token_log_prob(tokens, temperature))

@@ -46,13 +46,13 @@ class AnswerTokens:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return bool [*, L] for tokens, int64 [*, L], `NO_TOKEN` at padding."""
         place = torch.arange(tokens.shape[-1], device=tokens.device)
-        marked, ended = _is_any(tokens, self.marks), _is_any(tokens, self.ends)
+        marked, ended = is_any_of(tokens, self.marks), is_any_of(tokens, self.ends)
         mark = torch.where(marked, place, -1).cummax(-1).values  # [*, L], the last one so far
         end = torch.where(ended, place, -1).cummax(-1).values
         return (mark > end) | ~marked.any(-1, keepdim=True)
 
 
-def _is_any(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+def is_any_of(tokens: Tensor, ids: Sequence[int]) -> Tensor:
     """`torch.isin` without a tensor of ids, which would be copied to the device at every call."""
     found = torch.zeros_like(tokens, dtype=torch.bool)
     for index in ids:

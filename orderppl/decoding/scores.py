@@ -22,10 +22,16 @@ def confidence(state: UnmaskingState) -> Tensor:
 
 def prediction_entropy(state: UnmaskingState) -> Tensor:
     """Entropy H of the token distribution at every position, nats: float [*, L]."""
-    return state.per_position(_entropy)
+    return state.per_position(entropy)
 
 
-def _entropy(log_probs: Tensor) -> Tensor:
+def predicted_token(state: UnmaskingState) -> Tensor:
+    """Most likely token at every position: int64 [*, L]."""
+    return state.per_position(lambda log_probs: log_probs.argmax(-1))
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy of distributions, nats: float [*] from log-probabilities float [*, V]."""
     finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 log 0 = 0
     return -(log_probs.exp() * finite).sum(-1)
 
@@ -37,20 +43,20 @@ def answer_confidence(state: UnmaskingState, answer: Callable[[Tensor], Tensor])
         state: a state; the answer is where it would be if every hidden token were the most likely one.
         answer: tokens int64 [*, L], `NO_TOKEN` at padding -> bool [*, L], which of them are the answer.
     """
-    predicted = state.per_position(lambda log_probs: log_probs.argmax(-1))  # [*, L]
-    tokens = torch.where(state.masked, predicted, state.tokens).masked_fill(~state.attention_mask, NO_TOKEN)
-    return confidence(state).masked_fill(~(answer(tokens) & state.masked), 1.0).amin(-1)
+    tokens = torch.where(state.masked, predicted_token(state), state.tokens)  # [*, L]
+    asked = answer(tokens.masked_fill(~state.attention_mask, NO_TOKEN)) & state.masked
+    return confidence(state).masked_fill(~asked, 1.0).amin(-1)
 
 
-def entropy_before(entropy: Tensor, masked: Tensor) -> Tensor:
+def entropy_before(nats: Tensor, masked: Tensor) -> Tensor:
     """Sum of the entropies of the masked positions that are more certain than this one, nats: float [*, L].
 
     Args:
-        entropy: float [*, L], nats.
+        nats: float [*, L], the entropies.
         masked: bool [*, L].
     """
-    rank = reveal_rank(-entropy, masked)
-    ordered = entropy.masked_fill(~masked, 0.0).gather(-1, rank.argsort(-1))  # [*, L], ascending
+    rank = reveal_rank(-nats, masked)
+    ordered = nats.masked_fill(~masked, 0.0).gather(-1, rank.argsort(-1))  # [*, L], ascending
     return (ordered.cumsum(-1) - ordered).gather(-1, rank)
 
 

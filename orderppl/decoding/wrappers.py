@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orderppl.data.answer_tokens import is_any_of
 from orderppl.decoding.heuristic import Heuristic
 from orderppl.decoding.memory import WINDOW
 from orderppl.decoding.policy import Policy, needs_noise, policy_score, remembers
-from orderppl.decoding.scores import answer_confidence, preferred, reveal_rank
+from orderppl.decoding.scores import answer_confidence, predicted_token, preferred, reveal_rank
 from orderppl.errors import UserError
 from orderppl.states import UnmaskingState
 
@@ -135,8 +136,7 @@ class EosAware(Wrapper):
             raise UserError("token_ids", "no end or padding id", "give at least one")
 
     def _last(self, state: UnmaskingState) -> Tensor:
-        predicted = state.per_position(lambda log_probs: log_probs.argmax(-1))  # [*, L]
-        return torch.isin(predicted, torch.tensor(list(self.token_ids), device=predicted.device))
+        return is_any_of(predicted_token(state), self.token_ids)
 
     def score(self, state: UnmaskingState) -> Tensor:
         """Return minus the rank, so that the order of the wrapped policy holds within both groups."""

@@ -96,6 +96,15 @@ class RevealedTokens(dist.TorchDistribution):
         goes_on = (asked & ~revealed).any(-1, keepdim=True)
         return revealed & (asked | goes_on)
 
+    def observed(self, token_log_prob: Tensor, revealed: Tensor) -> Tensor:
+        """log p(x_z | s_t) of sets z at every state, bool [S, *, L], as far as it is observed: float [S, *].
+
+        Args:
+            token_log_prob: float [S, *, L], of the method of this name.
+            revealed: the sets.
+        """
+        return token_log_prob.masked_fill(~self.counted(revealed), 0.0).sum(-1)
+
     def robust(self, log_likelihood: Tensor) -> Tensor:
         """The log-likelihood of whole sequences among outliers, float of any shape."""
         if self.outlier == 0:
@@ -126,7 +135,7 @@ class RevealedTokens(dist.TorchDistribution):
             self._validate_sample(value)
         state = self.state
         revealed = detach_provenance(self.reveal_step) == state.step.unsqueeze(-1)  # [S, *, L]
-        by_step = self.token_log_prob(value).masked_fill(~self.counted(revealed), 0.0).sum(-1)  # [S, *]
+        by_step = self.observed(self.token_log_prob(value), revealed)  # [S, *]
         total = by_step.sum(0) * (state.num_steps / by_step.shape[0])
         return track_provenance(self.robust(total).expand(self.batch_shape), get_provenance(self.reveal_step))
 

@@ -164,20 +164,15 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             """Of whole sequences: float of shape [.., *]."""
             return site_scaled(likelihood.robust(log_likelihood), sites.tokens)
 
-        def written(sets: Tensor) -> Tensor:
-            """log p(x_z | s_t) of the sets z, bool [S, *, L], as far as it is observed: float [S, *]."""
-            return hidden.masked_fill(~likelihood.counted(sets), 0.0).sum(-1)
-
-        by_step = written(revealed)
+        by_step = likelihood.observed(hidden, revealed)  # log p(x_{z_t} | s_t), [S, *]
         reward = scored(by_step.sum(0)) if every_step else weight * site_scaled(by_step, sites.tokens)
         credit = self.credit or ("gain" if every_step else "expected")
         # Credited with gains, the gradient of the expectation reaches the denoiser only: for a frozen one, spare it.
         probs = _inclusion_probs(q_at) if credit == "expected" or hidden.requires_grad else None  # [S, *, L]
         if credit == "gain":
             fit = reward if probs is None or likelihood.is_whole else expected(probs.detach())
-            at_once = (
-                by_step.cumsum(0) - by_step + written(state.masked)
-            )  # if all that is left were revealed now, [T, *]
+            everything = likelihood.observed(hidden, state.masked)  # [T, *]
+            at_once = by_step.cumsum(0) - by_step + everything  # if everything left were revealed now
             terms = [(reward - scored(at_once), own())]
         elif probs is None:
             fit = weight * site_scaled(by_step, sites.tokens)  # by step, for their scores
