@@ -369,6 +369,29 @@ class PositionTable(nn.Module):
         self.logits.copy_(margin * F.one_hot(steps.to(self.logits.device), self.logits.shape[-1]))
 
 
+class Neighbours(nn.ModuleList):
+    """Residual convolutions over the positions: what stands beside a position, and beside that.
+
+        h <- gelu(h);  h <- h + conv(h),   once per layer
+
+    Args:
+        width: size of the hidden vectors.
+        kernel: positions that a convolution sees, odd.
+        layers: number of convolutions.
+    """
+
+    def __init__(self, width: int, kernel: int, layers: int = 2) -> None:
+        super().__init__(nn.Conv1d(width, width, kernel, padding=kernel // 2) for _ in range(layers))
+
+    def forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Mix float [N, L, W]; padding (not in `attended`, bool [N, L]) is zero, as what lies beyond the ends is."""
+        keep = attended[..., None]
+        for conv in self:
+            hidden = F.gelu(hidden) * keep
+            hidden = hidden + conv(hidden.transpose(1, 2)).transpose(1, 2)
+        return hidden
+
+
 FEATURES = ("confidence", "margin", "entropy")
 POLICY_FEATURES = (*FEATURES, "before", "chance", "prediction", "hidden", "price")
 TRUTH_FEATURES = (*FEATURES, "likelihood")
@@ -404,6 +427,8 @@ class PolicyNetwork(nn.Module):
         hidden: size of the denoiser's hidden states, for the feature `hidden`.
         places: longest response, to give every position an embedding of its own, for canvases on which it has a
             meaning of its own (the cells of a grid). None tells positions apart by distance only.
+        kernel: positions that convolutions before the attention see, odd: which neighbours are hidden, and how certain
+            they are. None leaves them out.
 
     Raises:
         UserError: an unknown feature, or one without what it needs.
@@ -423,6 +448,7 @@ class PolicyNetwork(nn.Module):
         prices: PriceRange | None = None,
         places: int | None = None,
         hidden: int | None = None,
+        kernel: int | None = None,
     ) -> None:
         super().__init__()
         known = (*POLICY_FEATURES, "likelihood") if sees_truth else POLICY_FEATURES
@@ -449,6 +475,7 @@ class PolicyNetwork(nn.Module):
             "prices": prices,
             "places": places,
             "hidden": hidden,
+            "kernel": kernel,
         }
         self.features, self.reads_tokens = tuple(features), reads_tokens
         self.embed = nn.Embedding(vocab_size, width) if reads_tokens else None
@@ -457,6 +484,7 @@ class PolicyNetwork(nn.Module):
         self.read_hidden = None if hidden is None else nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, width))
         numbers = [name for name in self.features if name not in ("prediction", "hidden")]
         self.project = nn.Linear(len(numbers) + 4, width)
+        self.near = None if kernel is None else Neighbours(width, kernel)
         self.backbone = Backbone(width, layers, heads)
         self.head = nn.Linear(width, 1)
         if zero_init:
@@ -551,6 +579,8 @@ class PolicyNetwork(nn.Module):
         if self.embed_place is not None:
             hidden = hidden + self.embed_place(attended_positions(attention).reshape(-1, length))
         ids, attention = seen.reshape(-1, length), attention.reshape(-1, length)
+        if self.near is not None:
+            hidden = self.near(hidden, attention)
         distinct = distinct_rows(torch.cat([steps_left.expand(lead).reshape(-1, 1), ids], -1), lead[-1])
         if self.embed is not None:
             context, context_mask = state.canvas.context, state.canvas.context_mask

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
-from orderppl.models.networks import PositionTable, attended_positions
+from orderppl.models.networks import Neighbours, PositionTable, attended_positions
 
 PERIODS = (2, 3, 4, 6, 8, 12)
 
@@ -79,7 +79,7 @@ class OpeningPlan(nn.Module):
         nn.init.zeros_(self.place.bias)
         self.project = nn.Linear(places + 3 * reads_opening, width)
         self.embed = nn.Embedding(vocab_size, width) if reads_opening else None
-        self.mix = nn.ModuleList(nn.Conv1d(width, width, kernel, padding=kernel // 2) for _ in range(2))
+        self.mix = Neighbours(width, kernel)
         self.head = nn.Linear(width, out)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -134,11 +134,7 @@ class OpeningPlan(nn.Module):
         hidden = self.project(torch.cat(seen, -1))  # [B, L, W]
         if self.embed is not None and log_probs is not None:
             hidden = hidden + log_probs.exp().to(place.dtype) @ self.embed.weight
-        keep = attended[..., None]
-        for conv in self.mix:  # padding is zero, as what lies beyond the ends is
-            hidden = F.gelu(hidden) * keep
-            hidden = hidden + conv(hidden.transpose(1, 2)).transpose(1, 2)
-        logits: Tensor = self.place(place) + self.head(F.gelu(hidden))
+        logits: Tensor = self.place(place) + self.head(F.gelu(self.mix(hidden, attended)))
         return logits if self.pattern is None else logits + self.pattern(None, attended)
 
 

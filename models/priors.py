@@ -25,6 +25,7 @@ from orderppl.distributions import (
     HeuristicReveal,
     OrderedPartition,
     PricedReveal,
+    RevealSet,
     SequentialReveal,
     SetLaw,
     SmoothedSet,
@@ -177,31 +178,6 @@ class FixedSizes(RevealPrior):
         return UniformSet(due_count(self.sizes, state), state.masked)
 
 
-class LeftToRight(RevealPrior):
-    """The leftmost masked positions first, an equal share of what is left at each step.
-
-        logit p_i = (K - 1/2 - rank_i) / temperature,    K = ceil(|M_t| / steps left),  rank_i = 0 for the leftmost
-
-    Args:
-        temperature: positive; the smaller, the closer to the fixed order (and the larger its KL to any other).
-    """
-
-    non_empty = True
-
-    def __init__(self, temperature: float = 0.25) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature: {temperature} is not positive; use a value such as 0.25")
-        self.temperature = temperature
-
-    def distribution(self, state: UnmaskingState) -> SetLaw:
-        """Reveal by rank from the left."""
-        rank = state.masked.long().cumsum(-1) - 1  # [*, L]
-        size = -(-state.masked.sum(-1) // state.steps_left)  # [*]
-        logits = (size.unsqueeze(-1) - 0.5 - rank) / self.temperature
-        return BernoulliSet(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT), state.masked, non_empty=True)
-
-
 class LogitPrior(RevealPrior):
     """Base of priors that reveal each position by log-odds of its own; a subclass defines `logits`.
 
@@ -218,6 +194,28 @@ class LogitPrior(RevealPrior):
         """Reveal by the log-odds, kept away from certainty."""
         logits = self.logits(state).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
         return BernoulliSet(logits, state.masked, non_empty=self.non_empty)
+
+
+class LeftToRight(LogitPrior):
+    """The leftmost masked positions first, an equal share of what is left at each step.
+
+        logit p_i = (K - 1/2 - rank_i) / temperature,    K = ceil(|M_t| / steps left),  rank_i = 0 for the leftmost
+
+    Args:
+        temperature: positive; the smaller, the closer to the fixed order (and the larger its KL to any other).
+    """
+
+    def __init__(self, temperature: float = 0.25) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature: {temperature} is not positive; use a value such as 0.25")
+        self.temperature = temperature
+
+    def logits(self, state: UnmaskingState) -> Tensor:
+        """Log-odds of revealing each position, float [*, L]."""
+        rank = state.masked.long().cumsum(-1) - 1  # [*, L]
+        size = -(-state.masked.sum(-1) // state.steps_left)  # [*]
+        return ((size.unsqueeze(-1) - 0.5 - rank) / self.temperature).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
 class EasyFirst(LogitPrior):
@@ -311,7 +309,9 @@ class ResidualPolicy(LearnedPolicy):
     def __init__(self, base: LogitPrior, network: nn.Module, non_empty: bool = True) -> None:
         super().__init__(network, non_empty)
         if not isinstance(base, LogitPrior):
-            raise ValueError(f"base: {type(base).__name__} has no logits to correct; use EasyFirst or BoundedEntropy")
+            raise ValueError(
+                f"base: {type(base).__name__} has no logits to correct; use EasyFirst or another LogitPrior"
+            )
         self.base = base
 
     def logits(self, state: UnmaskingState) -> Tensor:
@@ -320,31 +320,52 @@ class ResidualPolicy(LearnedPolicy):
         return self.base.logits(state) + correction
 
 
-class LearnedSteps(RevealPrior):
+class LearnedSteps(LogitPrior):
     """A learned plan of the whole order from prompt and positions alone: r_i ~ Categorical(softmax(network_i)).
 
     Shares its network with a `MeanFieldGuide` that does not see the tokens to tie the two (KL 0); then the guide is
-    deployable as it is.
+    deployable as it is. A `ResidualPolicy` corrects its hazard,
+
+        logit p_i = log P(r_i = t) - log P(r_i > t),
+
+    by what has been revealed. A plan of fewer steps S than there are is played more slowly, in the same order:
+
+        P(r_i = t) = P(s_i = s(t)) / #{u : s(u) = s(t)},    s(t) = floor(t S / T)
 
     Args:
-        network: (None, attention_mask, context, context_mask) -> step logits, float [B, L, T].
+        network: (None, attention_mask, context, context_mask) -> step logits, float [B, L, S].
     """
+
+    non_empty = False
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def _plan(self, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None) -> StepwiseReveal:
-        return StepwiseReveal(self.network(None, attention_mask, context, context_mask), attention_mask)
+    def _plan(
+        self, num_steps: int, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None
+    ) -> StepwiseReveal:
+        logits = self.network(None, attention_mask, context, context_mask)  # [B, L, S]
+        planned = logits.shape[-1]
+        if planned < num_steps:
+            part = torch.arange(num_steps, device=logits.device) * planned // num_steps  # [T]
+            logits = logits[..., part] - part.bincount().log()[part]
+        return StepwiseReveal(logits, attention_mask)
 
-    def distribution(self, state: UnmaskingState) -> SetLaw:
+    def logits(self, state: UnmaskingState) -> Tensor:
+        """Log-odds of the hazard, float [*, L]."""
+        hazard = self.distribution(state)
+        return (hazard.log_reveal - hazard.log_keep).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+    def distribution(self, state: UnmaskingState) -> RevealSet:
         """Reveal by the plan's hazard."""
         canvas = state.canvas
-        return self._plan(canvas.attention_mask, canvas.context, canvas.context_mask).set_at(state.masked, state.step)
+        plan = self._plan(state.num_steps, canvas.attention_mask, canvas.context, canvas.context_mask)
+        return plan.set_at(state.masked, state.step)
 
     def forward(self, path: RevealPath) -> OrderedPartition:
         """Closed form over orders."""
-        return self._plan(path.attention_mask, path.canvas.context, path.canvas.context_mask)
+        return self._plan(path.num_steps, path.attention_mask, path.canvas.context, path.canvas.context_mask)
 
 
 class HeuristicPrior(RevealPrior):

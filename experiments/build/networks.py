@@ -15,6 +15,16 @@ from orderppl.models import PriceRange, networks
 from orderppl.models.plans import OpeningPlan
 
 
+def check_kernel(kernel: int | None) -> None:
+    """Refuse a convolution without a centre.
+
+    Raises:
+        UserError: an even kernel.
+    """
+    if kernel is not None and kernel % 2 == 0:
+        raise UserError("kernel", f"{kernel} is even", "give an odd number")
+
+
 @dataclass(frozen=True)
 class TableConfig:
     """Free numbers per position."""
@@ -49,8 +59,7 @@ class OpeningPlanConfig:
 
     def __post_init__(self) -> None:
         """Refuse kernels without a centre."""
-        if self.kernel % 2 == 0:
-            raise UserError("kernel", f"{self.kernel} is even", "give an odd number")
+        check_kernel(self.kernel)
 
 
 SequenceConfig = TableConfig | EncoderConfig | OpeningPlanConfig
@@ -71,6 +80,11 @@ class PolicyNetworkConfig:
     bias: float = setting(-2.0, "initial logit")
     places: bool = setting(False, "an embedding per position, where each means something of its own: a grid")
     hidden: int | None = setting(None, "size of the denoiser's hidden states, for the feature hidden", at_least=1)
+    kernel: int | None = setting(None, "positions that convolutions see, odd; null: attention only", at_least=1)
+
+    def __post_init__(self) -> None:
+        """Refuse kernels without a centre."""
+        check_kernel(self.kernel)
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,9 @@ def build_policy_network(
     prices: PriceRange | None = None,
 ) -> nn.Module:
     """Network from states, or from states and true tokens, to reveal logits; it reads prices if it has the feature."""
+    own: dict[str, int | None] = {}
+    if isinstance(config, PolicyNetworkConfig):
+        own = {"places": task.longest if config.places else None, "hidden": config.hidden, "kernel": config.kernel}
     return networks.PolicyNetwork(
         task.vocab_size,
         width=config.width,
@@ -138,6 +155,5 @@ def build_policy_network(
         bias=config.bias,
         sees_truth=isinstance(config, PosteriorNetworkConfig),
         prices=prices if "price" in config.features else None,
-        places=task.longest if isinstance(config, PolicyNetworkConfig) and config.places else None,
-        hidden=config.hidden if isinstance(config, PolicyNetworkConfig) else None,
+        **own,
     )

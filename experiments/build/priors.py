@@ -76,11 +76,23 @@ class LearnedPolicyConfig:
 
 
 @dataclass(frozen=True)
+class LearnedStepsConfig:
+    """A learned plan of the whole order, from prompt and positions alone."""
+
+    name: Literal["learned_steps"] = "learned_steps"
+    network: SequenceConfig = setting(TableConfig, "network of the plan")
+    steps: int | None = setting(None, "of the plan, which is played more slowly; null: num_steps", at_least=1)
+
+
+LogitPriorConfig = LeftToRightConfig | EasyFirstConfig | BoundedEntropyConfig | LearnedPolicyConfig | LearnedStepsConfig
+
+
+@dataclass(frozen=True)
 class ResidualPolicyConfig:
     """A heuristic and a learned correction to it, zero at the start."""
 
     name: Literal["residual_policy"] = "residual_policy"
-    base: EasyFirstConfig | BoundedEntropyConfig | LearnedPolicyConfig = setting(EasyFirstConfig, "the heuristic")
+    base: LogitPriorConfig = setting(EasyFirstConfig, "the heuristic, or a plan")
     network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the correction")
     non_empty: bool = setting(True, "reveal at least one position at every step")
 
@@ -99,20 +111,10 @@ class FinishingPolicyConfig:
     """Another policy, with one decision before each of its own: reveal all that is left."""
 
     name: Literal["finishing_policy"] = "finishing_policy"
-    prior: EasyFirstConfig | BoundedEntropyConfig | LearnedPolicyConfig | ResidualPolicyConfig = setting(
-        ResidualPolicyConfig, "the other policy"
-    )
+    prior: LogitPriorConfig | ResidualPolicyConfig = setting(ResidualPolicyConfig, "the other policy")
     network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the decision; its bias is the first one")
     slope: float = setting(4.0, "with a range of prices: log-odds between its middle and its ends", at_least=0)
     base: AnswerOddsConfig | None = setting(None, "a heuristic that the network corrects, 0 at first; null: none")
-
-
-@dataclass(frozen=True)
-class LearnedStepsConfig:
-    """A learned plan of the whole order, from prompt and positions alone."""
-
-    name: Literal["learned_steps"] = "learned_steps"
-    network: SequenceConfig = setting(TableConfig, "network of the plan")
 
 
 @dataclass(frozen=True)
@@ -145,13 +147,9 @@ FreePriorConfig = (
     | LearnedScheduleConfig
     | FixedSizesConfig
     | HeuristicPriorConfig
-    | LeftToRightConfig
-    | EasyFirstConfig
-    | BoundedEntropyConfig
-    | LearnedPolicyConfig
+    | LogitPriorConfig
     | ResidualPolicyConfig
     | FinishingPolicyConfig
-    | LearnedStepsConfig
 )
 
 
@@ -218,7 +216,8 @@ def build_prior(
                 known = models.AnswerOdds(answer, config.base.sure, config.base.temperature)
             return models.FinishingPolicy(other, decision, prices, config.slope, known)
         case LearnedStepsConfig():
-            return models.LearnedSteps(build_sequence_network(config.network, task, num_steps))
+            planned = min(config.steps or num_steps, num_steps)
+            return models.LearnedSteps(build_sequence_network(config.network, task, planned))
         case StepPriceConfig():
             price = config.price if config.highest is None else models.PriceRange(config.price, config.highest)
             prices = price if isinstance(price, models.PriceRange) else None

@@ -141,6 +141,7 @@ PRIORS = {
     "learned_policy": lambda steps: LearnedPolicy(StateTable()),
     "may_wait_policy": lambda steps: LearnedPolicy(StateTable(), non_empty=False),
     "residual_policy": lambda steps: ResidualPolicy(EasyFirst(0.5), StateTable(), non_empty=False),
+    "residual_plan": lambda steps: ResidualPolicy(LearnedSteps(TokenTable(2)), StateTable(), non_empty=False),
     "finishing_policy": lambda steps: FinishingPolicy(LearnedPolicy(StateTable()), StateTable()),
     "learned_steps": lambda steps: LearnedSteps(TokenTable(steps)),
     "learned_schedule": lambda steps: LearnedSchedule(steps),

@@ -14,7 +14,14 @@ from orderppl.errors import UserError
 from orderppl.models import EasyFirst, PriceRange, ResidualPolicy
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
-from orderppl.models.networks import Backbone, PolicyNetwork, PositionTable, SequenceEncoder, attended_positions
+from orderppl.models.networks import (
+    Backbone,
+    Neighbours,
+    PolicyNetwork,
+    PositionTable,
+    SequenceEncoder,
+    attended_positions,
+)
 from orderppl.path import RevealPath
 from orderppl.states import UnmaskingState, partial_state
 
@@ -228,8 +235,9 @@ def cut(state: UnmaskingState, batch: dict[str, Tensor], row: int) -> UnmaskingS
         {"features": ("before", "chance")},
         {"features": ("confidence", "hidden"), "hidden": 16},
         {"places": 8},
+        {"kernel": 3},
     ],
-    ids=["tokens", "blind", "expected", "sums", "hidden", "places"],
+    ids=["tokens", "blind", "expected", "sums", "hidden", "places", "kernel"],
 )
 def test_policy_ignores_padding_and_other_rows(options: dict[str, Any]) -> None:
     denoiser = TransformerDenoiser(V, MASK, width=16, layers=1).requires_grad_(False)
@@ -254,6 +262,17 @@ def test_policy_learns_about_the_places_that_rows_have() -> None:
     assert network.embed_place is not None
     touched = network.embed_place.weight.grad.ne(0).any(-1)
     assert touched.tolist() == [True] * 5 + [False] * 3
+
+
+def test_convolutions_see_the_neighbours_and_nothing_beyond() -> None:
+    """Two layers of three positions each: what stands up to two places away, padding being zero."""
+    network = Neighbours(width=4, kernel=3)
+    hidden, attended = torch.randn(1, 8, 4, requires_grad=True), torch.ones(1, 8, dtype=torch.bool)
+    attended[0, 6:] = False
+    network(hidden, attended)[0, 3].sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.ne(0).any(-1)[0].tolist() == [False, True, True, True, True, True, False, False]
+    torch.testing.assert_close(network(hidden, attended)[:, :6], network(hidden[:, :6], attended[:, :6]))
 
 
 @pytest.mark.parametrize("features", [("confidence",), ("prediction",), ("before",), ("chance",), ("hidden",)])

@@ -193,8 +193,8 @@ def test_learned_policy(non_empty: bool):
         assert torch.allclose(rarer, torch.full((1, 3), -LOGIT_LIMIT), atol=1e-4)
 
 
-def test_residual_policy_starts_as_its_base():
-    base = EasyFirst(0.5)
+@pytest.mark.parametrize("base", [EasyFirst(0.5), LeftToRight(1.0)], ids=["easy_first", "left_to_right"])
+def test_residual_policy_starts_as_its_base(base):
     state = make_state([[True, True, False], [True, True, True]])
     at_start = ResidualPolicy(base, Constant(0.0))
     assert torch.equal(at_start.distribution(state).probs, base.distribution(state).probs)
@@ -213,6 +213,31 @@ def test_learned_steps_is_the_hazard_of_its_plan():
     for t in range(STEPS):
         q = prior.distribution(make_state([[True] * LENGTH], t))
         assert torch.allclose(q.probs, reveal[..., t].exp())
+
+
+def test_a_plan_of_fewer_steps_is_played_more_slowly():
+    """Two steps of a plan over three: its first one at steps 0 and 1, as likely one as the other."""
+    network = TokenTable(2)
+    attended = torch.ones(1, LENGTH, dtype=torch.bool)
+    planned = network(None, attended).softmax(-1)  # [1, L, 2]
+    path = RevealPath(Canvas(TableDenoiser(), attended), torch.zeros(1, LENGTH, dtype=torch.long), 3)
+    played = LearnedSteps(network)(path)
+    by_hand = torch.stack([planned[..., 0] / 2, planned[..., 0] / 2, planned[..., 1]], -1)
+    torch.testing.assert_close(played.probs, by_hand)
+
+
+def test_a_residual_corrects_the_hazard_of_a_plan():
+    """log P(r = t) - log P(r > t), plus the correction; certain at the last step."""
+    network = TokenTable(STEPS)
+    probs = network(None, torch.ones(1, LENGTH, dtype=torch.bool)).softmax(-1)[0]  # [L, T]
+    prior = ResidualPolicy(LearnedSteps(network), Constant(0.3), non_empty=False)
+    for t in range(STEPS - 1):
+        by_hand = probs[:, t].log() - probs[:, t + 1 :].sum(-1).log() + 0.3
+        torch.testing.assert_close(prior.logits(make_state([[True] * LENGTH], t))[0], by_hand)
+    last = prior.logits(make_state([[True] * LENGTH], STEPS - 1))
+    assert (last > 10).all()
+    last.sum().backward()
+    assert all(p.grad.isfinite().all() for p in prior.parameters())
 
 
 @pytest.mark.parametrize("base", [UniformSteps(), LearnedPolicy(Constant(0.2)), LeftToRight()])
