@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from orderppl.data.chains import sample_chains
 from orderppl.data.collate import tensors
 from orderppl.distributions import StepwiseReveal
+from orderppl.errors import UserError
 from orderppl.experiments.baseline_limits import baseline_limits
 from orderppl.experiments.benchmark_speed import denoiser_rows, peak_bytes
 from orderppl.experiments.config import RunConfig, setting
@@ -66,6 +67,11 @@ class Config(RunConfig):
     rows: int = setting(400, "draws of one backward pass", at_least=2)
     particles: int = setting(4, "orders per sequence, K", at_least=2, option="--particles")
     rounds: int = setting(30, "timed updates per estimator, interleaved", at_least=1)
+
+    def __post_init__(self) -> None:
+        """Refuse other devices."""
+        if self.device != "cpu":
+            raise UserError("device", f"{self.device}: exact gradients are enumerated on the CPU", "leave it out")
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ def fit_problem(config: OrderConfig, problem: OrderProblem, out: Path, resume: b
         What the local search after the fit did, where the config asks for one.
     """
     settings = config.fit
+    problem.model.to(config.device)
+    problem.guide.to(config.device)
     held_out = _read_only(config, problem, "validation")
     validate = held_out_bound(problem, held_out, final_kl_weight(config))
     refinement = None

@@ -57,7 +57,7 @@ class Config(OrderConfig):
 def run(config: Config, out: Path) -> Iterable[Record]:
     """Fit per seed and measure the bounds on the test split, beside what is best without a guide."""
     problem = build_problem(config)
-    denoiser, num_steps = problem.denoiser, config.num_steps
+    denoiser, num_steps = problem.denoiser.to(config.device), config.num_steps
     assert isinstance(denoiser, ExactDenoiser)
     held_out, test = (
         problem.task.stream(split, 100, shuffle=False, device=config.device) for split in ("validation", "test")

@@ -43,6 +43,8 @@ class OpeningPlan(nn.Module):
         ValueError: neither a denoiser nor its number of classes.
     """
 
+    periods: Tensor
+
     def __init__(
         self,
         denoiser: Denoiser | None,
@@ -71,9 +73,10 @@ class OpeningPlan(nn.Module):
             "period": period,
         }
         self._denoiser = (denoiser,)  # no submodule: its weights belong to the model
-        self.periods, self.reads_opening = tuple(periods), reads_opening
+        self.reads_opening = reads_opening
+        self.register_buffer("periods", torch.tensor(list(periods)), persistent=False)
         self.pattern = None if period is None else PositionTable(period, out, periodic=True)
-        places = 2 * len(self.periods) + 4
+        places = 2 * len(periods) + 4
         self.place = nn.Linear(places, out)
         nn.init.normal_(self.place.weight, std=noise)
         nn.init.zeros_(self.place.bias)
@@ -138,12 +141,11 @@ class OpeningPlan(nn.Module):
         return logits if self.pattern is None else logits + self.pattern(None, attended)
 
 
-def _waves(attended: Tensor, periods: Sequence[int]) -> Tensor:
+def _waves(attended: Tensor, periods: Tensor) -> Tensor:
     """Cosine and sine of the position in every period, and how near the two ends are: float [B, L, 2 P + 4]."""
     left = attended_positions(attended)  # [B, L]
     right = (attended.sum(-1, keepdim=True) - 1 - left).clamp(min=0)
-    period = torch.tensor(periods, device=left.device)
-    angle = 2 * math.pi * (left[..., None] % period) / period
+    angle = 2 * math.pi * (left[..., None] % periods) / periods
     ends = [1 / (1 + left), (-left / 4).exp(), 1 / (1 + right), (-right / 4).exp()]
     return torch.cat([angle.cos(), angle.sin(), torch.stack(ends, -1)], -1)
 

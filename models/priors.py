@@ -24,6 +24,7 @@ from orderppl.distributions import (
     BernoulliSet,
     HeuristicReveal,
     OrderedPartition,
+    PlackettLuceSet,
     PricedReveal,
     RevealSet,
     SequentialReveal,
@@ -348,8 +349,9 @@ class LearnedSteps(LogitPrior):
         logits = self.network(None, attention_mask, context, context_mask)  # [B, L, S]
         planned = logits.shape[-1]
         if planned < num_steps:
-            part = torch.arange(num_steps, device=logits.device) * planned // num_steps  # [T]
-            logits = logits[..., part] - part.bincount().log()[part]
+            part = torch.arange(num_steps, device=logits.device) * planned // num_steps  # s(t), [T]
+            begin, end = ((s * num_steps + planned - 1) // planned for s in (part, part + 1))
+            logits = logits[..., part] - (end - begin).log()
         return StepwiseReveal(logits, attention_mask)
 
     def logits(self, state: UnmaskingState) -> Tensor:
@@ -366,6 +368,67 @@ class LearnedSteps(LogitPrior):
     def forward(self, path: RevealPath) -> OrderedPartition:
         """Closed form over orders."""
         return self._plan(path.num_steps, path.attention_mask, path.canvas.context, path.canvas.context_mask)
+
+
+class HeldBack(LogitPrior):
+    """Another policy, with the later sets of a plan held back.
+
+        logit p_i = logit base_i - weight * max(E[s_i] - t S / T, 0),    s_i ~ Categorical(softmax(network_i))
+
+    A plan keeps apart what depends on each other, which the certainty of single positions cannot show.
+
+    Args:
+        base: the other policy, such as `EasyFirst`.
+        network: of the plan of S steps: (None, attention_mask, context, context_mask) -> step logits, float [B, L, S].
+        weight: log-odds per step of the plan, learned from this value.
+    """
+
+    def __init__(self, base: LogitPrior, network: nn.Module, weight: float = 0.5) -> None:
+        super().__init__()
+        self.base = base
+        self.network = network
+        self.non_empty = base.non_empty
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make a policy like this one; its weight is saved with the weights of the networks."""
+        return {"base": self.base, "network": self.network}
+
+    def logits(self, state: UnmaskingState) -> Tensor:
+        """Log-odds of revealing each position, float [*, L]."""
+        canvas = state.canvas
+        plan = self.network(None, canvas.attention_mask, canvas.context, canvas.context_mask).softmax(-1)  # [B, L, S]
+        num_sets = plan.shape[-1]
+        planned = plan @ torch.arange(num_sets, dtype=plan.dtype, device=plan.device)  # [B, L]
+        now = (state.step * num_sets / state.num_steps).to(plan.dtype)  # in sets, [*]
+        early = (planned - now[..., None]).clamp(min=0)  # [*, L]
+        return self.base.logits(state) - self.weight * early
+
+
+class RankedPolicy(RevealPrior):
+    """The best positions by the log-odds of another policy, as many as a schedule says.
+
+        p(z_t | s_t) = Plackett-Luce(logit p_1, .., logit p_L; k_t)
+
+    which reveals the k_t largest of logit p_i + Gumbel noise; its mode ranks. With `EasyFirst` it is a soft top-prob.
+
+    Args:
+        prior: the other policy, of whose sizes nothing is left.
+        sizes: schedule of the set sizes, or what `make_sizes` reads.
+    """
+
+    non_empty = True
+    sizes: SetSizes
+
+    def __init__(self, prior: LogitPrior, sizes: SetSizes | str | float = "uniform") -> None:
+        super().__init__()
+        self.prior = prior
+        self.sizes = make_sizes(sizes)
+
+    def distribution(self, state: UnmaskingState) -> SetLaw:
+        """Reveal as many as are due."""
+        return PlackettLuceSet(self.prior.logits(state), due_count(self.sizes, state), state.masked)
 
 
 class HeuristicPrior(RevealPrior):

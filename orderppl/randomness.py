@@ -78,7 +78,8 @@ def uniform_noise(seed: int, row_ids: Tensor, step: int | Tensor, length: int, s
         float64 [B, L], strictly between 0 and 1 (52 random bits).
     """
     bits = _absorb(_mix(torch.full_like(row_ids, _signed(seed)) + _GOLDEN), row_ids)
-    counter = torch.as_tensor(step, dtype=torch.int64, device=row_ids.device) * _STREAMS + stream
+    counter = torch.zeros((), dtype=torch.int64, device=row_ids.device) + step
+    counter = counter * _STREAMS + stream
     position = torch.arange(length, device=row_ids.device)
     return _unit(_absorb(_absorb(bits, counter)[:, None], position))
 

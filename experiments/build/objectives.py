@@ -42,6 +42,7 @@ class RevealTraceGraphConfig(ObjectiveConfig):
     kl_weight: float = setting(1.0, "weight of the KL term", at_least=0)
     leave_one_out: bool = setting(True, "mean of the other particles as baseline")
     credit: Literal["gain", "expected"] | None = setting(None, "what a reveal set is credited with; null: by program")
+    discount: float = setting(1.0, "of later steps in a gain; below 1 biased, and less noisy", at_least=0, at_most=1)
 
     def __post_init__(self) -> None:
         """Refuse gains, which one step does not show."""
@@ -124,6 +125,7 @@ def build_elbo(config: ElboConfig) -> ELBO:
                 kl_weight=config.kl_weight,
                 leave_one_out=config.leave_one_out,
                 credit=config.credit,
+                discount=config.discount,
             )
         case TraceGraphConfig():
             return TraceGraph_ELBO(config.num_particles, max_plate_nesting=1, vectorize_particles=True)

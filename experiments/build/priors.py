@@ -84,7 +84,25 @@ class LearnedStepsConfig:
     steps: int | None = setting(None, "of the plan, which is played more slowly; null: num_steps", at_least=1)
 
 
-LogitPriorConfig = LeftToRightConfig | EasyFirstConfig | BoundedEntropyConfig | LearnedPolicyConfig | LearnedStepsConfig
+@dataclass(frozen=True)
+class HeldBackConfig:
+    """Another policy, with the later sets of a plan held back."""
+
+    name: Literal["held_back"] = "held_back"
+    base: EasyFirstConfig | BoundedEntropyConfig | LearnedPolicyConfig = setting(EasyFirstConfig, "the other policy")
+    network: SequenceConfig = setting(TableConfig, "network of the plan")
+    steps: int | None = setting(None, "of the plan; null: num_steps", at_least=1)
+    weight: float = setting(0.5, "log-odds per step of the plan, at first", at_least=0)
+
+
+LogitPriorConfig = (
+    LeftToRightConfig
+    | EasyFirstConfig
+    | BoundedEntropyConfig
+    | LearnedPolicyConfig
+    | LearnedStepsConfig
+    | HeldBackConfig
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,15 @@ class ResidualPolicyConfig:
     base: LogitPriorConfig = setting(EasyFirstConfig, "the heuristic, or a plan")
     network: PolicyNetworkConfig = setting(PolicyNetworkConfig, "network of the correction")
     non_empty: bool = setting(True, "reveal at least one position at every step")
+
+
+@dataclass(frozen=True)
+class RankedPolicyConfig:
+    """The best positions by another policy, as many as a schedule says."""
+
+    name: Literal["ranked_policy"] = "ranked_policy"
+    prior: LogitPriorConfig | ResidualPolicyConfig = setting(ResidualPolicyConfig, "the other policy")
+    sizes: SizesConfig = setting(UniformSizesConfig, "positions revealed at each step")
 
 
 @dataclass(frozen=True)
@@ -149,6 +176,7 @@ FreePriorConfig = (
     | HeuristicPriorConfig
     | LogitPriorConfig
     | ResidualPolicyConfig
+    | RankedPolicyConfig
     | FinishingPolicyConfig
 )
 
@@ -207,6 +235,15 @@ def build_prior(
             assert isinstance(base, models.LogitPrior)
             correction = build_policy_network(config.network, task, True, prices)
             return models.ResidualPolicy(base, correction, config.non_empty)
+        case HeldBackConfig():
+            other = build_prior(config.base, task, num_steps, prices)
+            assert isinstance(other, models.LogitPrior)
+            network = build_sequence_network(config.network, task, config.steps or num_steps)
+            return models.HeldBack(other, network, config.weight)
+        case RankedPolicyConfig():
+            other = build_prior(config.prior, task, num_steps, prices)
+            assert isinstance(other, models.LogitPrior)
+            return models.RankedPolicy(other, build_sizes(config.sizes))
         case FinishingPolicyConfig():
             other = build_prior(config.prior, task, num_steps, prices)
             decision = build_policy_network(config.network, task, config.base is not None, prices)

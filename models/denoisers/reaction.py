@@ -81,7 +81,9 @@ class ReactionDenoiser(nn.Module):
             UserError: the canvas is longer than the position table.
         """
         framed = self._framed(state, attention_mask)
-        hidden = self.albert.albert(framed.tokens, framed.keys).last_hidden_state  # [N, F, W]
+        # Of a mask [N, F] transformers asks whether it hides anything, which waits for the device.
+        keys = framed.keys[:, None, None].expand(-1, 1, framed.keys.shape[-1], -1)  # [N, 1, F, F]
+        hidden = self.albert.albert(framed.tokens, keys).last_hidden_state  # [N, F, W]
         logits: Tensor = self.albert.predictions(framed.unframe(hidden))
         return logits.masked_fill(self.impossible, -torch.inf)
 

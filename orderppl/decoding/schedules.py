@@ -35,7 +35,7 @@ class SetSizes(ABC):
         Returns:
             int64 [*], broadcast.
         """
-        budget = torch.as_tensor(num_steps, device=step.device)
+        budget = num_steps if isinstance(num_steps, Tensor) else torch.full((), num_steps, device=step.device)
         planned = torch.maximum(self.planned(positions, step, budget), step)  # at least one a step
         return torch.where(step >= budget, positions, torch.minimum(planned, positions))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any, Literal
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import TraceGraph_ELBO
@@ -44,6 +45,14 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
                       + stop(gain_t^k - mean_{j != k} gain_t^j) log q(z_t^k | M_t^k)
                       - kl_weight stop(KL_t^k - mean_{j != k} KL_t^j) sum_{u < t} log q(z_u^k | M_u^k) ]
 
+    With a `discount` < 1 the gain is that of the next few steps: with v_t the log-likelihood if everything left were
+    revealed at step t (v_T: as it was revealed),
+
+        gain_t = sum_{u >= t} discount^(u - t) (v_{u+1} - v_u)
+
+    which is biased, and far less noisy where there are many steps (generalised advantages, arXiv 1506.02438, with
+    v_t for the value).
+
     A likelihood with outliers puts its function of the whole sequence around each of the two sums of a gain, what was
     revealed before z_t included, and takes the place of the first term of the surrogate; where only an answer is asked
     for, the sums are over what is observed (see `RevealedTokens`).
@@ -63,6 +72,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         leave_one_out: subtract the mean over the other particles from the score function's costs; needs more than one
             vectorised particle and is left out otherwise.
         credit: "gain" or "expected", see above; None chooses by the program.
+        discount: of the later steps in a gain, in [0, 1]; 1 is unbiased.
 
     Attributes:
         metrics: detached 0-dim tensors of the last call on an unmasking program, per sequence: `elbo` (untempered),
@@ -82,12 +92,16 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         analytic_kl: bool = True,
         leave_one_out: bool = True,
         credit: Literal["gain", "expected"] | None = None,
+        discount: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        if not 0 <= discount <= 1:
+            raise ValueError(f"discount: {discount} is not in [0, 1]; use 1, or a value such as 0.5 for many steps")
         super().__init__(num_particles, max_plate_nesting, vectorize_particles, kl_weight=kl_weight, **kwargs)
         self.analytic_kl = analytic_kl
         self.leave_one_out = leave_one_out
         self.credit = credit
+        self.discount = discount
 
     def value_and_surrogate(
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -173,7 +187,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             fit = reward if probs is None or likelihood.is_whole else expected(probs.detach())
             everything = likelihood.observed(hidden, state.masked)  # [T, *]
             at_once = by_step.cumsum(0) - by_step + everything  # if everything left were revealed now
-            terms = [(reward - scored(at_once), own())]
+            terms = [(self._gains(scored(at_once), reward), own())]
         elif probs is None:
             fit = weight * site_scaled(by_step, sites.tokens)  # by step, for their scores
             terms = [(fit, before + own())]
@@ -195,6 +209,16 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
 
         self.metrics = order_metrics(reward.sum(), kl.sum(), order)
         return elbo, -surrogate
+
+    def _gains(self, at_once: Tensor, reward: Tensor) -> Tensor:
+        """What each set made easier, float [T, *], from v_t (float [T, *]) and v_T (float [*])."""
+        if self.discount == 1:
+            return reward - at_once
+        step = torch.arange(len(at_once), device=at_once.device)
+        later = step - step[:, None]  # [T, T], u - t
+        weight = torch.where(later >= 0, self.discount ** later.clamp(min=0).to(at_once.dtype), 0.0)
+        made_easier = torch.cat([at_once[1:], reward[None]]) - at_once  # [T, *]
+        return torch.tensordot(weight, made_easier, 1)
 
     def _centred(self, cost: Tensor) -> Tensor:
         """Subtract from costs (float [S, K, ..]) the mean over the other particles."""

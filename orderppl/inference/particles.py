@@ -78,4 +78,4 @@ def _densities(model_trace: Trace, guide_trace: Trace) -> list[Tensor]:
         total(site["score_parts"].score_function for site in latent),
     ]
     like = next(density for density in totals if isinstance(density, Tensor))
-    return list(torch.broadcast_tensors(*(torch.as_tensor(t, dtype=like.dtype, device=like.device) for t in totals)))
+    return list(torch.broadcast_tensors(*(torch.zeros_like(like) + t for t in totals)))

@@ -92,7 +92,8 @@ class Processes:
             The means, and the number of items of all processes under each name. Both 0-dim float64.
         """
         device = next(iter(sums.values())).device
-        both = [[torch.as_tensor(of[name], device=device).detach().double() for name in sums] for of in (sums, counts)]
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        both = [[(zero + of[name]).detach() for name in sums] for of in (sums, counts)]
         total = torch.stack([torch.stack(row) for row in both])  # [2, names]
         if self.size > 1:
             dist.all_reduce(total)

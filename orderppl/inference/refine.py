@@ -139,7 +139,7 @@ class _Search:
                 continue
             self.evaluations += len(plans)
             gain = (self.first.log_likelihood(plans) - nats_first).mean(-1)  # [C]
-            plans = plans[gain.topk(min(self.finalists, len(plans))).indices]
+            plans = plans[gain.topk(min(self.finalists, len(plans))).indices.to(plans.device)]
             by_row = self.rows.log_likelihood(plans)  # [finalists, R]
             best = int(by_row.mean(-1).argmax())
             if float((by_row[best] - nats).mean()) > SMALLEST_GAIN:
