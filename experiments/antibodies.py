@@ -5,10 +5,11 @@
     orderppl antibodies --out runs/antibodies-drawn           # no file: sequences drawn from the model itself
 
 All residues start masked. The order is a plan: one distribution over the steps per aligned position, blind to the
-residues and therefore deployable. The table gives `path_nats` on held-out sequences: nats per residue along each
-arm's own order, with the same number of steps (a threshold uses as many as it needs, up to that budget). The oracle
-ranks positions by the probability of the true residue. With `--set judge=true` an independent model (the package
-antiberty, 97 MB) scores what the arms write freely. The figure shows what was learned, and in which regions.
+residues and therefore deployable. With many steps what has been written tells more than the position: with `overrule`
+what is certain goes first, and the plan decides about the rest. The table gives `path_nats` on held-out sequences: nats
+per residue along each arm's own order, with the same number of steps (a threshold uses as many as it needs, up to that
+budget). The oracle ranks positions by the probability of the true residue. With `--set judge=true` an independent model
+(the package antiberty, 97 MB) scores what the arms write freely. The figure shows what was learned, region by region.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from orderppl.experiments.molecules import (
     MoleculeConfig,
     best_heuristic,
     learn_and_compare,
-    plan_probabilities,
+    revealed_steps,
+    step_probabilities,
 )
 from orderppl.experiments.results import Record, results_table, save_figure
 from orderppl.inference.checkpoints import write_text
@@ -76,7 +78,7 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
     records = comparison.records + region_steps(comparison)
     if config.judge and config.rows_written:
         records += judge_written(config, comparison)
-    plot_order(comparison, out / "order.png")
+    plot_order(comparison, records, out / "order.png")
     return records
 
 
@@ -84,10 +86,12 @@ def region_steps(comparison: Comparison) -> list[Record]:
     """`mean_step` of every region, from 0, over the held-out domains whose regions can be told."""
     steps: dict[str, list[float]] = {name: [] for name in REGIONS}
     for batch in comparison.test:
-        mode = plan_probabilities(comparison.problem, batch).argmax(-1)  # [B, L]
+        revealed = revealed_steps(comparison, batch)  # [B, L]
         for row, attended in enumerate(batch["attention_mask"]):
             domain = AntibodyDenoiser.decode(batch["tokens"][row], attended)
-            for region, step in zip(antibody_regions(domain) or (), mode[row][attended.cpu()].tolist(), strict=False):
+            for region, step in zip(
+                antibody_regions(domain) or (), revealed[row][attended.cpu()].tolist(), strict=False
+            ):
                 steps[region].append(float(step))
     found = {name: torch.tensor(values) for name, values in steps.items() if values}
     return [comparison.record("mean_step", values, "learned", region=name) for name, values in found.items()]
@@ -137,27 +141,27 @@ def draw_sequences(config: Config, path: Path) -> Path:
     return path
 
 
-def plot_order(comparison: Comparison, path: Path) -> None:
+def plot_order(comparison: Comparison, records: Iterable[Record], path: Path) -> None:
     """Draw P(step | position) of the longest held-out domain with its regions, and the mean step of every region."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    batch = comparison.test[0]
-    row = int(batch["attention_mask"].sum(-1).argmax())
-    attended = batch["attention_mask"][row].cpu()
-    probs = plan_probabilities(comparison.problem, batch)[row][attended].numpy()  # [L, T]
+    row = int(comparison.test[0]["attention_mask"].sum(-1).argmax())
+    batch = {name: tensor[row : row + 1] for name, tensor in comparison.test[0].items()}
+    attended = batch["attention_mask"][0].cpu()
+    probs = step_probabilities(comparison, batch)[0][attended].numpy()  # [L, T]
     figure, (heat, bars) = plt.subplots(2, 1, figsize=(8, 4.2), height_ratios=(2, 1), layout="constrained")
     image = heat.imshow(probs.T, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     heat.set(xlabel="position", ylabel="step", title="P(step | position)", yticks=range(probs.shape[1]))
     figure.colorbar(image, ax=heat)
-    regions = antibody_regions(AntibodyDenoiser.decode(batch["tokens"][row].cpu(), attended))
+    regions = antibody_regions(AntibodyDenoiser.decode(batch["tokens"][0].cpu(), attended))
     if regions is not None:
         heat.set_title("P(step | position)", pad=16)
         for name in REGIONS:
             first = regions.index(name)
             heat.axvline(first - 0.5, color="white", linewidth=0.8)
             heat.text(first + regions.count(name) / 2 - 0.5, -0.7, name, ha="center", va="bottom", fontsize=7)
-    means = {r["region"]: r["value"] for r in region_steps(comparison)}
+    means = {r["region"]: r["value"] for r in records if r["metric"] == "mean_step"}
     if means:
         loops = ["#d55e00" if str(name).startswith("CDR") else "#0072b2" for name in means]
         bars.bar(list(means), list(means.values()), color=loops)

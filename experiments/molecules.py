@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from orderppl.decoding import PlannedOrder, Policy, SplitPlan, decode
+from orderppl.decoding import Policy, decode, follow
 from orderppl.errors import UserError
-from orderppl.evaluation import Interval, bootstrap_mean, evaluate_policies
+from orderppl.evaluation import Interval, batch_canvas, bootstrap_mean, evaluate_policies
 from orderppl.experiments.build import (
     AntibodyTask,
+    BoundedEntropyConfig,
+    EasyFirstConfig,
+    HeldBackConfig,
+    MeanFieldConfig,
     OrderConfig,
     OrderProblem,
+    PolicyGuideConfig,
+    RankedPolicyConfig,
     ReactionTask,
+    SizesConfig,
+    UniformSizesConfig,
     build_problem,
     build_task,
     learned_policy,
@@ -29,9 +38,22 @@ from orderppl.experiments.evaluate import heuristics
 from orderppl.experiments.fit_order import fit_problem, save_order
 from orderppl.experiments.results import Record, real, results_table
 from orderppl.guides import MeanFieldGuide
+from orderppl.inference.batches import BatchStream
+from orderppl.models import HeldBack, RankedPolicy
+from orderppl.path import RevealPath
 
 Batches = list[dict[str, Tensor]]
 M = TypeVar("M", bound="MoleculeConfig")
+SHOWN_DRAWS = 16  # orders of which the probabilities of a figure are the shares, where they have no closed form
+
+
+@dataclass(frozen=True)
+class OverruleConfig:
+    """What is certain overrules the plan: positions are ranked by certainty, with later sets of the plan held back."""
+
+    base: EasyFirstConfig | BoundedEntropyConfig = setting(EasyFirstConfig, "what ranks by certainty")
+    weight: float = setting(1.0, "log-odds per step of the plan by which later sets are held back", at_least=0)
+    sizes: SizesConfig = setting(UniformSizesConfig, "positions revealed at each step")
 
 
 @dataclass(frozen=True)
@@ -43,11 +65,9 @@ class MoleculeConfig(OrderConfig):
     )
     threshold: float = setting(0.9, "confidence of the threshold policy", above=0, below=1)
     plan_steps: int | None = setting(
-        None,
-        "steps of the learned plan, whose sets are split by confidence; null: those of all arms",
-        at_least=1,
+        None, "steps of the learned plan, which is played more slowly; null: those of all arms", at_least=1
     )
-    plan_weight: float = setting(0.5, "log-odds by which such a plan holds later sets back, per set", at_least=0)
+    overrule: OverruleConfig | None = setting(None, "let what is certain overrule the plan; null: follow the plan")
     denoiser_rows: int | None = setting(
         None,
         "what the fit may spend at most, rows read by the denoiser: bounds fit.updates whatever the number of steps",
@@ -55,6 +75,20 @@ class MoleculeConfig(OrderConfig):
     )
     rows: int = setting(1000, "held-out rows that are compared, from the first", at_least=1)
     rows_written: int = setting(32, "held-out rows that are also written freely; 0: none", at_least=0)
+
+    def __post_init__(self) -> None:
+        """Check what belongs together."""
+        super().__post_init__()
+        plan = isinstance(self.guide, MeanFieldConfig) and not self.guide.sees_tokens
+        if self.overrule is not None and not plan:
+            raise UserError("overrule", f"{self.guide.name} is no plan", "set guide=mean_field, or overrule=null")
+        if self.overrule is not None and self.decision == "rank":
+            raise UserError("decision", "what overrules a plan ranks already", "use mode or sample")
+        if self.plan_steps is not None and self.overrule is None:
+            raise UserError("plan_steps", "a plan alone has all steps", "set overrule, or leave it out")
+        if self.plan_steps is not None and self.plan_steps > self.num_steps:
+            problem = f"{self.plan_steps} for {self.num_steps} steps"
+            raise UserError("plan_steps", problem, "give at most as many as num_steps")
 
 
 @dataclass
@@ -122,49 +156,68 @@ def learn_and_compare(
         labels: added to every record.
         title: of the printed table.
     """
-    num_steps = config.num_steps
-    config = within_budget(replace(config, num_steps=config.plan_steps or num_steps))
-    problem = build_problem(config, build_task(task, config.seed))
+    plan_config = within_budget(replace(config, num_steps=config.plan_steps or config.num_steps))
+    problem = build_problem(plan_config, build_task(task, config.seed))
     if not resume:  # the same command again replaces its own run
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    fit_problem(config, problem, out, resume=resume)
-    settings = {name: getattr(config, name) for name in OrderConfig.__dataclass_fields__}
-    save_order(replace(OrderConfig(**settings), task=task), problem, out)
+    fit_problem(plan_config, problem, out, resume=resume)
+    plan = learned_policy(problem, "mode")
+    settings = {name: getattr(plan_config, name) for name in OrderConfig.__dataclass_fields__}
+    order = replace(OrderConfig(**settings), task=task)
+    if config.overrule is not None:
+        order, problem = overruled(order, config.overrule, config.num_steps, problem)
+    save_order(order, problem, out)
 
     test = first_rows(problem, config.rows, config.device)
     policies: dict[str, Policy] = {"learned": learned_policy(problem, config.decision)}
     decisions = {"mode": "learned, most likely", "sample": "learned, sampled"}
-    if isinstance(problem.guide, MeanFieldGuide):
+    if config.overrule is None and isinstance(problem.guide, MeanFieldGuide):
         decisions["rank"] = "learned, ranked"
     policies |= {arm: learned_policy(problem, to) for to, arm in decisions.items() if to != config.decision}  # type: ignore[arg-type]
-    if num_steps > config.num_steps:
-        policies = {arm: split(policy, config.num_steps, config.plan_weight) for arm, policy in policies.items()}
+    if config.overrule is not None and plan_config.num_steps == config.num_steps:
+        policies["learned, the plan alone"] = plan
     policies |= heuristics(threshold=config.threshold)
-    shared = {"steps": num_steps, "seed": config.seed, "train_n": len(problem.task.held("train")["tokens"])}
+    shared = {"steps": config.num_steps, "seed": config.seed, "train_n": len(problem.task.held("train")["tokens"])}
     records = evaluate_policies(
         problem.model.denoiser,
         policies,
-        test,
-        num_steps,
+        by_length(test),
+        config.num_steps,
         seed=config.seed,
         baseline="learned",
         labels={**labels, "train_n": shared["train_n"]},
     )
     shown = [record for record in records if record["metric"] in ("path_nats", "nfe")]
     held_out = sum(len(batch["tokens"]) for batch in test)
-    Console().print(results_table(shown, title=f"{title}, {held_out} held-out, {num_steps} steps"))
+    Console().print(results_table(shown, title=f"{title}, {held_out} held-out, {config.num_steps} steps"))
     return Comparison(problem, policies, test, list(records), {**labels, **shared})
 
 
-def split(policy: Policy, num_sets: int, weight: float) -> Policy:
-    """A plan whose sets are split over more steps.
+def overruled(
+    config: OrderConfig, settings: OverruleConfig, num_steps: int, planned: OrderProblem
+) -> tuple[OrderConfig, OrderProblem]:
+    """The policy that follows a learned plan where nothing is certain, and the settings that rebuild it.
 
-    Raises:
-        UserError: what was learned is no plan.
+    Args:
+        config: of the plan.
+        settings: what overrules it.
+        num_steps: step budget T of the policy.
+        planned: the fitted objects.
     """
-    if not isinstance(policy, PlannedOrder):
-        raise UserError("plan_steps", "what was learned is no plan", "set guide=mean_field, or plan_steps=null")
-    return SplitPlan(policy, num_sets, weight)
+    assert isinstance(config.guide, MeanFieldConfig)
+    assert isinstance(planned.guide, MeanFieldGuide)
+    held_back = HeldBackConfig(
+        base=settings.base, network=config.guide.network, steps=config.num_steps, weight=settings.weight
+    )
+    ranked = RankedPolicyConfig(prior=held_back, sizes=settings.sizes)
+    config = replace(config, num_steps=num_steps, prior=ranked, guide=PolicyGuideConfig(), refine=None)
+    problem = build_problem(config, planned.task, planned.denoiser)
+    prior = problem.model.prior
+    assert isinstance(prior, RankedPolicy)
+    assert isinstance(prior.prior, HeldBack)
+    prior.prior.network.load_state_dict(planned.guide.network.state_dict())
+    prior.to(config.device)
+    return config, problem
 
 
 def within_budget(config: M) -> M:
@@ -185,10 +238,22 @@ def within_budget(config: M) -> M:
 
 
 def first_rows(problem: OrderProblem, rows: int, device: str) -> Batches:
-    """The first held-out rows, in batches."""
+    """The first held-out rows, in batches, with their numbers."""
     held = {name: tensor[:rows] for name, tensor in problem.task.held("test").items()}
-    part = replace(problem.task, splits={**problem.task.splits, "test": held})
-    return list(part.stream("test", 64, shuffle=False, device=device).once())
+    held["row_ids"] = torch.arange(len(held["tokens"]))
+    return list(BatchStream(held, 64, shuffle=False, device=device).once())
+
+
+def by_length(batches: Batches, size: int = 16) -> Batches:
+    """The rows of batches again, long ones together, so that little of a batch is padding."""
+    sorted_batches: Batches = []
+    for batch in batches:
+        length = sum(batch[name].sum(-1) for name in ("attention_mask", "context_mask") if name in batch)
+        assert isinstance(length, Tensor)
+        order = length.argsort(stable=True).cpu()
+        rows = {name: tensor.cpu()[order] for name, tensor in batch.items()}
+        sorted_batches += BatchStream(rows, size, shuffle=False, device=batch["tokens"].device).once()
+    return sorted_batches
 
 
 def best_heuristic(records: Sequence[Record]) -> str:
@@ -201,11 +266,31 @@ def best_heuristic(records: Sequence[Record]) -> str:
     return min(arms, key=lambda arm: arms[arm])
 
 
-def plan_probabilities(problem: OrderProblem, batch: Mapping[str, Tensor]) -> Tensor:
-    """P(step | position) of the rows of a batch, float [B, L, T], on the CPU."""
-    assert isinstance(problem.guide, MeanFieldGuide)
+def revealed_steps(comparison: Comparison, batch: Mapping[str, Tensor]) -> Tensor:
+    """The step at which the arm `learned` reveals every position of the rows of a batch, int64 [B, L], on the CPU."""
+    canvas, tokens = batch_canvas(comparison.problem.model.denoiser, batch)
     with torch.no_grad():
-        logits: Tensor = problem.guide.network(
-            None, batch["attention_mask"], batch.get("context"), batch.get("context_mask")
+        path = follow(
+            comparison.policies["learned"],
+            canvas,
+            tokens,
+            int(comparison.labels["steps"]),
+            generator=torch.Generator().manual_seed(int(comparison.labels["seed"])),
+            row_ids=batch["row_ids"],
         )
-    return logits.softmax(-1).cpu()
+    return path.reveal_step.cpu()
+
+
+def step_probabilities(comparison: Comparison, batch: Mapping[str, Tensor]) -> Tensor:
+    """P(step | position) of the rows of a batch, float [B, L, T], on the CPU; without a closed form shares of draws."""
+    problem, num_steps = comparison.problem, int(comparison.labels["steps"])
+    with torch.no_grad():
+        if isinstance(problem.guide, MeanFieldGuide):
+            logits: Tensor = problem.guide.network(
+                None, batch["attention_mask"], batch.get("context"), batch.get("context_mask")
+            )
+            return logits.softmax(-1).cpu()
+        canvas, tokens = batch_canvas(problem.model.denoiser, batch)
+        draws = [problem.guide.law(RevealPath(canvas, tokens, num_steps)).sample() for _ in range(SHOWN_DRAWS)]
+    steps = torch.stack(draws).clamp(min=0)  # [draws, B, L]
+    return F.one_hot(steps, num_steps).float().mean(0).cpu()

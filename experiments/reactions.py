@@ -30,10 +30,10 @@ from orderppl.experiments.molecules import (
     MoleculeConfig,
     best_heuristic,
     learn_and_compare,
-    plan_probabilities,
+    revealed_steps,
+    step_probabilities,
 )
 from orderppl.experiments.results import Record, results_table, save_figure
-from orderppl.guides import MeanFieldGuide
 
 CONFIG = "reactions"
 KINDS = ("aliphatic C", "aromatic c", "N, O, S, P", "halogen", "bracket atom", "bond", "branch", "ring closure")
@@ -68,9 +68,8 @@ def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
         records.append({"metric": "load_rows", "value": count, "file": file, "outcome": outcome, "example": example})
     if config.rows_written:
         records += write_products(config, comparison)
-    if isinstance(comparison.problem.guide, MeanFieldGuide):
-        records += kind_steps(comparison)
-        plot_order(comparison, records, out / "order.png")
+    records += kind_steps(comparison)
+    plot_order(comparison, records, out / "order.png")
     return records
 
 
@@ -114,9 +113,9 @@ def kind_steps(comparison: Comparison) -> list[Record]:
     problem = comparison.problem
     steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for batch in comparison.test:
-        mode = plan_probabilities(problem, batch).argmax(-1)
+        revealed = revealed_steps(comparison, batch)
         attended = batch["attention_mask"].cpu().bool()
-        for token, step in zip(batch["tokens"].cpu()[attended].tolist(), mode[attended].tolist(), strict=True):
+        for token, step in zip(batch["tokens"].cpu()[attended].tolist(), revealed[attended].tolist(), strict=True):
             kind = token_kind(problem.task.spell(token))
             if kind is not None:
                 steps[kind].append(float(step))
@@ -129,12 +128,12 @@ def plot_order(comparison: Comparison, records: Iterable[Record], path: Path) ->
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    problem, batch = comparison.problem, comparison.test[0]
-    probs, attended = plan_probabilities(problem, batch), batch["attention_mask"].cpu().bool()
-    size = attended.sum(-1)
-    chosen = (size - 36).abs().argsort(stable=True)[:2].tolist()
+    problem, size = comparison.problem, comparison.test[0]["attention_mask"].sum(-1)
+    chosen = (size - 36).abs().argsort(stable=True)[:2]
+    batch = {name: tensor[chosen] for name, tensor in comparison.test[0].items()}
+    probs, attended = step_probabilities(comparison, batch), batch["attention_mask"].cpu().bool()
     figure, axes = plt.subplots(len(chosen) + 1, 1, figsize=(9, 5.4), layout="constrained")
-    for axis, row in zip(axes, chosen, strict=False):
+    for row, axis in enumerate(axes[:-1]):
         image = axis.imshow(probs[row][attended[row]].T.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1)
         names = [problem.task.spell(token) for token in batch["tokens"][row].cpu()[attended[row]].tolist()]
         axis.set_xticks(range(len(names)), names, fontsize=7)

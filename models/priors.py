@@ -392,8 +392,8 @@ class HeldBack(LogitPrior):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments that make a policy like this one; its weight is saved with the weights of the networks."""
-        return {"base": self.base, "network": self.network}
+        """The arguments that make a policy like this one."""
+        return {"base": self.base, "network": self.network, "weight": self.weight.item()}
 
     def logits(self, state: UnmaskingState) -> Tensor:
         """Log-odds of revealing each position, float [*, L]."""
@@ -425,6 +425,18 @@ class RankedPolicy(RevealPrior):
         super().__init__()
         self.prior = prior
         self.sizes = make_sizes(sizes)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make a policy like this one.
+
+        Raises:
+            UserError: a schedule that `make_sizes` does not read.
+        """
+        mean = getattr(self.sizes, "mean", self.sizes.name)
+        if make_sizes(mean) != self.sizes:
+            raise UserError("sizes", f"{self.sizes} has no name", 'use "uniform", "cosine" or positions per step')
+        return {"prior": self.prior, "sizes": mean}
 
     def distribution(self, state: UnmaskingState) -> SetLaw:
         """Reveal as many as are due."""

@@ -29,9 +29,12 @@ from orderppl.experiments.build.heuristics import (
 from orderppl.experiments.build.loop import LoopConfig, compiling, loop_options, piece_size
 from orderppl.experiments.build.objectives import ElboConfig, RevealTraceGraphConfig
 from orderppl.experiments.build.priors import (
+    BoundedEntropyConfig,
     EasyFirstConfig,
+    HeldBackConfig,
     LearnedPolicyConfig,
     PriorConfig,
+    RankedPolicyConfig,
     ResidualPolicyConfig,
     StepPriceConfig,
 )
@@ -69,6 +72,7 @@ __all__ = [
     "AntibodyDenoiserConfig",
     "AntibodyTask",
     "ArithmeticTask",
+    "BoundedEntropyConfig",
     "ChainTask",
     "CosineSizesConfig",
     "DenoiserConfig",
@@ -77,6 +81,7 @@ __all__ = [
     "FitConfig",
     "Gsm8kTask",
     "GuideConfig",
+    "HeldBackConfig",
     "HeuristicConfig",
     "LearnedPolicyConfig",
     "LoopConfig",
@@ -89,6 +94,7 @@ __all__ = [
     "PretrainedDenoiserConfig",
     "PriorConfig",
     "RandomGuideConfig",
+    "RankedPolicyConfig",
     "ReactionDenoiserConfig",
     "ReactionTask",
     "RefineConfig",

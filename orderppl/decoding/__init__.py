@@ -2,7 +2,7 @@
 
 from orderppl.decoding.adaptive import EntropyBound, Factor, Klass, Threshold
 from orderppl.decoding.alternatives import Alternatives, alternatives_at_reveal
-from orderppl.decoding.decisions import NetworkPlan, PlannedOrder, SplitPlan, StochasticDecision
+from orderppl.decoding.decisions import NetworkPlan, PlannedOrder, StochasticDecision
 from orderppl.decoding.decode import DecodeOutput, PathOutput, decode, follow
 from orderppl.decoding.generate import GenerateOutput, generate
 from orderppl.decoding.heuristic import Heuristic
@@ -44,7 +44,6 @@ __all__ = [
     "SchedulerOutput",
     "ScoredPolicy",
     "SetSizes",
-    "SplitPlan",
     "StochasticDecision",
     "StochasticPolicy",
     "Threshold",

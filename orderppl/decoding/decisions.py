@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orderppl.decoding.memory import ROW
 from orderppl.decoding.policy import StochasticPolicy, remembers
-from orderppl.decoding.scores import confidence, reveal_rank
+from orderppl.decoding.scores import reveal_rank
 from orderppl.denoising import Canvas
 from orderppl.errors import UserError
 from orderppl.randomness import sample_categorical, uniform
@@ -161,52 +161,3 @@ class PlannedOrder:
         if "plan" not in state.memory:
             state.memory["plan"] = self._make(state)
         return -state.memory["plan"].double()
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """Plays a plan of P sets in T >= P steps: the most confident positions first, those of later sets held back.
-
-        score_i = logit c_i - weight * max(planned_i - P t / T, 0),    c_i = max_v p(x_i = v | s_t)
-
-    A step reveals as many positions as the plan does in its share of the P sets, by the score. A plan keeps apart what
-    depends on each other, which confidence cannot see; confidence sees what has been written since. With a large weight
-    the sets are played one after another, with none it is confidence alone with the set sizes of the plan.
-
-    Args:
-        order: the plan.
-        num_sets: P.
-        weight: log-odds that a set is held back by, at least 0.
-    """
-
-    order: PlannedOrder
-    num_sets: int
-    weight: float = 0.5
-    name = "split plan"
-    remembers = True
-
-    @property
-    def needs_noise(self) -> bool:
-        """Whether the plan is sampled."""
-        return self.order.needs_noise
-
-    def __post_init__(self) -> None:
-        if self.num_sets < 1 or self.weight < 0:
-            field, value = ("num_sets", self.num_sets) if self.num_sets < 1 else ("weight", self.weight)
-            raise UserError(field, f"{value} is too small", "give at least one set and a weight of 0 or more")
-
-    def select(self, state: UnmaskingState) -> Tensor:
-        """Return the reveal set: bool [B, L]."""
-        planned, attended = -self.order.score(state), state.attention_mask  # [B, L]
-        now, soon = ((state.step + ahead) * self.num_sets / state.num_steps for ahead in (0, 1))  # in sets, [B]
-        # A set counts by the part of it that is due at the end of this step.
-        due = ((soon[..., None] - planned).clamp(0, 1) * attended).sum(-1)
-        revealed = attended.sum(-1) - state.masked.sum(-1)
-        count = (due.round().long() - revealed).clamp(min=1)
-        early = (planned - now[..., None]).clamp(min=0)
-        score = confidence(state).double().logit(eps=1e-5) - self.weight * early
-        return (reveal_rank(score, state.masked) < count[..., None]) & state.masked
-
-    def score(self, state: UnmaskingState) -> Tensor:
-        """Return what ranks the positions: the plan's order."""
-        return self.order.score(state)

@@ -10,7 +10,6 @@ from orderppl.decoding import (
     EosAware,
     NetworkPlan,
     PlannedOrder,
-    SplitPlan,
     StochasticDecision,
     decode,
     follow,
@@ -93,27 +92,6 @@ def test_another_seed_gives_another_result(denoiser):
     assert not torch.equal(first.sequences, second.sequences)
     assert not torch.equal(first.reveal_step, second.reveal_step)
     assert len({tuple(row) for row in first.reveal_step.tolist()}) > 1  # rows differ by their ids
-
-
-def test_a_split_plan_reveals_as_much_as_the_plan_and_weighs_it_against_confidence(denoiser, table):
-    probs = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5], [0.2, 0.8], [0.45, 0.55]])
-    order = PlannedOrder(torch.tensor([0, 1, 0, 1, 0, 1]))
-
-    def steps(weight, max_steps):
-        made = decode(table(probs), SplitPlan(order, 2, weight), length=6, max_steps=max_steps)
-        return made.reveal_step[0].tolist()
-
-    assert steps(50.0, 1) == [0] * 6
-    assert steps(50.0, 2) == [0, 1, 0, 1, 0, 1]  # the plan itself
-    assert steps(50.0, 4) == [1, 2, 0, 3, 0, 3]  # 2, 3, 4 and 6 positions are due
-    assert steps(50.0, 6) == [2, 3, 1, 5, 0, 4]
-    assert steps(0.0, 6) == [3, 0, 2, 5, 1, 4]  # confidence alone
-    # logits 2.20 of position 1 and 1.39 of position 4: held back by one set, it comes first with a weight below 0.81
-    assert steps(0.8, 6)[1] == 0 and steps(0.9, 6)[4] == 0
-    with pytest.raises(UserError, match="weight: -1 is too small"):
-        SplitPlan(order, 2, -1)
-    with pytest.raises(UserError, match="num_sets: 0 is too small"):
-        SplitPlan(order, 0)
 
 
 def test_fallback_reveals_the_arg_max_and_is_counted(denoiser, table):

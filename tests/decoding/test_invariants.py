@@ -31,7 +31,6 @@ from orderppl.decoding import (
     PlannedOrder,
     Policy,
     RevealScheduler,
-    SplitPlan,
     StochasticDecision,
     decode,
     generate,
@@ -243,8 +242,6 @@ EVERY |= {
     "plan_sample": lambda p: PlannedOrder(plan_of_prompt, "sample"),
     "plan_mode": lambda p: PlannedOrder(plan_of_prompt, "mode"),
     "plan_rank": lambda p: PlannedOrder(plan_of_prompt, "rank"),
-    "split_plan": lambda p: SplitPlan(PlannedOrder(p.stacked(2)), 2),
-    "split_plan_sample": lambda p: SplitPlan(PlannedOrder(plan_of_prompt, "sample"), 4),
     "nothing": lambda p: Nothing(),
     "everything": lambda p: Everything(),
 }

@@ -33,12 +33,14 @@ from orderppl.models import (
     EasyFirst,
     FinishingPolicy,
     FixedSizes,
+    HeldBack,
     HeuristicPrior,
     LearnedPolicy,
     LearnedSchedule,
     LearnedSteps,
     LeftToRight,
     PriceRange,
+    RankedPolicy,
     ResidualPolicy,
     RevealPrior,
     StepPrice,
@@ -142,6 +144,7 @@ PRIORS = {
     "may_wait_policy": lambda steps: LearnedPolicy(StateTable(), non_empty=False),
     "residual_policy": lambda steps: ResidualPolicy(EasyFirst(0.5), StateTable(), non_empty=False),
     "residual_plan": lambda steps: ResidualPolicy(LearnedSteps(TokenTable(2)), StateTable(), non_empty=False),
+    "ranked_policy": lambda steps: RankedPolicy(HeldBack(EasyFirst(0.5, 2.0), TokenTable(2), 0.5), 2.0),
     "finishing_policy": lambda steps: FinishingPolicy(LearnedPolicy(StateTable()), StateTable()),
     "learned_steps": lambda steps: LearnedSteps(TokenTable(steps)),
     "learned_schedule": lambda steps: LearnedSchedule(steps),
@@ -193,7 +196,11 @@ def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps
 
 def is_finite_pair(guide: str, prior: str) -> bool:
     """Whether KL(guide || prior) is finite: a guide must not wait or take other sizes where the prior cannot."""
-    same_sizes = {"fixed_sizes": {"plackett_luce", "point", "policy"}, "priced_one_each": {"one_each", "policy"}}
+    same_sizes = {
+        "fixed_sizes": {"plackett_luce", "point", "policy"},
+        "ranked_policy": {"point", "policy"},
+        "priced_one_each": {"one_each", "policy"},
+    }
     if prior in same_sizes:
         return guide in same_sizes[prior]
     waits = {"random", "mean_field", "plan"}

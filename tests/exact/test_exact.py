@@ -20,7 +20,7 @@ PAIRS = [(prior, guide) for prior in PRIORS for guide in GUIDES if is_finite_pai
 # The gradient of every pair is checked; by default, of the later guides and priors with some of the others.
 BRIEF = {"uniform", "learned_policy", "fixed_sizes", "priced_one_each", "random", "policy", "one_each"}
 LATER = {"posterior", "plackett_luce", "learned_schedule", "point", "oracle", "smoothed", "klass", "heuristic"}
-LATER |= {"looking_back", "priced_looking_back", "priced_range"}
+LATER |= {"looking_back", "priced_looking_back", "priced_range", "residual_plan", "ranked_policy"}
 GRADIENT_PAIRS = [
     pytest.param(*pair, marks=[pytest.mark.slow] if LATER & {*pair} and not BRIEF & {*pair} else []) for pair in PAIRS
 ]

@@ -15,7 +15,7 @@ from orderppl.errors import UserError
 from orderppl.experiments import evaluate
 from orderppl.experiments.antibody_judge import AntibodyJudge
 from orderppl.experiments.config import load_config
-from orderppl.experiments.molecules import within_budget
+from orderppl.experiments.molecules import by_length, within_budget
 from orderppl.experiments.reactions import Config as ReactionsConfig
 from orderppl.experiments.reactions import token_kind
 
@@ -72,9 +72,48 @@ def test_reactions_learns_compares_and_draws(tmp_path: Path) -> None:
     assert learned["value"] == pytest.approx(values["path_nats", "learned"], abs=1e-5)
 
 
+@pytest.mark.skipif(not installed("rxnmapper"), reason="the reaction weights are not installed")
+def test_what_is_certain_overrules_a_plan(tmp_path: Path) -> None:
+    """A plan of two steps in four: sizes from the schedule, a figure, and an order that comes back as it was."""
+    train, out = reactions(tmp_path / "r.csv", 30), tmp_path / "out"
+    settings = ["plan_steps=2", "overrule={weight: 2, sizes: cosine}", "guide.network={name: table, period: 3}"]
+    given = [word for setting in [*settings, "refine=null", "rows_written=2"] for word in ("--set", setting)]
+    assert call("reactions", "--train", str(train), "--steps", "4", "--out", str(out), *given, *FEW) == 0
+    records = json.loads((out / "results.json").read_text())["records"]
+    values = {r["arm"]: r["value"] for r in records if r["metric"] == "path_nats"}
+    assert {"learned", "learned, sampled", "random cosine"} <= set(values)
+    assert "learned, the plan alone" not in values  # it has other steps
+    assert values["learned"] == pytest.approx(
+        values["top_prob cosine"], abs=0.05
+    )  # a plan hardly learned holds back little
+    assert {r["value"] for r in records if r["metric"] == "nfe" and r["arm"] == "learned"} == {4.0}
+    assert all(0 <= r["value"] <= 3 for r in records if r["metric"] == "mean_step")
+    assert (out / "order.png").stat().st_size > 5000
+    again = evaluate.run(evaluate.Config(run=str(out)), tmp_path)
+    learned = next(r for r in again if r["metric"] == "path_nats" and r["arm"] == "learned")
+    assert learned["value"] == pytest.approx(values["learned"], abs=1e-5)
+
+
+def test_long_rows_are_put_together_and_keep_their_numbers() -> None:
+    length = torch.tensor([3, 1, 2, 5, 4])
+    mask = torch.arange(5) < length[:, None]
+    batch = {"tokens": length[:, None].expand(5, 5), "attention_mask": mask, "row_ids": torch.arange(5)}
+    parts = by_length([batch], size=2)
+    assert [part["row_ids"].tolist() for part in parts] == [[1, 2], [0, 4], [3]]
+    assert [part["tokens"].shape[1] for part in parts] == [2, 4, 5]
+    assert all((part["tokens"][:, 0] == part["attention_mask"].sum(-1)).all() for part in parts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["reactions", "--set", "plan_steps=2"], "plan_steps: a plan alone has all steps; set overrule"),
+        (["reactions", "--set", "plan_steps=9", "--set", "overrule={}"], "plan_steps: 9 for 4 steps"),
+        (["reactions", "--set", "overrule={}", "--set", "decision=rank"], "decision: what overrules a plan ranks"),
+        (
+            ["reactions", "--set", "overrule={}", "--set", "guide=policy", "--set", "refine=null"],
+            "overrule: policy is no",
+        ),
         (["reactions"], "train: no reactions; give a CSV file"),
         (["reactions", "--set", "task.name=antibodies"], "task.name"),
         (["antibodies", "--train", "TABLE", "--set", "task.names=(a"], "is no regular expression"),

@@ -7,6 +7,7 @@ import math
 import pyro
 import pytest
 import torch
+import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -24,6 +25,7 @@ from orderppl.decoding import (
     StochasticDecision,
     Threshold,
     TopProb,
+    UniformSizes,
     decode,
 )
 from orderppl.decoding.policy import Policy
@@ -37,12 +39,14 @@ from orderppl.models import (
     EasyFirst,
     FinishingPolicy,
     FixedSizes,
+    HeldBack,
     HeuristicPrior,
     LearnedPolicy,
     LearnedSchedule,
     LearnedSteps,
     LeftToRight,
     PriceRange,
+    RankedPolicy,
     ResidualPolicy,
     ScheduledSteps,
     SequentialUnmaskingModel,
@@ -238,6 +242,40 @@ def test_a_residual_corrects_the_hazard_of_a_plan():
     assert (last > 10).all()
     last.sum().backward()
     assert all(p.grad.isfinite().all() for p in prior.parameters())
+
+
+def test_later_sets_of_a_plan_are_held_back():
+    """Plan of two steps over four: E[s] - t / 2 is what a position is early by, if anything."""
+    network = TokenTable(2)
+    planned = network(None, torch.ones(1, LENGTH, dtype=torch.bool)).softmax(-1)[0, :, 1]  # E[s_i], [L]
+    base = EasyFirst(0.5)
+    for step in range(4):
+        state = make_state([[True, True, False]], step, num_steps=4)
+        early = (planned - step / 2).clamp(min=0)
+        held_back = HeldBack(base, network, weight=3.0)
+        torch.testing.assert_close(held_back.logits(state), base.logits(state) - 3.0 * early)
+    held_back.logits(make_state([[True] * LENGTH], num_steps=4)).sum().backward()
+    assert held_back.weight.grad == -planned.sum()
+    assert network.table.grad is not None and network.table.grad.abs().sum() > 0
+
+
+def test_ranked_policy_takes_the_best_that_are_due():
+    """Its mode are the largest log-odds; one position of three is due at the first of three steps, with P = softmax."""
+    base = EasyFirst(0.5)
+    state = make_state([[True, True, True], [True, True, False]], 0)
+    ranked = RankedPolicy(base, "uniform")
+    law = ranked.distribution(state)
+    logits = base.logits(state)
+    first = F.one_hot(logits.masked_fill(~state.masked, -torch.inf).argmax(-1), LENGTH).bool()
+    assert torch.equal(ranked.select(state)[0], first[0])
+    probability = logits[0].softmax(-1)
+    for place in range(LENGTH):
+        chosen = F.one_hot(torch.tensor([place] * 2), LENGTH).bool()
+        torch.testing.assert_close(law.log_prob(chosen)[0], probability[place].log(), atol=1e-5, rtol=0)
+    assert ranked.config["sizes"] == "uniform"
+    assert RankedPolicy(base, 2.0).config["sizes"] == 2.0
+    with pytest.raises(UserError, match="sizes: UniformSizes"):
+        _ = RankedPolicy(base, UniformSizes(7)).config
 
 
 @pytest.mark.parametrize("base", [UniformSteps(), LearnedPolicy(Constant(0.2)), LeftToRight()])
@@ -463,7 +501,7 @@ def test_every_prior_is_a_policy(name: str):
         assert torch.equal(q.masked, masked)
         assert q.non_empty == prior.non_empty
         alone = prior.distribution(make_state(masked[1:2], t, denoiser=denoiser))
-        assert torch.allclose(alone.probs, q.probs[1:2], atol=1e-6)
+        assert torch.allclose(alone.log_prob(chosen[1:2]), q.log_prob(chosen)[1:2], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in PRIORS if not name.startswith("priced")])
