@@ -245,8 +245,7 @@ class Study:
             return everything
         origins: list[tuple[TaskConfig, int]] = []
         if self.config.source is not None:
-            trained = _trained(self.config.source)
-            origins.append((trained.task, trained.seed))
+            origins.append(_trained_on(self.config.source))
         origins += [(settings.task, settings.seed) for settings in map(load_settings, _folders(self.config))]
         seen: set[Row] = set()
         for task_config, seed in origins:
@@ -378,8 +377,8 @@ def subject(config: Config) -> tuple[TaskConfig, DenoiserConfig, int]:
     """
     task, denoiser, seed = config.task, config.denoiser, config.seed
     if config.source is not None:
-        trained = _trained(config.source)
-        return task or trained.task, denoiser or SavedDenoiserConfig(run=config.source), trained.seed
+        trained_on, data_seed = _trained_on(config.source)
+        return task or trained_on, denoiser or SavedDenoiserConfig(run=config.source), data_seed
     folders = _folders(config)
     if (task is None or denoiser is None) and folders:
         learned = load_settings(folders[0])
@@ -394,12 +393,15 @@ def _folders(config: Config) -> list[str]:
     return [*config.runs, *(run for order in config.orders for run in order.runs)]
 
 
-def _trained(folder: str) -> TrainDenoiserConfig:
-    """Settings of a run of train-denoiser."""
+def _trained_on(folder: str) -> tuple[TaskConfig, int]:
+    """Data of a run of train-denoiser, and their seed."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UserError("--denoiser", f"{folder} is no run of train-denoiser", "give its run folder")
-    return load_config(TrainDenoiserConfig, path)
+    settings = load_config(
+        TrainDenoiserConfig, path, ["denoiser=transformer"]
+    )  # the run that it went on from may be gone
+    return settings.task, settings.seed
 
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]

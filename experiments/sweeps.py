@@ -107,6 +107,9 @@ class LearnedSweepConfig(DialsConfig):
 
     arm: str = setting("learned", "its name")
     runs: tuple[str, ...] = setting((), "run folders with an order.safetensors")
+    training_seed: int | None = setting(
+        None, "number from 0; runs on one curve with dials of their own have the same; null: the next", at_least=0
+    )
 
     def __post_init__(self) -> None:
         """Check that there is a run, and the dials."""
@@ -255,7 +258,8 @@ def learned_arms(sweeps: Sequence[LearnedSweepConfig], task: Task, denoiser: nn.
     arms: dict[str, Arm] = {}
     seen: dict[str, int] = {}
     for sweep in sweeps:
-        training_seed = seen[sweep.arm] = seen.get(sweep.arm, -1) + 1
+        seen[sweep.arm] = seen.get(sweep.arm, -1) + 1
+        training_seed = seen[sweep.arm] if sweep.training_seed is None else sweep.training_seed
         for folder in sweep.runs:
             config, problem = load_order(folder, device, task)
             if config.freeze_denoiser and tensor_digest(problem.denoiser.state_dict()) != shared:
@@ -283,7 +287,7 @@ def _turned(
         dial = [f"beta={beta:g}"] if beta is not None else []
         dial += [f"price={price:g}"] if price is not None else []
         dial += [f"T={budget}"] if sweep.budgets else []
-        dial += [Path(folder).resolve().name] if len(sweep.runs) > 1 else []
+        dial += [Path(folder).resolve().name] if len(sweep.runs) > 1 or sweep.training_seed is not None else []
         family = f"{sweep.arm} ({decision})"
         labels: dict[str, str | int | float] = {"decision": decision, "run_folder": folder, "policy_weights": weights}
         labels |= {key: value for key, value in (("beta", beta), ("price", price)) if value is not None}

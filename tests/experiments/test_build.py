@@ -282,7 +282,7 @@ def test_a_range_of_prices_is_checked_when_it_is_read() -> None:
 
 
 CONFIGS = ["chain", "arithmetic_order", "arithmetic_denoiser", "mod20_denoiser", "mod20_order", "dual_denoiser"]
-CONFIGS += ["dual_order", "programs_denoiser", "programs_order"]
+CONFIGS += ["dual_order", "programs_denoiser", "programs_order", "programs_careful"]
 CONFIGS += ["frontier", "frontier_mod20", "frontier_dual", "frontier_programs"]
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from orderppl.experiments.build import (
     save_tokenizer,
 )
 from orderppl.experiments.build.networks import PolicyNetworkConfig
-from orderppl.experiments.config import dump_config
+from orderppl.experiments.config import dump_config, load_config
 from orderppl.experiments.fit_order import save_order
 from orderppl.experiments.frontier_report import pass_at_k
 from orderppl.experiments.results import read_results
@@ -276,6 +277,40 @@ def test_one_policy_for_a_range_of_prices_is_a_curve(folder: Path, tmp_path: Pat
     ]
     assert [arm["value"] for arm in arms.values()][:2] == [cheap["value"], dear["value"]]
     assert [arm["nfe"] for arm in arms.values()][2] < dear["nfe"]  # a larger beta reveals more
+
+
+def test_runs_with_dials_of_their_own_can_share_a_curve(folder: Path, tmp_path: Path) -> None:
+    """Two curves, seed 0 of two runs and seed 1 of one; each run is asked for its own betas only."""
+    runs = [str(folder / f"order-{seed}") for seed in (0, 1)]
+    entries = [(0, runs[0], "[0.5, 1]"), (0, runs[1], "[2]"), (1, runs[1], "[1]")]
+    orders = [
+        f"{{arm: both, training_seed: {seed}, runs: [{run}], decisions: sample, beta: {beta}}}"
+        for seed, run, beta in entries
+    ]
+    words = ["frontier", "--config", str(folder / "grid.yaml"), "--denoiser", str(folder / "denoiser")]
+    words += ["--set", f"orders=[{', '.join(orders)}]", "--set", "random_seeds=1", "--out", str(tmp_path / "out")]
+    assert command_line.call(*words, "--set", "targets=[4.0]") == 0
+    found = records(tmp_path / "out")
+    arms = [r["arm"] for r in found if r["metric"] == "accuracy" and r["kind"] == "learned"]
+    assert arms == [
+        "both (sample) beta=0.5 order-0 #0",
+        "both (sample) beta=1 order-0 #0",
+        "both (sample) beta=2 order-1 #0",
+        "both (sample) beta=1 order-1 #1",
+    ]
+    gains = [r for r in found if r["metric"] == "advantage" and r.get("dial") is None]
+    assert gains and all(r["arm"] == "both (sample)" and r["training_seeds"] == 2 for r in gains)
+
+
+def test_a_denoiser_is_found_without_the_run_that_it_went_on_from(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "denoiser", tmp_path / "denoiser")
+    path = tmp_path / "denoiser" / "config.yaml"
+    settings = load_config(TrainDenoiserConfig, path)
+    write_text(path, dump_config(replace(settings, denoiser=SavedDenoiserConfig(run="runs/gone"))))
+    words = ["frontier", "--config", str(folder / "grid.yaml"), "--denoiser", str(tmp_path / "denoiser")]
+    words += ["--set", "random_seeds=1", "--set", "metrics=[path_nats]", "--out", str(tmp_path / "out")]
+    assert command_line.call(*words) == 0
+    assert records(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
