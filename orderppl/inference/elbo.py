@@ -79,7 +79,9 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             `log_likelihood`, `kl` (nats) and `steps`, the mean number of steps used.
 
     Raises:
-        UserError: when called with credit="gain" for a one-step program, which would be biased.
+        UserError: when called with credit="gain" for a one-step program, which would be biased, or with a discount where
+            no gains are seen.
+        ValueError: a discount outside [0, 1].
     """
 
     def __init__(
@@ -181,6 +183,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         by_step = likelihood.observed(hidden, revealed)  # log p(x_{z_t} | s_t), [S, *]
         reward = scored(by_step.sum(0)) if every_step else weight * site_scaled(by_step, sites.tokens)
         credit = self.credit or ("gain" if every_step else "expected")
+        if self.discount != 1 and credit == "expected":
+            raise UserError("discount", "only gains are discounted", "set it to 1, or look at all steps")
         # Credited with gains, the gradient of the expectation reaches the denoiser only: for a frozen one, spare it.
         probs = _inclusion_probs(q_at) if credit == "expected" or hidden.requires_grad else None  # [S, *, L]
         if credit == "gain":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from orderppl.denoising import Canvas
+from orderppl.errors import UserError
 from orderppl.guides import PolicyGuide
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.exact import all_orders
@@ -77,6 +78,13 @@ def test_discounted_gains_estimate_what_enumeration_gives(discount: float) -> No
     assert moving.any()
     assert (error / (spread / 60**0.5))[moving].abs().max() < 5
     assert error[~moving].abs().max() < 2e-3 if (~moving).any() else True
+
+
+def test_a_discount_needs_gains() -> None:
+    policy, denoiser = LearnedPolicy(StateTable()), TableDenoiser().requires_grad_(False)
+    model, guide = UnmaskingModel(denoiser, policy, STEPS), PolicyGuide(policy, denoiser, STEPS)
+    with pytest.raises(UserError, match="^discount: only gains"):
+        RevealTraceGraph_ELBO(4, discount=0.5, credit="expected").loss(model, guide, **make_batch_of_rows())
 
 
 def test_discounts_outside_0_to_1_are_refused() -> None:
