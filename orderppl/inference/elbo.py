@@ -79,8 +79,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             `log_likelihood`, `kl` (nats) and `steps`, the mean number of steps used.
 
     Raises:
-        UserError: when called with credit="gain" for a one-step program, which would be biased, or with a discount where
-            no gains are seen.
+        UserError: when called with credit="gain" for a one-step program, which would be biased, or with a discount for
+            one that sees no gains.
         ValueError: a discount outside [0, 1].
     """
 
