@@ -398,9 +398,8 @@ def _trained_on(folder: str) -> tuple[TaskConfig, int]:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UserError("--denoiser", f"{folder} is no run of train-denoiser", "give its run folder")
-    settings = load_config(
-        TrainDenoiserConfig, path, ["denoiser=transformer"]
-    )  # the run that it went on from may be gone
+    # The run that it went on from may be gone.
+    settings = load_config(TrainDenoiserConfig, path, ["denoiser=transformer"])
     return settings.task, settings.seed
 
 

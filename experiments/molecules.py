@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from orderppl.decoding import Policy, decode, follow
+from orderppl.decoding import NetworkPlan, Policy, decode, follow
 from orderppl.errors import UserError
 from orderppl.evaluation import Interval, batch_canvas, bootstrap_mean, evaluate_policies
 from orderppl.experiments.build import (
@@ -284,13 +284,10 @@ def revealed_steps(comparison: Comparison, batch: Mapping[str, Tensor]) -> Tenso
 def step_probabilities(comparison: Comparison, batch: Mapping[str, Tensor]) -> Tensor:
     """P(step | position) of the rows of a batch, float [B, L, T], on the CPU; without a closed form shares of draws."""
     problem, num_steps = comparison.problem, int(comparison.labels["steps"])
+    canvas, tokens = batch_canvas(problem.model.denoiser, batch)
     with torch.no_grad():
         if isinstance(problem.guide, MeanFieldGuide):
-            logits: Tensor = problem.guide.network(
-                None, batch["attention_mask"], batch.get("context"), batch.get("context_mask")
-            )
-            return logits.softmax(-1).cpu()
-        canvas, tokens = batch_canvas(problem.model.denoiser, batch)
+            return NetworkPlan(problem.guide.network)(canvas).softmax(-1).cpu()
         draws = [problem.guide.law(RevealPath(canvas, tokens, num_steps)).sample() for _ in range(SHOWN_DRAWS)]
     steps = torch.stack(draws).clamp(min=0)  # [draws, B, L]
     return F.one_hot(steps, num_steps).float().mean(0).cpu()

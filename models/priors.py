@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orderppl.decoding.decisions import NetworkPlan
 from orderppl.decoding.memory import first_memory
 from orderppl.decoding.policy import Policy
 from orderppl.decoding.ranking import due_count
 from orderppl.decoding.schedules import SetSizes, make_sizes
 from orderppl.decoding.scores import entropy_before, prediction_entropy
 from orderppl.decoding.step import or_best
+from orderppl.denoising import Canvas
 from orderppl.distributions import (
     BernoulliSet,
     HeuristicReveal,
@@ -343,16 +345,14 @@ class LearnedSteps(LogitPrior):
         super().__init__()
         self.network = network
 
-    def _plan(
-        self, num_steps: int, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None
-    ) -> StepwiseReveal:
-        logits = self.network(None, attention_mask, context, context_mask)  # [B, L, S]
+    def _plan(self, canvas: Canvas, num_steps: int) -> StepwiseReveal:
+        logits = NetworkPlan(self.network)(canvas)  # [B, L, S]
         planned = logits.shape[-1]
         if planned < num_steps:
             part = torch.arange(num_steps, device=logits.device) * planned // num_steps  # s(t), [T]
             begin, end = ((s * num_steps + planned - 1) // planned for s in (part, part + 1))
             logits = logits[..., part] - (end - begin).log()
-        return StepwiseReveal(logits, attention_mask)
+        return StepwiseReveal(logits, canvas.attention_mask)
 
     def logits(self, state: UnmaskingState) -> Tensor:
         """Log-odds of the hazard, float [*, L]."""
@@ -361,13 +361,11 @@ class LearnedSteps(LogitPrior):
 
     def distribution(self, state: UnmaskingState) -> RevealSet:
         """Reveal by the plan's hazard."""
-        canvas = state.canvas
-        plan = self._plan(state.num_steps, canvas.attention_mask, canvas.context, canvas.context_mask)
-        return plan.set_at(state.masked, state.step)
+        return self._plan(state.canvas, state.num_steps).set_at(state.masked, state.step)
 
     def forward(self, path: RevealPath) -> OrderedPartition:
         """Closed form over orders."""
-        return self._plan(path.num_steps, path.attention_mask, path.canvas.context, path.canvas.context_mask)
+        return self._plan(path.canvas, path.num_steps)
 
 
 class HeldBack(LogitPrior):
@@ -397,8 +395,7 @@ class HeldBack(LogitPrior):
 
     def logits(self, state: UnmaskingState) -> Tensor:
         """Log-odds of revealing each position, float [*, L]."""
-        canvas = state.canvas
-        plan = self.network(None, canvas.attention_mask, canvas.context, canvas.context_mask).softmax(-1)  # [B, L, S]
+        plan = NetworkPlan(self.network)(state.canvas).softmax(-1)  # [B, L, S]
         num_sets = plan.shape[-1]
         planned = plan @ torch.arange(num_sets, dtype=plan.dtype, device=plan.device)  # [B, L]
         now = (state.step * num_sets / state.num_steps).to(plan.dtype)  # in sets, [*]

@@ -231,19 +231,16 @@ def build_prior(
         case LearnedPolicyConfig():
             return models.LearnedPolicy(build_policy_network(config.network, task, prices=prices), config.non_empty)
         case ResidualPolicyConfig():
-            base = build_prior(config.base, task, num_steps, prices)
-            assert isinstance(base, models.LogitPrior)
+            base = _build_logits(config.base, task, num_steps, prices)
             correction = build_policy_network(config.network, task, True, prices)
             return models.ResidualPolicy(base, correction, config.non_empty)
         case HeldBackConfig():
-            other = build_prior(config.base, task, num_steps, prices)
-            assert isinstance(other, models.LogitPrior)
+            base = _build_logits(config.base, task, num_steps, prices)
             network = build_sequence_network(config.network, task, config.steps or num_steps)
-            return models.HeldBack(other, network, config.weight)
+            return models.HeldBack(base, network, config.weight)
         case RankedPolicyConfig():
-            other = build_prior(config.prior, task, num_steps, prices)
-            assert isinstance(other, models.LogitPrior)
-            return models.RankedPolicy(other, build_sizes(config.sizes))
+            ranked = _build_logits(config.prior, task, num_steps, prices)
+            return models.RankedPolicy(ranked, build_sizes(config.sizes))
         case FinishingPolicyConfig():
             other = build_prior(config.prior, task, num_steps, prices)
             decision = build_policy_network(config.network, task, config.base is not None, prices)
@@ -259,3 +256,11 @@ def build_prior(
             price = config.price if config.highest is None else models.PriceRange(config.price, config.highest)
             prices = price if isinstance(price, models.PriceRange) else None
             return models.StepPrice(build_prior(config.prior, task, num_steps, prices), price)
+
+
+def _build_logits(
+    config: LogitPriorConfig | ResidualPolicyConfig, task: Task, num_steps: int, prices: models.PriceRange | None
+) -> models.LogitPrior:
+    prior = build_prior(config, task, num_steps, prices)
+    assert isinstance(prior, models.LogitPrior)
+    return prior
