@@ -124,6 +124,7 @@ class Backbone(nn.Module):
         position: Tensor | None = None,
         is_prompt: Tensor | None = None,
         before: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Mix embedded tokens.
 
@@ -134,9 +135,10 @@ class Backbone(nn.Module):
             is_prompt: bool [N, S], attended tokens that attend to one another only.
             before: `keys_values` float [N, layers, 2, H, C, W/H] of tokens that stand before these, and which of them
                 are attended, bool [N, C].
+            start: the last block leaves out the positions before this one.
 
         Returns:
-            float [N, S, W], normalised; finite but meaningless at padding.
+            float [N, S - start, W], normalised; finite but meaningless at padding.
         """
         hidden, rotary = self._enter(hidden, attention_mask, position)
         past, keys = None, attention_mask
@@ -149,6 +151,8 @@ class Backbone(nn.Module):
             q, k, v = block.project(hidden, rotary)
             if past is not None:
                 k, v = torch.cat([past[:, layer, 0], k], 2), torch.cat([past[:, layer, 1], v], 2)
+            if start and layer == len(self.blocks) - 1:
+                hidden, q, bias = hidden[:, start:], q[:, :, start:], bias[:, :, start:]
             hidden = block.mix(hidden, q, k, v, bias)
         normed: Tensor = self.norm(hidden)
         return normed

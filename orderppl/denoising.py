@@ -81,6 +81,15 @@ class SplitDenoiser(Denoiser, Protocol):
 
 
 @runtime_checkable
+class TailDenoiser(SplitDenoiser, Protocol):
+    """A denoiser that does not work out the hidden states of the prompt, which nobody reads."""
+
+    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
+        """`hidden_states` of the positions from `start` on: float [N, S - start, W]."""
+        ...
+
+
+@runtime_checkable
 class PromptDenoiser(SplitDenoiser, Protocol):
     """A denoiser whose prompt does not attend to the response, so that decoding reads the prompt once."""
 
@@ -111,9 +120,10 @@ class PromptDenoiser(SplitDenoiser, Protocol):
         ...
 
 
-_CALL, _HEAD, _PROMPT = (
+_CALL, _HEAD, _TAIL, _PROMPT = (
     ("forward", "__call__"),
     ("hidden_states", "output_logits"),
+    ("tail_states",),
     ("encode_prompt", "response_states"),
 )
 
@@ -187,6 +197,7 @@ class Canvas:
         self.context = context
         self.context_mask = None if context_mask is None else context_mask.bool()
         self._is_split = _offers(denoiser, _HEAD, _CALL)
+        self._has_tail = self._is_split and context is not None and _offers(denoiser, _TAIL, _HEAD + _CALL)
         self._prompt: Tensor | None = None
 
     @property
@@ -222,12 +233,26 @@ class Canvas:
             denoiser = cast(PromptDenoiser, self.denoiser)
             return denoiser.response_states(state, self.attention_mask, self._prompt, self.context_mask)
         rows = state if self.context is None else torch.cat([self.context, state], -1)
-        return self._of_response(self._before_head, rows, self._attention_of_rows)
+        return self._before_head(rows, self._attention_of_rows)
 
-    @property
-    def _before_head(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The denoiser up to its output head; all of it where that is not offered by itself."""
-        return cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
+    def _before_head(self, rows: Tensor, attention: Tensor) -> Tensor:
+        """The denoiser up to its output head, all of it where that is not offered by itself.
+
+        Args:
+            rows: int64 [N, C + L], prompts and responses.
+            attention: bool [N, C + L].
+
+        Returns:
+            float [N, L, W], at the responses.
+        """
+        if self._has_tail:
+            return cast(TailDenoiser, self.denoiser).tail_states(rows, attention, self._start(rows))
+        read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
+        return read(rows, attention)[:, self._start(rows) :]
+
+    def _start(self, rows: Tensor) -> int:
+        """Where the responses of rows [N, C + L] begin: C."""
+        return rows.shape[-1] - self.attention_mask.shape[-1]
 
     @cached_property
     def _attention_of_rows(self) -> Tensor:
@@ -260,13 +285,18 @@ class Canvas:
         Returns:
             float [*, B, L, V], at least float32: -inf at MASK when the output head has that class.
         """
-        return self._read(
-            state, lambda rows, attention: self._classes(self._of_response(self.denoiser, rows, attention))
-        )
+        return self._read(state, self._logits_of_rows)
+
+    def _logits_of_rows(self, rows: Tensor, attention: Tensor) -> Tensor:
+        """Logits of the responses, float [N, L, V], from rows [N, C + L]."""
+        if self._has_tail:
+            denoiser = cast(TailDenoiser, self.denoiser)
+            return self._classes(denoiser.output_logits(self._before_head(rows, attention)))
+        return self._classes(self.denoiser(rows, attention)[:, self._start(rows) :])
 
     def hidden_states(self, state: Tensor) -> Tensor:
         """`hidden` of states with any leading shape, int64 [*, B, L] -> float [*, B, L, W]; reads the prompts, too."""
-        return self._read(state, lambda rows, attention: self._of_response(self._before_head, rows, attention))
+        return self._read(state, self._before_head)
 
     def _read(self, state: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Ask for every state (int64 [*, B, L]) once: float [*, B, L, W] from rows [N, C + L] -> float [N, L, W]."""
@@ -300,7 +330,7 @@ class Canvas:
         rows, attention = self._with_prompt(tokens, self.context)
         prompt = None if self.context is None else torch.ones_like(self.context, dtype=visible.dtype)
         degrees, _ = self._with_prompt(visible, prompt)
-        logits = self._classes(self._of_response(self.denoiser.soft_logits, rows, degrees, attention))
+        logits = self._classes(self.denoiser.soft_logits(rows, degrees, attention)[:, self._start(rows) :])
         return logits.reshape(*tokens.shape, logits.shape[-1])
 
     def _with_prompt(self, response: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -313,10 +343,6 @@ class Canvas:
             attention = torch.cat([self.context_mask.expand(*lead, width), attention], -1)
         size = response.shape[-1]
         return response.reshape(-1, size), attention.reshape(-1, size)
-
-    def _of_response(self, read: Callable[..., Tensor], rows: Tensor, *others: Tensor) -> Tensor:
-        """What a denoiser says of the responses: float [N, L, W] from rows [N, C + L]."""
-        return read(rows, *others)[:, rows.shape[-1] - self.attention_mask.shape[-1] :]
 
     def _classes(self, logits: Tensor) -> Tensor:
         """Logits with zero probability of MASK, float [.., V]."""

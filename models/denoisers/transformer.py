@@ -156,6 +156,10 @@ class TransformerDenoiser(nn.Module):
         """Everything before the output head, float [N, S, W]; see `orderppl.denoising.SplitDenoiser`."""
         return self._read(self.embed(state), state, attention_mask)
 
+    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
+        """Hidden states from `start` on, float [N, S - start, W]; see `orderppl.denoising.TailDenoiser`."""
+        return self._read(self.embed(state), state, attention_mask, start)
+
     def output_logits(self, hidden: Tensor) -> Tensor:
         """The output head: float [.., W] -> [.., V]."""
         weight = self.embed.weight[: self.vocab_size] if self.head is None else self.head.weight
@@ -198,8 +202,8 @@ class TransformerDenoiser(nn.Module):
         state = torch.where(visible > 0.5, tokens, self.mask_index)
         return self.output_logits(self._read(mixed, state, attention_mask))
 
-    def _read(self, hidden: Tensor, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states from embeddings, float [N, S, W] both."""
+    def _read(self, hidden: Tensor, state: Tensor, attention_mask: Tensor, start: int = 0) -> Tensor:
+        """Hidden states float [N, S - start, W] from embeddings float [N, S, W]."""
         self._check_length(state.shape[-1])
         attention_mask = attention_mask.bool()
         position = is_prompt = None
@@ -208,7 +212,7 @@ class TransformerDenoiser(nn.Module):
             hidden = hidden + is_response[..., None] * self.response
             if not self.prompt_reads_response:
                 is_prompt = attention_mask & ~is_response
-        mixed: Tensor = self.backbone(hidden, attention_mask, position, is_prompt)
+        mixed: Tensor = self.backbone(hidden, attention_mask, position, is_prompt, start=start)
         return mixed
 
     def _check_length(self, size: int) -> None:

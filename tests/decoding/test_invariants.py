@@ -93,6 +93,10 @@ class Attentive(TransformerDenoiser):
         self.calls.append(len(state))
         return super().hidden_states(state, attention_mask)
 
+    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
+        self.calls.append(len(state))
+        return super().tail_states(state, attention_mask, start)
+
     def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
         self.calls.append(len(tokens))
         return super().response_states(tokens, attention_mask, prompt, context_mask)

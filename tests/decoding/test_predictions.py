@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from orderppl.decoding import EosAware, StochasticDecision, decode, follow, make_policy
 from orderppl.decoding.predictions import DecodingState, Predictions
-from orderppl.denoising import Canvas, PromptDenoiser, SplitDenoiser
+from orderppl.denoising import Canvas, PromptDenoiser, SplitDenoiser, TailDenoiser
 from orderppl.errors import UserError
 from orderppl.models import LearnedPolicy
 from orderppl.models.denoisers import TransformerDenoiser
@@ -74,6 +74,10 @@ class Counting(TransformerDenoiser):
     def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         self.sequences.append(len(state))
         return super().hidden_states(state, attention_mask)
+
+    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
+        self.sequences.append(len(state))
+        return super().tail_states(state, attention_mask, start)
 
     def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
         self.sequences.append(len(tokens))
@@ -189,6 +193,43 @@ def test_a_prompt_that_does_not_read_its_response(positions):
         TransformerDenoiser(VOCAB, MASK, width=16, layers=1, heads=2, prompt_reads_response=False)
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_last_block_leaves_the_prompt_out(positions, layers):
+    """Hidden states, logits and gradients at the responses are those of the whole rows; the MLP sees no prompt."""
+    torch.manual_seed(3)
+    denoiser = TransformerDenoiser(
+        VOCAB, MASK, width=16, layers=layers, heads=2, positions=positions, separator_index=SEPARATOR
+    ).double()
+    batch = problem()
+    attended = torch.arange(9) < batch["length"][:, None]
+    canvas = Canvas(denoiser, attended, batch["context"], batch["context_mask"])
+    tokens = torch.randint(0, VOCAB, (4, 9), generator=torch.Generator().manual_seed(0))
+    rows, attention = torch.cat([batch["context"], tokens], -1), torch.cat([batch["context_mask"], attended], -1)
+    whole = denoiser.hidden_states(rows, attention)[:, 6:]
+    torch.testing.assert_close(canvas.hidden(tokens), whole)
+    torch.testing.assert_close(canvas.hidden_states(tokens), whole)
+    seen = []
+    handles = [
+        block.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+        for block in denoiser.backbone.blocks
+    ]
+    logits = canvas.logits(tokens)
+    assert seen == [15] * (layers - 1) + [9]
+    for handle in handles:
+        handle.remove()
+    expected = denoiser(rows, attention)[:, 6:]
+    real = [index for index in range(logits.shape[-1]) if index != MASK]
+    torch.testing.assert_close(logits[..., real], expected[..., real])
+    parameters = list(denoiser.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(logits[..., real].square().sum(), parameters),
+        torch.autograd.grad(expected[..., real].square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_wrapper_is_called_itself():
     """What a compiled or distributed module passes on is not what it runs."""
     denoiser = Passing(Counting())
@@ -215,6 +256,9 @@ def test_a_changed_call_is_not_left_out():
     blank = Blank(separator_index=SEPARATOR, prompt_reads_response=False)
     decode(blank, POLICIES["top_prob"], **problem(), max_steps=4)
     assert blank.prompts == []
+    batch = problem()
+    canvas = Canvas(blank, torch.ones(4, 2, dtype=torch.bool), batch["context"], batch["context_mask"])
+    assert not canvas.hidden(torch.full((4, 2), 3)).any()
     calls = []
     counted = Counting()
     counted.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
@@ -226,6 +270,7 @@ def test_packed_numbers_are_those_of_the_masked_positions(monkeypatch):
     """Logits, log-probabilities and numbers per position, in chunks of any size; full logits on demand."""
     denoiser = Counting()
     assert isinstance(denoiser, SplitDenoiser)
+    assert isinstance(denoiser, TailDenoiser)
     assert isinstance(denoiser, PromptDenoiser)
     batch = problem()
     attention = torch.arange(9) < batch["length"][:, None]
