@@ -9,9 +9,9 @@ valid grid that agrees with the clues, whichever completion it is. In the preset
 most have several completions: cells depend on each other, and filling too many at once makes grids that no completion
 agrees with. In the preset `unique` a puzzle has one completion, which a perfect denoiser would see in a single step.
 
-With one step every arm fills all cells at once, so all are the same. Per training seed, `open` learns policies for two
-ranges of step prices and one for two steps, `unique` an order per step budget. Finished fits and measurements are kept:
-repeat the command to go on after a kill. See `frontier` for the tables.
+With one step every arm fills all cells at once, so all are the same. Per training seed, both learn policies for two
+ranges of step prices and one for two steps. Finished fits and measurements are kept: repeat the command to go on after
+a kill. See `frontier` for the tables.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ class Config(comparison.Config):
 
 
 def run(config: Config, out: Path) -> Iterable[Record]:
-    """Learn an order per step budget and seed, and compare them with the heuristics on test puzzles."""
+    """Learn the orders of every seed, and compare them with the heuristics on test puzzles."""
     return comparison.learn_and_compare(config, out)[1]
