@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from orderppl.models.denoisers.framing import frame
-from orderppl.models.denoisers.wheels import load_tensors, wheel_file
+from orderppl.models.denoisers.wheels import load_wheel_tensors, wheel_file
 
 PACKAGE, VERSION, WHAT = "antiberty", "0.1.3", "the judge of antibodies"
 
@@ -42,7 +42,7 @@ class AntibodyJudge:
             self.model.state_dict()
         )  # besides, the checkpoint has heads for species, chain and grafting, and a pooler
         used = {name: tensor for name, tensor in found.items() if name in own}
-        load_tensors(self.model, used, PACKAGE, VERSION, WHAT, "judge")
+        load_wheel_tensors(self.model, used, PACKAGE, VERSION, WHAT, "judge")
 
     @torch.no_grad()
     def nats(self, sequences: Sequence[str], every: int = 8) -> Tensor:

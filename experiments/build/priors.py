@@ -250,7 +250,9 @@ def build_prior(
                 known = models.AnswerOdds(answer, config.base.sure, config.base.temperature)
             return models.FinishingPolicy(other, decision, prices, config.slope, known)
         case LearnedStepsConfig():
-            planned = min(config.steps or num_steps, num_steps)
+            planned = config.steps or num_steps
+            if planned > num_steps:
+                raise UserError("prior.steps", f"a plan of {planned} steps in {num_steps}", "give at most num_steps")
             return models.LearnedSteps(build_sequence_network(config.network, task, planned))
         case StepPriceConfig():
             price = config.price if config.highest is None else models.PriceRange(config.price, config.highest)

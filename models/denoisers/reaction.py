@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orderppl.errors import UserError
 from orderppl.models.denoisers.framing import Framed, frame
-from orderppl.models.denoisers.wheels import load_tensors, wheel_file
+from orderppl.models.denoisers.wheels import load_wheel_tensors, wheel_file
 
 PACKAGE, VERSION = "rxnmapper", "0.4.3"
 FOLDER = "albert_heads_8_uspto_all_1310k"
@@ -61,7 +61,7 @@ class ReactionDenoiser(nn.Module):
         found = torch.load(weights, map_location="cpu", weights_only=True)
         # Of a pooler the checkpoint has weights that no masked model uses.
         used = {name: tensor for name, tensor in found.items() if ".pooler." not in name}
-        load_tensors(denoiser.albert, used, PACKAGE, VERSION, WHAT)
+        load_wheel_tensors(denoiser.albert, used, PACKAGE, VERSION, WHAT)
         return denoiser.eval()
 
     def _framed(self, state: Tensor, attention_mask: Tensor) -> Framed:

@@ -36,7 +36,7 @@ def wheel_file(package: str, version: str, name: str, what: str, field: str = "d
     return path
 
 
-def load_tensors(
+def load_wheel_tensors(
     module: nn.Module, tensors: Mapping[str, Tensor], package: str, version: str, what: str, field: str = "denoiser"
 ) -> None:
     """Fill a module with the tensors that a package came with.

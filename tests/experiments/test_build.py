@@ -180,6 +180,7 @@ def test_a_tied_guide_shares_the_network_of_its_prior() -> None:
         ("guide={name: heuristic, smoothing: 0.5}", "guide.smoothing"),
         ("prior={name: heuristic, policy: greedy_oracle}", "policy"),
         ("prior={name: heuristic, policy: random}", "policy"),
+        ("prior={name: learned_steps, steps: 9}", "prior.steps"),
         ("task={name: antibodies}", "task.train"),
         ("denoiser={name: saved, run: /no/such}", "denoiser.run"),
         ("fit.temperature={start: 1.0, end: 0.1, updates: 5}", "fit.temperature"),
