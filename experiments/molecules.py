@@ -74,6 +74,7 @@ class MoleculeConfig(OrderConfig):
         at_least=1,
     )
     rows: int = setting(1000, "held-out rows that are compared, from the first", at_least=1)
+    draws: int = setting(1, "times that arms with random sets are played; a row has the mean over them", at_least=1)
     rows_written: int = setting(32, "held-out rows that are also written freely; 0: none", at_least=0)
 
     def __post_init__(self) -> None:
@@ -184,6 +185,7 @@ def learn_and_compare(
         by_length(test),
         config.num_steps,
         seed=config.seed,
+        draws=config.draws,
         baseline="learned",
         labels={**labels, "train_n": shared["train_n"]},
     )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from orderppl.decoding import Policy, decode, describe_policy
+from orderppl.decoding.policy import needs_noise
 from orderppl.denoising import Denoiser
 from orderppl.errors import UserError
 from orderppl.evaluation.answers import exact_match
 from orderppl.evaluation.intervals import Interval, bootstrap_mean, paired_difference
-from orderppl.evaluation.path_likelihood import Batch, batch_canvas, batch_rows, path_likelihood
+from orderppl.evaluation.path_likelihood import Batch, PathLikelihood, batch_canvas, batch_rows, path_likelihood
 
 Scalar = str | int | float
 Record = dict[str, Scalar]
@@ -127,6 +129,7 @@ def evaluate_policies(
     block_size: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    draws: int = 1,
     device: torch.device | str | None = None,
     grade: Grade = exact_match,
     baseline: str | None = None,
@@ -148,6 +151,7 @@ def evaluate_policies(
         block_size: semi-autoregressive blocks of this many positions.
         temperature: of token sampling.
         seed: of stochastic policies, token sampling and bootstrap.
+        draws: times that an arm which needs noise is run, with seeds from `seed` on; a row has the mean over them.
         device: where to run; that of the batches when left out.
         grade: see `decode_answers`.
         baseline: an arm; every other arm then also gets `<metric>_difference` records, paired by row.
@@ -177,28 +181,41 @@ def evaluate_policies(
         if block_size is not None:
             common["block_size"] = block_size
         results: dict[str, tuple[Tensor, Tensor, Record]] = {}
+        seeds = range(seed, seed + (draws if needs_noise(policy) else 1))
+        if draws > 1:
+            common["draws"] = len(seeds)
         if "accuracy" in metrics and decode_text is not None and references is not None:
-            answers = decode_answers(
-                denoiser,
-                policy,
-                batches,
-                num_steps,
-                decode_text=decode_text,
-                references=references,
-                length=length,
-                block_size=block_size,
-                temperature=temperature,
-                seed=seed,
-                device=device,
-                grade=grade,
+            answers = _mean_of_draws(
+                [
+                    decode_answers(
+                        denoiser,
+                        policy,
+                        batches,
+                        num_steps,
+                        decode_text=decode_text,
+                        references=references,
+                        length=length,
+                        block_size=block_size,
+                        temperature=temperature,
+                        seed=draw,
+                        device=device,
+                        grade=grade,
+                    )
+                    for draw in seeds
+                ]
             )
             cost = {**_cost(answers.nfe, answers.nfe_batch_max, answers.tokens, answers.fallback), "run": "decoding"}
             cost["temperature"] = temperature
             results["accuracy"] = (answers.correct, torch.ones_like(answers.correct), cost)
             results["nfe"] = (answers.nfe.double(), torch.ones_like(answers.correct), cost)
         if "path_nats" in metrics or "accuracy" not in metrics:
-            path = path_likelihood(
-                denoiser, policy, batches, num_steps, block_size=block_size, seed=seed, device=device
+            path = _mean_of_draws(
+                [
+                    path_likelihood(
+                        denoiser, policy, batches, num_steps, block_size=block_size, seed=draw, device=device
+                    )
+                    for draw in seeds
+                ]
             )
             cost = {**_cost(path.nfe, path.nfe_batch_max, path.tokens, path.fallback), "run": "teacher_forced"}
             results["path_nats"] = (path.nats / path.tokens.clamp(min=1), path.tokens.double(), cost)
@@ -217,6 +234,21 @@ def evaluate_policies(
     return records
 
 
+D = TypeVar("D", DecodedAnswers, PathLikelihood)
+
+
+def _mean_of_draws(results: Sequence[D]) -> D:
+    """The same rows with the mean over several runs in every number, float64; of one run, that run."""
+    if len(results) == 1:
+        return results[0]
+    numbers: dict[str, Any] = {
+        item.name: torch.stack([getattr(result, item.name).double() for result in results]).mean(0)
+        for item in fields(results[0])
+        if isinstance(getattr(results[0], item.name), Tensor)
+    }
+    return replace(results[0], **numbers)
+
+
 def _record(metric: str, interval: Interval, labels: Record) -> Record:
     return {"metric": metric, "value": interval.value, "low": interval.low, "high": interval.high, **labels}
 
@@ -225,8 +257,8 @@ def _cost(nfe: Tensor, batch_max: Tensor, tokens: Tensor, fallback: Tensor) -> R
     """What a run cost per row; `tokens_per_forward` is the ratio of totals, padding not counted."""
     return {
         "nfe": float(nfe.double().mean()),
-        "nfe_min": int(nfe.min()),
-        "nfe_max": int(nfe.max()),
+        "nfe_min": nfe.min().item(),
+        "nfe_max": nfe.max().item(),
         "nfe_batch_max": float(batch_max.double().mean()),
         "tokens_per_forward": float(tokens.sum() / nfe.sum().clamp(min=1)),
         "fallback": float(fallback.double().mean()),

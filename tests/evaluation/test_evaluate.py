@@ -179,6 +179,25 @@ def test_records_of_a_comparison():
     assert records[7]["baseline"] == "random"
 
 
+def test_draws_are_averaged_by_row():
+    """An arm with random sets is run with seeds 3, 4 and 5; an arm without is run once."""
+    texts = {"decode_text": as_text, "references": ["0", "0", "1", "0", "2"], "metrics": ("accuracy", "path_nats")}
+    arms = {"random": make_policy("random"), "entropy": make_policy("entropy")}
+
+    def run(seed, draws):
+        rows = {}
+        records = evaluate_policies(Chain(), arms, batches_of(ROWS, 2), 3, seed=seed, draws=draws, rows=rows, **texts)
+        return records, {key: values for key, (values, _) in rows.items()}
+
+    records, rows = run(3, 3)
+    single = [run(seed, 1)[1] for seed in (3, 4, 5)]
+    assert not torch.equal(single[0]["path_nats", "random"], single[1]["path_nats", "random"])
+    for key, values in rows.items():
+        torch.testing.assert_close(values, torch.stack([one[key] for one in single]).mean(0))
+    assert {(r["arm"], r["draws"]) for r in records} == {("random", 3), ("entropy", 1)}
+    assert all("draws" not in record for record in run(3, 1)[0])
+
+
 def test_blocks_are_recorded():
     records = evaluate_policies(Chain(), {"a": make_policy("top_prob")}, batches_of(ROWS, 5), 6, block_size=2)
     assert [r["metric"] for r in records] == ["path_nats", "nfe"]
