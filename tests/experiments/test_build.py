@@ -284,7 +284,8 @@ def test_a_range_of_prices_is_checked_when_it_is_read() -> None:
 
 CONFIGS = ["chain", "arithmetic_order", "arithmetic_denoiser", "mod20_denoiser", "mod20_order", "dual_denoiser"]
 CONFIGS += ["dual_order", "programs_denoiser", "programs_order", "programs_careful"]
-CONFIGS += ["frontier", "frontier_mod20", "frontier_dual", "frontier_programs"]
+CONFIGS += ["programs_wide_denoiser", "programs_wide_order"]
+CONFIGS += ["frontier", "frontier_mod20", "frontier_dual", "frontier_programs", "frontier_programs_wide"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -292,8 +293,8 @@ def test_packaged_configs_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, 
     kind = train_denoiser.Config if name.endswith("_denoiser") else fit_order.Config
     kind = frontier.Config if name.startswith("frontier") else kind
     assert name in packaged_configs()
-    for run in ("train-denoiser", "mod20-denoiser", "dual-denoiser", "programs-denoiser"):
-        (tmp_path / "runs" / run).mkdir(parents=True)
+    for run in ("train", "mod20", "dual", "programs", "programs-wide"):
+        (tmp_path / "runs" / f"{run}-denoiser").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     load_config(kind, name)
 
