@@ -41,6 +41,7 @@ class Config(RunConfig):
     )
     sizes: tuple[str, ...] = setting(("uniform", "cosine"), "set sizes of the heuristics with fixed sizes")
     threshold: float = setting(0.9, "confidence of the threshold policy", above=0, below=1)
+    draws: int = setting(1, "times that arms with random sets are played; a row has the mean over them", at_least=1)
     batch_size: int = setting(100, "rows decoded together", at_least=1)
 
 
@@ -65,6 +66,7 @@ def run(config: Config, out: Path) -> Iterable[Record]:
             references=task.references[config.split],
             grade=task.grade,
             seed=config.seed,
+            draws=config.draws,
             labels=labels,
         )
     if isinstance(problem.denoiser, ExactDenoiser):
@@ -73,7 +75,14 @@ def run(config: Config, out: Path) -> Iterable[Record]:
         records += [{**record, **labels} for record in expected]
         records += chain_gaps(problem.denoiser, policies, batches, num_steps, seed=config.seed, labels=labels)
     records += evaluate_policies(
-        problem.model.denoiser, policies, batches, num_steps, seed=config.seed, baseline="learned", labels=labels
+        problem.model.denoiser,
+        policies,
+        batches,
+        num_steps,
+        seed=config.seed,
+        draws=config.draws,
+        baseline="learned",
+        labels=labels,
     )
     shown = [record for record in records if not str(record["metric"]).endswith("_difference")]
     Console().print(results_table(shown, title=f"{task.name}, {config.split} split, {num_steps} steps"))
