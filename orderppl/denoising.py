@@ -197,7 +197,10 @@ class Canvas:
         self.context = context
         self.context_mask = None if context_mask is None else context_mask.bool()
         self._is_split = _offers(denoiser, _HEAD, _CALL)
-        self._has_tail = self._is_split and context is not None and _offers(denoiser, _TAIL, _HEAD + _CALL)
+        # What `Module.compile` makes faster is the call, not its parts.
+        is_compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
+        has_tail = self._is_split and context is not None and not is_compiled
+        self._has_tail = has_tail and _offers(denoiser, _TAIL, _HEAD + _CALL)
         self._prompt: Tensor | None = None
 
     @property

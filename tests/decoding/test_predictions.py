@@ -238,6 +238,18 @@ def test_a_wrapper_is_called_itself():
     assert_same(out, decode(denoiser.denoiser, POLICIES["top_prob"], **problem(), max_steps=4))
 
 
+def test_a_compiled_call_is_not_left_out():
+    """`Module.compile` leaves the class as it is; a fit goes through what it compiled."""
+    denoiser, batch, graphs = Counting(separator_index=SEPARATOR), problem(), []
+    attended = torch.arange(9) < batch["length"][:, None]
+    tokens = torch.where(attended, MASK, 0)
+    eager = Canvas(denoiser, attended, batch["context"], batch["context_mask"]).logits(tokens)
+    denoiser.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    again = Canvas(denoiser, attended, batch["context"], batch["context_mask"]).logits(tokens)
+    assert graphs
+    torch.testing.assert_close(again, eager)
+
+
 def test_a_changed_call_is_not_left_out():
     """A subclass that changes the call alone, and a hook on the call."""
 
