@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -185,38 +186,28 @@ def evaluate_policies(
         if draws > 1:
             common["draws"] = len(seeds)
         if "accuracy" in metrics and decode_text is not None and references is not None:
-            answers = _mean_of_draws(
-                [
-                    decode_answers(
-                        denoiser,
-                        policy,
-                        batches,
-                        num_steps,
-                        decode_text=decode_text,
-                        references=references,
-                        length=length,
-                        block_size=block_size,
-                        temperature=temperature,
-                        seed=draw,
-                        device=device,
-                        grade=grade,
-                    )
-                    for draw in seeds
-                ]
+            play = partial(
+                decode_answers,
+                denoiser,
+                policy,
+                batches,
+                num_steps,
+                decode_text=decode_text,
+                references=references,
+                length=length,
+                block_size=block_size,
+                temperature=temperature,
+                device=device,
+                grade=grade,
             )
+            answers = _mean_of_draws([play(seed=draw) for draw in seeds])
             cost = {**_cost(answers.nfe, answers.nfe_batch_max, answers.tokens, answers.fallback), "run": "decoding"}
             cost["temperature"] = temperature
             results["accuracy"] = (answers.correct, torch.ones_like(answers.correct), cost)
             results["nfe"] = (answers.nfe.double(), torch.ones_like(answers.correct), cost)
         if "path_nats" in metrics or "accuracy" not in metrics:
-            path = _mean_of_draws(
-                [
-                    path_likelihood(
-                        denoiser, policy, batches, num_steps, block_size=block_size, seed=draw, device=device
-                    )
-                    for draw in seeds
-                ]
-            )
+            walk = partial(path_likelihood, denoiser, policy, batches, num_steps, block_size=block_size, device=device)
+            path = _mean_of_draws([walk(seed=draw) for draw in seeds])
             cost = {**_cost(path.nfe, path.nfe_batch_max, path.tokens, path.fallback), "run": "teacher_forced"}
             results["path_nats"] = (path.nats / path.tokens.clamp(min=1), path.tokens.double(), cost)
             results.setdefault("nfe", (path.nfe.double(), torch.ones_like(path.nats), cost))
