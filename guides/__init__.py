@@ -1,27 +1,18 @@
-"""Amortised guides: distributions over the order given the tokens, or given only what a decoder sees."""
+"""Guides over the reveal order: the variational families."""
 
 if __name__ != "orderppl.guides":
     raise ImportError("import orderppl.guides, not guides")
 
-from orderppl.guides.guide import PathGuide, RevealGuide
-from orderppl.guides.heuristic import HeuristicGuide
-from orderppl.guides.mean_field import MeanFieldGuide
-from orderppl.guides.plackett_luce import PlackettLuceGuide
+from orderppl.guides.guide import Guide
 from orderppl.guides.policy import PolicyGuide
-from orderppl.guides.posterior import PosteriorGuide
-from orderppl.guides.random import RandomGuide
-from orderppl.guides.renormalised_score import RenormalisedScoreGuide
+from orderppl.guides.posteriors import MeanFieldGuide, PlackettLuceGuide, RenormalisedScoreGuide
 from orderppl.guides.sequential import SequentialGuide
 
 __all__ = [
-    "HeuristicGuide",
+    "Guide",
     "MeanFieldGuide",
-    "PathGuide",
     "PlackettLuceGuide",
     "PolicyGuide",
-    "PosteriorGuide",
-    "RandomGuide",
     "RenormalisedScoreGuide",
-    "RevealGuide",
     "SequentialGuide",
 ]

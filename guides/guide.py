@@ -1,89 +1,56 @@
-"""What all guides share: the call signature of the model and the one site they sample."""
+"""What all guides share: the call of the model and the one site they sample."""
 
 from __future__ import annotations
 
 import pyro
-import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from orderppl.decoding.schedules import SetSizes
-from orderppl.denoising import Canvas, Denoiser
-from orderppl.distributions import OrderedPartition
-from orderppl.path import RevealPath
+from orderppl.config import Configurable
+from orderppl.distributions import OrderDistribution
+from orderppl.errors import UserError
+from orderppl.unmasking import Batch
 
 
-class RevealGuide(PyroModule):
-    """Base of a guide q(r | x, c); a subclass says which distribution over orders it proposes.
+class Guide(Configurable, PyroModule):
+    """Base of a guide q(r | x); a subclass says which distribution over orders it proposes.
+
+        class MyGuide(Guide):
+            def __init__(self, num_steps: int, num_tokens: int, width: int = 32) -> None:
+                super().__init__(num_steps)
+                self.network = SequenceEncoder(num_tokens, num_steps, width)
+
+            def order(self, batch: Batch) -> OrderDistribution:
+                return StepwiseOrder(self.network(batch), batch.latent)
 
     Args:
         num_steps: step budget T.
 
-    Attributes:
-        non_empty: whether every step reveals something for sure while anything is masked; a guide that may wait has an
-            infinite KL to a prior that may not.
-        sizes: the schedule that its set sizes always follow, if there is one.
+    Raises:
+        UserError: fewer than one step.
     """
-
-    non_empty = False
-    sizes: SetSizes | None = None
 
     def __init__(self, num_steps: int) -> None:
         super().__init__("guide")  # a root name of its own, see UnmaskingModel
         if num_steps < 1:
-            raise ValueError(f"num_steps: {num_steps} is below 1; use at least one step")
+            raise UserError("num_steps", f"{num_steps} is below 1", "use at least one step")
         self.num_steps = num_steps
 
-    def order_distribution(
-        self, tokens: Tensor, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None
-    ) -> OrderedPartition:
-        """Return q(r | x, c), batch shape [B], event [L]."""
+    def order(self, batch: Batch) -> OrderDistribution:
+        """Return q(r | x), batch shape [B], event [S]."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, batch: Batch | Tensor) -> dict[str, Tensor]:
         """Sample the site `reveal_step`.
 
         Args:
-            tokens: int64 [B, L], response tokens.
-            attention_mask: bool [B, L], False at padding; all True when left out.
-            context: int64 [B, C], prompt tokens.
-            context_mask: bool [B, C].
+            batch: clean sequences; see `Batch.of`.
 
         Returns:
-            The order under its site name, int64 [*, B, L].
+            The order under its site name, int64 [*, B, S]: -1 where a position is visible from the start.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-        with pyro.plate("batch", len(tokens), dim=-1):
-            distribution = self.order_distribution(tokens, attention_mask.bool(), context, context_mask)
-            return {"reveal_step": pyro.sample("reveal_step", distribution)}
-
-
-class PathGuide(RevealGuide):
-    """Base of a guide that is played out step by step along the true tokens, where it sees what the denoiser sees.
-
-    Args:
-        denoiser: the model's denoiser.
-        num_steps: step budget T.
-    """
-
-    def __init__(self, denoiser: Denoiser, num_steps: int) -> None:
-        super().__init__(num_steps)
-        self.denoiser = denoiser
-
-    def law(self, path: RevealPath) -> OrderedPartition:
-        """Return q(r | x, c) along the true tokens, batch shape [B], event [L]."""
-        raise NotImplementedError
-
-    def order_distribution(
-        self, tokens: Tensor, attention_mask: Tensor, context: Tensor | None, context_mask: Tensor | None
-    ) -> OrderedPartition:
-        """Follow the true tokens."""
-        canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
-        return self.law(RevealPath(canvas, tokens, self.num_steps))
+        batch = Batch.of(batch)
+        with pyro.plate("batch", len(batch), dim=-1):
+            order = self.order(batch)
+            # What the draw has met on its way goes along with the site, for objectives that score the order next.
+            return {"reveal_step": pyro.sample("reveal_step", order, infer={"met": order.met})}

@@ -1,36 +1,32 @@
-"""The policy that generates, used as its own guide."""
+"""A policy as the guide: what generates, or one that may see the tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
-from orderppl.denoising import Denoiser
-from orderppl.distributions import OrderedPartition
-from orderppl.guides.guide import PathGuide
-from orderppl.path import RevealPath
+from orderppl.distributions import OrderDistribution
+from orderppl.guides.guide import Guide
+from orderppl.policies import Policy
+from orderppl.unmasking import Batch, Denoiser
 
 
-class PolicyGuide(PathGuide):
-    """q(z_t | s_t) = policy(s_t): no posterior network, KL 0 when the model's prior is the same object.
+class PolicyGuide(Guide):
+    """q(z_t | s_t) = policy(s_t), played out along the true tokens.
 
-    The bound is then E_policy[ log p(x | r) ] (minus any step price), the expected path log-likelihood of what decodes.
+    With the model's own policy there is no posterior network, and the KL is 0: the bound is E_policy[ log p(x | r) ]
+    less what the steps cost, the expected path log-likelihood of what decodes. With a `Plan` it is a mean-field guide
+    that is deployable as it is. Any heuristic is a control, an importance proposal (`Smoothed`) or a teacher. A policy
+    whose network sees the true tokens is a posterior: its sets may depend on everything but each other's members.
 
     Args:
-        policy: path -> law of the order; a reveal prior.
+        policy: any policy.
         denoiser: the model's denoiser, whose predictions the policy reads.
         num_steps: step budget T.
     """
 
-    def __init__(
-        self, policy: nn.Module | Callable[[RevealPath], OrderedPartition], denoiser: Denoiser, num_steps: int
-    ) -> None:
-        super().__init__(denoiser, num_steps)
+    def __init__(self, policy: Policy, denoiser: Denoiser, num_steps: int) -> None:
+        super().__init__(num_steps)
         self.policy = policy
-        self.non_empty = bool(getattr(policy, "non_empty", False))
-        self.sizes = getattr(policy, "sizes", None)
+        self.denoiser = denoiser
 
-    def law(self, path: RevealPath) -> OrderedPartition:
-        """The policy's own law of orders."""
-        return self.policy(path)
+    def order(self, batch: Batch) -> OrderDistribution:
+        """The policy's own distribution over orders."""
+        return self.policy.order(batch, self.denoiser, self.num_steps)

@@ -3,51 +3,49 @@
 from __future__ import annotations
 
 import pyro
-import torch
 from pyro.nn import PyroModule
 from pyro.ops.provenance import detach_provenance, get_provenance
 from torch import Tensor
 
-from orderppl.distributions import Tracked
-from orderppl.guides.guide import RevealGuide
-from orderppl.states import same_step
+from orderppl.config import Configurable
+from orderppl.distributions import PolicyOrder, Tracked
+from orderppl.guides.guide import Guide
+from orderppl.unmasking import Batch
+from orderppl.unmasking.trajectory import same_step
 
 
-class SequentialGuide(PyroModule):
-    """The same law of orders with a site per step, as `SequentialUnmaskingModel` has.
+class SequentialGuide(Configurable, PyroModule):
+    """The same distribution of orders with a site per step, as `SequentialUnmaskingModel` has.
 
-        z_t ~ q(z_t | M_t, x, c)        site `reveal_{t}`, bool [B, L], for t < T; the last step leaves no choice
+        z_t ~ q(z_t | M_t, x)        site `reveal_{t}`, bool [B, S], for t < T; the last step leaves no choice
 
     Args:
         guide: says how the sets are distributed.
     """
 
-    def __init__(self, guide: RevealGuide) -> None:
+    def __init__(self, guide: Guide) -> None:
         super().__init__("guide")
         self.guide = guide
 
-    def forward(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Sample the sites `reveal_{t}`; see `RevealGuide.forward`.
+    def forward(self, batch: Batch | Tensor) -> dict[str, Tensor]:
+        """Sample the sites `reveal_{t}`; see `Guide.forward`.
 
         Returns:
-            The sets under their site names, bool [*, B, L].
+            The sets under their site names, bool [*, B, S].
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-        masked = attention_mask.bool()
+        batch = Batch.of(batch)
+        masked, carry = batch.latent, None
         drawn: dict[str, Tensor] = {}
         provenance: frozenset[str] = frozenset()  # of the sets so far, which work on plain tensors
-        with pyro.plate("batch", len(tokens), dim=-1):
-            order = self.guide.order_distribution(tokens, masked, context, context_mask)
+        with pyro.plate("batch", len(batch), dim=-1):
+            order = self.guide.order(batch)
             for t in range(order.num_steps - 1):
-                sets = Tracked(order.set_at(masked, same_step(t, masked)), provenance)
-                drawn[f"reveal_{t}"] = reveal = pyro.sample(f"reveal_{t}", sets)
+                if isinstance(order, PolicyOrder):
+                    state = order.path.state(masked, same_step(t, masked)).replace(carry=carry)
+                    sets, carry = order.policy.at_step(state)
+                else:
+                    sets = order.set_at(masked, same_step(t, masked))
+                drawn[f"reveal_{t}"] = reveal = pyro.sample(f"reveal_{t}", Tracked(sets, provenance))
                 provenance |= get_provenance(reveal)
                 masked = masked & ~detach_provenance(reveal)
         return drawn

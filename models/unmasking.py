@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
@@ -10,158 +11,152 @@ from pyro.nn import PyroModule
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from orderppl.data.answer_tokens import NO_TOKEN
-from orderppl.denoising import Canvas, Denoiser
-from orderppl.distributions import HiddenTokens, RevealedTokens, Tracked
+from orderppl.config import Configurable
+from orderppl.distributions import DecidedSet, HiddenTokens, PolicyOrder, RevealedTokens, SetDistribution, Tracked
 from orderppl.errors import UserError
-from orderppl.models.priors import RevealPrior
-from orderppl.path import RevealPath
-from orderppl.states import UnmaskingState, same_step
+from orderppl.policies import Policy, PriceRange
+from orderppl.unmasking import Batch, Denoiser, State, steps_used
+from orderppl.unmasking.trajectory import Path, same_step
 
 
-class UnmaskingModel(PyroModule):
+class UnmaskingModel(Configurable, PyroModule):
     """The generative program of masked diffusion with the order as its latent variable, scored in one piece.
 
-        r ~ prior                                  ordered partition of the positions, site `reveal_step`
-        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t, c)_i        site `tokens`; see `RevealedTokens`
+        r ~ policy                                 ordered partition of the positions to reveal, site `reveal_step`
+        x ~ prod_t prod_{i : r_i = t} Denoiser(s_t)_i           site `tokens`; see `RevealedTokens`
+        exp(-step_price * number of steps of r)    factor `step_price`, where there is a price
 
     All T states of an order are stacked and go through the denoiser in one call. The states are built from the
-    observed tokens: to generate, use `SequentialUnmaskingModel`.
+    observed tokens: to generate, use `SequentialUnmaskingModel`, or decode with the policy.
 
     Args:
-        denoiser: see `Denoiser`; freeze it with `requires_grad_(False)` to learn the order alone.
-        prior: distribution over orders.
+        denoiser: see `Denoiser`; `fit` trains it only when asked to.
+        policy: the prior over reveal sets.
         num_steps: step budget T.
-        one_step: look at one uniformly drawn step per sequence instead of all T; unbiased, T times fewer denoiser rows.
+        step_price: nats per executed step, at least 0: a geometric prior on the number of steps, up to a constant.
+            Without it nothing in the bound asks for fewer than T steps. A range gives every sequence a price of its
+            own, for a policy that reads it.
         outlier: share of sequences that may be anything, at least 0 and below 1.
-        asked: tokens, int64 [B, L], `NO_TOKEN` at padding -> bool [B, L], which of them are asked for, such as
+        answer: which tokens are wanted: (tokens int64 [B, S], latent bool [B, S]) -> bool [B, S], such as
             `AnswerTokens`; all when left out.
         temperature: at which tokens are drawn, that of the decoder; positive. Greedy tokens are the limit 0, towards
             which the likelihood becomes a yes or no per token: 0.25 with outliers comes close.
 
     Raises:
-        UserError: a share outside [0, 1), a temperature that is not positive, or a share or an answer in a program that
-            looks at one step, which only estimates p(x | r).
+        UserError: a number outside its bounds.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        prior: RevealPrior,
+        policy: Policy,
         num_steps: int,
-        one_step: bool = False,
+        *,
+        step_price: float | PriceRange = 0.0,
         outlier: float = 0.0,
-        asked: Callable[[Tensor], Tensor] | None = None,
+        answer: Callable[[Tensor, Tensor], Tensor] | None = None,
         temperature: float = 1.0,
     ) -> None:
+        if num_steps < 1:
+            raise UserError("num_steps", f"{num_steps} is below 1", "use at least one step")
+        if not isinstance(step_price, PriceRange) and not step_price >= 0:
+            raise UserError("step_price", f"{step_price} is negative", "use 0 or more nats per step")
         if not 0 <= outlier < 1:
             raise UserError("outlier", f"{outlier} is not in [0, 1)", "use 0 for none, or a share such as 0.5")
-        if outlier and one_step:
-            raise UserError("outlier", "a one-step program only estimates the likelihood of a sequence", "use 0")
-        if asked is not None and one_step:
-            raise UserError("asked", "a one-step program does not see when the answer is there", "leave it out")
         if not temperature > 0:
-            raise UserError(
-                "temperature", f"{temperature} is not positive", "use 1, or 0.25 to come close to greedy tokens"
-            )
+            remedy = "use 1, or 0.25 to come close to greedy tokens"
+            raise UserError("temperature", f"{temperature} is not positive", remedy)
         super().__init__("model")  # a root name of its own, or pyro.infer.SVI confuses its parameters with the guide's
         self.denoiser = denoiser
-        self.prior = prior
+        self.policy = policy
         self.num_steps = num_steps
-        self.one_step = one_step
+        self.step_price = step_price
         self.outlier = outlier
-        self.asked = asked
+        self.answer = answer
         self.temperature = temperature
 
-    def forward(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Score a batch.
+    def forward(self, batch: Batch | Tensor) -> Tensor:
+        """Score a batch: everything that is not given is revealed.
 
         Args:
-            tokens: int64 [B, L], response tokens.
-            attention_mask: bool [B, L], False at padding; all True when left out.
-            context: int64 [B, C], prompt tokens.
-            context_mask: bool [B, C].
+            batch: clean sequences; see `Batch.of`.
 
         Returns:
-            The order, int64 [*, B, L].
+            The order, int64 [*, B, S].
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-        canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
-        path = RevealPath(canvas, tokens, self.num_steps, self.one_step)
-        asked = None if self.asked is None else self.asked(tokens.masked_fill(~canvas.attention_mask, NO_TOKEN))
-        with pyro.plate("batch", len(tokens), dim=-1):
-            reveal_step = pyro.sample("reveal_step", self.prior(path))
-            likelihood = RevealedTokens(path(reveal_step), reveal_step, self.outlier, asked, self.temperature)
-            pyro.sample("tokens", likelihood, obs=tokens)
+        batch = Batch.of(batch)
+        path = Path(batch, self.denoiser, self.num_steps)
+        wanted = None if self.answer is None else self.answer(batch.readable, batch.latent)
+        with pyro.plate("batch", len(batch), dim=-1):
+            order = self.policy.order(batch, self.denoiser, self.num_steps)
+            reveal_step = pyro.sample("reveal_step", order)
+            likelihood = RevealedTokens(path, reveal_step, self.outlier, wanted, self.temperature)
+            pyro.sample("tokens", likelihood, obs=batch.tokens)
+            if self.step_price != 0:
+                pyro.factor("step_price", -self._prices(batch) * steps_used(reveal_step))
         return reveal_step
 
+    def _prices(self, batch: Batch) -> Any:
+        """Nats per step: a number, or float [B]."""
+        if isinstance(self.step_price, PriceRange):
+            return self.step_price.spread(len(batch), batch.device)
+        return self.step_price
 
-class SequentialUnmaskingModel(PyroModule):
+
+class SequentialUnmaskingModel(Configurable, PyroModule):
     """The same process step by step, with a site per step; generative under `poutine.uncondition`.
 
-        z_t ~ prior(s_t, c, t)          site `reveal_{t}`, bool [B, L]; observed at the last step: everything left
-        x_i ~ Denoiser(s_t, c)_i        site `tokens_{t}`, for i in z_t
+        z_t ~ policy(s_t)               site `reveal_{t}`, bool [B, S]; observed at the last step: everything left
+        x_i ~ Denoiser(s_t)_i           site `tokens_{t}`, for i in z_t
         s_{t+1} = s_t with z_t filled in
 
     Args:
         denoiser: see `Denoiser`.
-        prior: distribution over reveal sets.
+        policy: the prior over reveal sets.
         num_steps: step budget T.
     """
 
-    def __init__(self, denoiser: Denoiser, prior: RevealPrior, num_steps: int) -> None:
+    def __init__(self, denoiser: Denoiser, policy: Policy, num_steps: int) -> None:
         super().__init__("model")
         self.denoiser = denoiser
-        self.prior = prior
+        self.policy = policy
         self.num_steps = num_steps
 
-    def forward(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, batch: Batch | Tensor) -> Tensor:
         """Score or generate a batch; see `UnmaskingModel.forward`.
 
-        Under `poutine.uncondition` the values of `tokens` are ignored and only its shape is used.
+        Under `poutine.uncondition` the values of the tokens to reveal are ignored.
 
         Returns:
-            The completed sequences, int64 [B, L].
+            The completed sequences, int64 [B, S].
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-        canvas = Canvas(self.denoiser, attention_mask, context, context_mask)
-        prior, masked = self.prior, canvas.attention_mask
-        state = torch.where(masked, canvas.mask_index, tokens)
-        memory: dict[str, Tensor] = {}  # of a prior that looks back
-        scored = torch.where(masked, tokens, 0)  # padding may hold ids that are no class of the denoiser
+        batch = Batch.of(batch)
+        masked, scored = batch.latent, batch.readable
+        tokens = torch.where(masked, self.denoiser.mask_index, scored)
         provenance: frozenset[str] = frozenset()  # of all that was drawn so far; the steps work on plain tensors
-        with pyro.plate("batch", len(tokens), dim=-1):
+        carry = None
+        with pyro.plate("batch", len(batch), dim=-1):
+            order = self.policy.order(batch, self.denoiser, self.num_steps)
             for t in range(self.num_steps):
-                seen = UnmaskingState(state, masked, same_step(t, masked), self.num_steps, canvas, memory=memory)
-                sets = prior.distribution(seen)
+                # The sampled values build the next state: they are the generated ones under uncondition.
+                seen = Path(Batch(tokens, batch.attention_mask, batch.given), self.denoiser, self.num_steps)
+                state = seen.state(masked, same_step(t, masked)).replace(carry=carry)
                 if t < self.num_steps - 1:
+                    sets, carry = self._sets(order, state)
                     reveal = pyro.sample(f"reveal_{t}", Tracked(sets, provenance))
                     provenance |= get_provenance(reveal)
                     reveal = detach_provenance(reveal)
-                else:  # no choice is left; the site counts the price of a step
+                else:  # no choice is left
                     reveal = masked
-                    pyro.sample(f"reveal_{t}", Tracked(sets.certain(seen.is_last), provenance), obs=masked)
-                # The sampled value, not `tokens`, builds the next state: it is the generated one under uncondition.
-                value = pyro.sample(f"tokens_{t}", Tracked(HiddenTokens(seen, reveal), provenance), obs=scored)
+                    pyro.sample(f"reveal_{t}", Tracked(DecidedSet(masked, masked), provenance), obs=masked)
+                value = pyro.sample(f"tokens_{t}", Tracked(HiddenTokens(state, reveal), provenance), obs=scored)
                 provenance |= get_provenance(value)
-                value = detach_provenance(value)
-                if value is scored:
-                    seen.token_log_prob(scored)
-                    seen.forget_logits()  # or the trace would hold those of all steps
-                state = torch.where(reveal, value, state)
+                tokens = torch.where(reveal, detach_provenance(value), tokens)
                 masked = masked & ~reveal
-        return track_provenance(state, provenance)
+        return track_provenance(tokens, provenance)
+
+    def _sets(self, order: Any, state: State) -> tuple[SetDistribution, Any]:
+        """The distribution of the next set, and what the policy keeps."""
+        if isinstance(order, PolicyOrder):
+            return self.policy.at_step(state)
+        return order.set_at(state.masked, state.step), None

@@ -8,35 +8,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orderppl.decoding import decode, follow, generate, make_policy
-    from orderppl.denoising import Canvas, Denoiser
+    from orderppl.decoding import decode, follow, generate
     from orderppl.errors import UserError
+    from orderppl.evaluation import evaluate
     from orderppl.inference import RevealTraceGraph_ELBO, fit
+    from orderppl.policies import Policy
+    from orderppl.runs import load_order, load_run
+    from orderppl.unmasking import Batch, Denoiser, State
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Canvas": "orderppl.denoising",
-    "Denoiser": "orderppl.denoising",
+    "Batch": "orderppl.unmasking",
+    "Denoiser": "orderppl.unmasking",
+    "Policy": "orderppl.policies",
     "RevealTraceGraph_ELBO": "orderppl.inference",
+    "State": "orderppl.unmasking",
     "UserError": "orderppl.errors",
     "decode": "orderppl.decoding",
+    "evaluate": "orderppl.evaluation",
     "fit": "orderppl.inference",
     "follow": "orderppl.decoding",
     "generate": "orderppl.decoding",
-    "make_policy": "orderppl.decoding",
+    "load_order": "orderppl.runs",
+    "load_run": "orderppl.runs",
 }
 
 __all__ = [
-    "Canvas",
+    "Batch",
     "Denoiser",
+    "Policy",
     "RevealTraceGraph_ELBO",
+    "State",
     "UserError",
     "decode",
+    "evaluate",
     "fit",
     "follow",
     "generate",
-    "make_policy",
+    "load_order",
+    "load_run",
 ]
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from orderppl.distributions import DecidedSet
 from orderppl.errors import UserError
-from orderppl.states import UnmaskingState
+from orderppl.policies import Policy
+from orderppl.unmasking import State
+
+if TYPE_CHECKING:
+    from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
 
 Matrix = NDArray[np.float64]
 
@@ -19,7 +25,7 @@ OPEN, HALF_OPEN, CLOSED, CLOSED_BY_OTHERS = range(4)
 
 
 def entropy(p: Matrix) -> float:
-    """Entropy of a law, nats."""
+    """Entropy of a distribution, nats."""
     positive = p[p > 0]
     return float(-(positive * np.log(positive)).sum())
 
@@ -163,42 +169,45 @@ class GapSearch:
         return reveal_step
 
 
-class GapPolicy:
+class GapPolicy(Policy):
     """Reveals in every gap what a search that sees the tokens found to be best there.
 
     Args:
-        search: its best sets.
+        denoiser: the chain.
+        num_steps: largest step budget.
+        length: longest row; that of the chain when left out.
 
     Raises:
-        UserError: a search for fixed orders.
+        UserError: no step, or longer rows than the chain.
     """
 
-    name = "best policy"
-    needs_noise = False
-    remembers = False
+    non_empty = True
+    chosen: Tensor
 
-    def __init__(self, search: GapSearch) -> None:
-        if not search.sees_tokens:
-            raise UserError("search", "is blind to the tokens", "search with sees_tokens=True")
-        self.num_steps, self.length = search.num_steps, search.length
-        self._chosen = torch.zeros(*search.value.shape, self.length + 1, dtype=torch.bool)  # [.., offset]
-        for key, positions in search.chosen.items():
-            self._chosen[key][positions] = True
+    def __init__(self, denoiser: MarkovChainDenoiser, num_steps: int, length: int | None = None) -> None:
+        super().__init__()
+        self.search = denoiser.search(num_steps, length, sees_tokens=True)
+        self.mask_index = denoiser.mask_index
+        size = self.search.length + 1
+        chosen = torch.zeros(*self.search.value.shape, size, dtype=torch.bool)  # [steps left, kind, size, offset]
+        for key, positions in self.search.chosen.items():
+            chosen[key][positions] = True
+        self.register_buffer("chosen", chosen, persistent=False)
 
-    def select(self, state: UnmaskingState) -> Tensor:
-        """Look every gap up by its ends, size and the steps left: bool [*, L].
+    def forward(self, state: State) -> DecidedSet:
+        """Look every gap up by its ends, size and the steps left.
 
         Raises:
             UserError: more steps, or longer rows, than were searched for.
         """
-        if state.num_steps > self.num_steps:
-            problem = f"{state.num_steps} steps for a policy of {self.num_steps}"
+        if int(torch.as_tensor(state.num_steps).max()) > self.search.num_steps:
+            problem = f"{state.num_steps} steps for a policy of {self.search.num_steps}"
             raise UserError("max_steps", problem, "allow as many steps as the policy has")
-        if state.masked.shape[-1] > self.length:
-            problem = f"a canvas of {state.masked.shape[-1]} exceeds {self.length}"
+        if state.shape[-1] > self.search.length:
+            problem = f"a canvas of {state.shape[-1]} exceeds {self.search.length}"
             raise UserError("length", problem, "use a longer chain")
         attended = state.attention_mask
-        revealed = attended & ~state.masked
+        revealed = attended & (state.tokens != self.mask_index)
         position = attended.long().cumsum(-1)  # 1.. from the left end, padding takes no place in the chain
         last = position[..., -1:]
         mirrored = last + 1 - position  # 1.. from the right end
@@ -209,6 +218,5 @@ class GapPolicy:
         closed = (left > 0).long() + (right > 0).long()  # two ends: CLOSED
         kind = closed + ((closed == CLOSED) & (left_token != right_token)).long()
         offset = torch.where((left == 0) & (right > 0), mirrored - right, position - left)
-        steps_left = state.steps_left.unsqueeze(-1).expand_as(size)
-        chosen = self._chosen.to(size.device)
-        return chosen[steps_left, kind, size, offset] & state.masked
+        steps_left = torch.as_tensor(state.steps_left).unsqueeze(-1).expand_as(size)
+        return DecidedSet(self.chosen[steps_left, kind, size, offset] & state.masked, state.masked, non_empty=True)

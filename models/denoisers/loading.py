@@ -3,233 +3,205 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
-from orderppl.denoising import Denoiser
+from orderppl.config import recorded
+from orderppl.data.tokenizers import PretrainedTokenizer, load_tokenizer
 from orderppl.errors import UserError, first_line, is_out_of_memory
+from orderppl.files import read_tensors
 from orderppl.hub import fetch
-from orderppl.inference.checkpoints import load_weights, read_config
 from orderppl.models.denoisers import smdm
-from orderppl.models.denoisers.pretrained import Padding, PretrainedDenoiser, SplitPretrainedDenoiser
+from orderppl.models.denoisers.pretrained import PretrainedDenoiser
 from orderppl.models.denoisers.remote_code import check_loads_alike, load_remote
-from orderppl.models.denoisers.smdm import SmdmDenoiser
+from orderppl.models.denoisers.smdm import SmdmDenoiser, load_smdm
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 
 LOGIT_SHIFT = {"llada": 0, "Dream": 1}
 """Kinds with remote code that are known: `model_type` -> by how many positions their logits lag behind."""
-TRAINED = "denoiser.safetensors"  # of a run of train-denoiser
-TOKENIZER_FILE, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"  # beside it: a WordTokenizer, or one of transformers
+BLOCKWISE = ("bd3lm", "fast_dllm", "fast_dllm_v2", "llada2_moe", "sdar", "sdar_moe")
+"""Kinds that read one block after another, each by an attention mask of their own sampler."""
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+Kind = Literal["smdm", "masked_lm", "remote"]
 
 
-@dataclass(frozen=True)
-class Source:
-    """What the files of a model say before any weight is read.
-
-    Attributes:
-        path: its folder or file.
-        config: content of config.json.
-        kind: "smdm", "trained" (by train-denoiser), "masked_lm" (in transformers) or "remote" (its own code).
-    """
-
-    path: Path
-    config: dict[str, Any]
-    kind: Literal["smdm", "trained", "masked_lm", "remote"]
-
-
+@recorded
 def load_denoiser(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Denoiser:
-    """Load a masked model as a denoiser, whatever kind its files are of.
+    dtype: str | torch.dtype = "float32",
+    tokenizer_from: str | Path | None = None,
+    read_up_to: int | None = None,
+) -> PretrainedDenoiser | SmdmDenoiser | TransformerDenoiser:
+    """Load a masked model as a denoiser, whatever kind its files are of: frozen, in evaluation mode, on the CPU.
 
     Remote code is loaded twice and must give the same logits both times.
 
     Args:
-        name_or_path: a folder, a hub name, an SMDM safetensors file (see `SmdmDenoiser.from_pretrained`) or a run of
-            train-denoiser.
+        name_or_path: a folder of a masked model of transformers, SMDM, LLaDA or Dream, or of a LoRA adapter to one; a
+            hub name; a safetensors file of SMDM, such as
+            `nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors` on the hub; or a run folder.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run the code that comes with LLaDA or Dream.
-        dtype: of the parameters.
-        device: where it goes.
+        dtype: of the parameters, by its name in torch.
+        tokenizer_from: folder or hub name of another tokeniser than its own.
+        read_up_to: longest canvas, tokens, of a run with rotary positions; as it was trained when left out.
 
     Returns:
-        A module in evaluation mode: `SmdmDenoiser`, `TransformerDenoiser` or `PretrainedDenoiser`.
+        A module; its `tokenizer` is None where there is none.
 
     Raises:
         UserError: it cannot be found, reached, read or trusted, or is no masked model.
     """
-    source = find_source(name_or_path, revision, trust_remote_code)
-    with memory_hint(f"{name_or_path} in {str(dtype).removeprefix('torch.')}", device):
-        denoiser: nn.Module
-        if source.kind == "smdm":
-            denoiser = SmdmDenoiser.from_pretrained(source.path, dtype=dtype)
-        elif source.kind == "trained":
-            denoiser = load_trained(source.path).to(dtype).eval()
-        else:
-            denoiser = _adapt(source, dtype)
-        denoiser = denoiser.to(device)
-    assert isinstance(denoiser, Denoiser)
-    return denoiser
+    wanted = str(dtype).removeprefix("torch.")
+    if wanted not in DTYPES:
+        raise UserError("dtype", f"unknown dtype {wanted!r}", f"use one of {', '.join(DTYPES)}")
+    path = fetch(name_or_path, revision, field="denoiser")
+    try:
+        denoiser = _load(path, name_or_path, getattr(torch, wanted), trust_remote_code, tokenizer_from, read_up_to)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = f"{name_or_path} in {wanted} does not fit into memory"
+        raise UserError("memory", problem, "use dtype bfloat16, or a smaller model") from error
+    denoiser.requires_grad_(False)
+    return denoiser.eval()
 
 
-def load_trained(run: str | Path) -> SmdmDenoiser | TransformerDenoiser:
-    """Load what train-denoiser wrote into its run folder.
+def _load(
+    path: Path,
+    name: str | Path,
+    dtype: torch.dtype,
+    trust: bool,
+    tokenizer_from: str | Path | None,
+    read_up_to: int | None,
+) -> PretrainedDenoiser | SmdmDenoiser | TransformerDenoiser:
+    if (path / "run.json").is_file():
+        from orderppl.runs import load_run  # which builds what this module is part of
+
+        denoiser: Any = load_run(path).denoiser
+        if read_up_to is not None:
+            denoiser.read_up_to(read_up_to)
+        return denoiser.to(dtype)  # type: ignore[no-any-return]
+    if read_up_to is not None:
+        raise UserError("read_up_to", f"{name} knows its longest canvas", "leave it out")
+    if (path / ADAPTER).is_file():
+        return _load_adapter(path, dtype, trust, tokenizer_from)
+    config = {} if path.is_file() else _read_config(path, name)
+    kind = "smdm" if path.is_file() else _kind(config, name, trust)
+    if kind == "smdm":
+        denoiser = load_smdm(path, dtype)
+        own = path if path.is_dir() and any(path.glob("tokenizer*")) else smdm.TOKENIZER
+        classes = denoiser.vocab_size
+        try:
+            denoiser.tokenizer = load_tokenizer(tokenizer_from or own, mask_index=classes, num_classes=classes)
+        except UserError:
+            if tokenizer_from or own == path:
+                raise
+        return denoiser
+    return _adapt(path, config, kind, dtype, _pretrained_tokenizer(tokenizer_from or path, config, trust))
+
+
+def _read_config(path: Path, name: str | Path, file: str = "config.json") -> dict[str, Any]:
+    try:
+        config = json.loads((path / file).read_text(encoding="utf-8"))
+        return dict(config.items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        problem = f"{name} has no readable {file}"
+        raise UserError("denoiser", problem, "give the folder or hub name of a model") from error
+
+
+def _kind(config: dict[str, Any], name: str | Path, trust: bool) -> Kind:
+    """Which loader reads a model with this config.json.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: none, or one that needs trust.
     """
-    weights = Path(run) / TRAINED
-    config = read_config(weights)
-    denoiser: SmdmDenoiser | TransformerDenoiser
-    if config.pop("model_type", None) == smdm.MODEL_TYPE:
-        denoiser = SmdmDenoiser(smdm.SmdmConfig(**config))
-    else:
-        denoiser = TransformerDenoiser(**config)
-    load_weights(denoiser, weights)
-    return denoiser
-
-
-def find_source(name_or_path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Find the files of a model and what kind they are of; arguments and errors as of `load_denoiser`."""
-    path = fetch(name_or_path, revision, field="denoiser")
-    if path.is_file():
-        return Source(path, {}, "smdm")
-    if (path / TRAINED).is_file():
-        return Source(path, {}, "trained")
-    config_file = path / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        kind = str(config.get("model_type", ""))
-    except (OSError, ValueError, AttributeError) as error:
-        problem = f"{name_or_path} has no readable config.json"
-        raise UserError("denoiser", problem, "give the folder or hub name of a model") from error
+    kind, auto_map = str(config.get("model_type", "")), config.get("auto_map") or {}
     if kind == smdm.MODEL_TYPE:
-        return Source(path, config, "smdm")
+        return "smdm"
+    if kind in BLOCKWISE:
+        problem = f"{name} ({kind}) reads one block after another under an attention mask of its own sampler"
+        raise UserError("denoiser", problem, "use a model that reads the whole canvas, such as LLaDA or Dream")
+    if config.get("is_encoder_decoder"):
+        problem = f"{name} ({kind}) has a decoder that writes from left to right"
+        raise UserError("denoiser", problem, "use a masked model without a decoder")
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # slow to import
 
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_encoder_decoder", False):
-        return Source(path, config, "masked_lm")
-    if kind not in LOGIT_SHIFT and "AutoModelForMaskedLM" not in config.get("auto_map", {}):
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "masked_lm"
+    if kind not in LOGIT_SHIFT and "AutoModelForMaskedLM" not in auto_map:
         known = ", ".join(("any AutoModelForMaskedLM", smdm.MODEL_TYPE, *LOGIT_SHIFT))
-        raise UserError(
-            "denoiser", f"{name_or_path} ({kind or 'of no kind'}) is no masked model", f"use one of: {known}"
-        )
-    if not trust_remote_code:
-        problem = f"{name_or_path} ({kind}) runs code that comes with its weights"
+        raise UserError("denoiser", f"{name} ({kind or 'of no kind'}) is no masked model", f"use one of: {known}")
+    if not trust:
+        problem = f"{name} ({kind}) runs code that comes with its weights"
         raise UserError("trust_remote_code", problem, "read that code, then set trust_remote_code to true")
-    return Source(path, config, "remote")
+    return "remote"
 
 
-def denoiser_tokenizer(
-    name_or_path: str | Path,
-    *,
-    tokenizer: str | Path | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Tokenizer:
-    """The tokeniser of a model that `load_denoiser` loads, with the model's MASK and number of classes.
-
-    Args:
-        name_or_path: the model.
-        tokenizer: of another folder or hub name; the one that comes with the model when left out.
-        revision: branch, tag or commit of the model on the hub.
-        trust_remote_code: run the code that comes with it.
-
-    Raises:
-        UserError: as `load_denoiser`, or there is no tokeniser, no mask token, or they do not fit each other.
-    """
-    source = find_source(name_or_path, revision, trust_remote_code)
-    if source.kind == "trained":
-        return trained_tokenizer(source.path) if tokenizer is None else load_tokenizer(tokenizer)
-    if source.kind == "smdm":
-        classes = source.config.get("vocab_size", smdm.SmdmConfig.vocab_size)
-        has_own = source.path.is_dir() and any(source.path.glob("tokenizer*"))
-        found = tokenizer or (source.path if has_own else smdm.TOKENIZER)
-        return load_tokenizer(found, mask_index=classes, num_classes=classes)
-    return load_tokenizer(
-        tokenizer or source.path,
-        mask_index=source.config.get("mask_token_id"),
-        num_classes=source.config.get("vocab_size"),
-        trust_remote_code=trust_remote_code,
-    )
+def _pretrained_tokenizer(name: str | Path, config: dict[str, Any], trust: bool) -> PretrainedTokenizer:
+    """The tokeniser of a model, whose MASK counts where config.json names another one, as those of XLM do."""
+    mask, classes = config.get("mask_token_id"), config.get("vocab_size")
+    for mask_index in (mask, None):
+        tokenizer = load_tokenizer(name, mask_index=mask_index, num_classes=classes, trust_remote_code=trust)
+        own = getattr(getattr(tokenizer, "tokenizer", None), "mask_token_id", None)
+        if own in (None, tokenizer.mask_index):
+            break
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        raise UserError("tokenizer_from", f"{name} is no tokeniser of transformers", "give a folder or hub name")
+    return tokenizer
 
 
-def trained_tokenizer(run: Path) -> Tokenizer:
-    """The tokeniser that train-denoiser put beside a denoiser, with the denoiser's MASK.
+def _adapt(
+    path: Path,
+    config: dict[str, Any],
+    kind: Kind,
+    dtype: torch.dtype,
+    tokenizer: PretrainedTokenizer,
+    adapter: Path | None = None,
+) -> PretrainedDenoiser:
+    def load() -> PretrainedDenoiser:
+        network = _load_network(path, config, kind, dtype, tokenizer.mask_index)
+        if adapter is not None:
+            add_lora(network, adapter)
+        shift = LOGIT_SHIFT.get(str(config.get("model_type")), 0)
+        options: dict[str, Any] = {"pad_index": tokenizer.pad_index, "logit_shift": shift}
+        return PretrainedDenoiser(network, tokenizer.mask_index, tokenizer=tokenizer, **options)
 
-    Raises:
-        UserError: there is none.
-    """
-    if (run / TOKENIZER_FILE).is_file():
-        return load_tokenizer(run / TOKENIZER_FILE)
-    config = read_config(run / TRAINED)
-    classes = int(config["vocab_size"]) if config.get("model_type") == smdm.MODEL_TYPE else None
-    return load_tokenizer(run / TOKENIZER_FOLDER, mask_index=classes, num_classes=classes)
-
-
-def _adapt(source: Source, dtype: torch.dtype) -> PretrainedDenoiser:
-    """Load a model of transformers, find out how to tell it of padding, and check it."""
-    trust = source.kind == "remote"
-    tokenizer = denoiser_tokenizer(source.path, trust_remote_code=trust)
-    network = _load_network(source, dtype)
-    inner: Any = tokenizer.tokenizer if isinstance(tokenizer, PretrainedTokenizer) else None
-    config: Any = network.config
-    embeddings = next((m for m in network.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
-    first = None if embeddings is None else int(embeddings.padding_idx) + 1  # RoBERTa counts from behind the padding
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_sequence_length", None)
-    known = tokenizer.mask_index, len(network.get_output_embeddings().weight)
-    options: dict[str, Any] = {
-        "begin_index": inner.cls_token_id if source.kind == "masked_lm" else None,
-        "pad_index": tokenizer.pad_index,
-        "logit_shift": LOGIT_SHIFT.get(str(source.config.get("model_type")), 0),
-        "first_position": first,
-        "max_length": None if longest is None else int(longest) - (first or 0),
-    }
-    whole = PretrainedDenoiser(network, *known, **options)
-    options["padding"] = whole.padding = _way_to_pad(whole, dtype)
-    logits = _probe(whole)
-    if trust:
-        whole.network = nn.Module()  # one copy in memory at a time
-        del network
-        whole.network = network = _load_network(source, dtype)
-        check_loads_alike(logits, _probe(whole), str(source.path))
-    if not isinstance(network.get_output_embeddings(), nn.Linear):
-        return whole
-    split = SplitPretrainedDenoiser(network, *known, **options)
-    if torch.equal(_probe(split), logits):
-        return split
-    split.rejoin()  # something happens to the logits behind the head
-    return whole
+    denoiser = load()
+    if kind == "remote":
+        logits = denoiser.probe()
+        del denoiser  # one copy in memory at a time
+        denoiser = load()
+        check_loads_alike(logits, denoiser.probe(), str(path))
+    return denoiser
 
 
-def _load_network(source: Source, dtype: torch.dtype) -> Any:
-    _check_weights(source.path)
+def _load_network(path: Path, config: dict[str, Any], kind: Kind, dtype: torch.dtype, mask_index: int) -> Any:
+    _check_weights(path)
     with _without_reports():
-        if source.kind == "remote":
-            network, info = load_remote(source.path, source.config["auto_map"], dtype)
+        if kind == "remote":
+            network, info = load_remote(path, config["auto_map"], dtype)
         else:
-            network, info = _load_masked_lm(source.path, dtype)
+            network, info = _load_masked_lm(path, dtype, mask_index)
     for name, *shapes in sorted(info.get("mismatched_keys") or ()):
         stored, wanted = (list(shape) for shape in shapes)
-        problem = f"{name!r} of {source.path} has shape {stored}, its config.json wants {wanted}"
+        problem = f"{name!r} of {path} has shape {stored}, its config.json wants {wanted}"
         raise UserError("denoiser", problem, "give weights and configuration of one model, or download it again")
     missing = sorted(info["missing_keys"])
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        problem = f"{source.path} has no weights for {missing[0]!r}{others}"
+        problem = f"{path} has no weights for {missing[0]!r}{others}"
         raise UserError("denoiser", problem, "use a checkpoint of a masked model, output head included")
     return network.eval()
 
@@ -248,18 +220,24 @@ def _check_weights(folder: Path) -> None:
             raise UserError("denoiser", f"{file} cannot be read ({error})", "download it again") from error
 
 
-def _load_masked_lm(folder: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoModelForMaskedLM
+def _load_masked_lm(folder: Path, dtype: torch.dtype, mask_index: int) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoConfig, AutoModelForMaskedLM
 
     try:
+        config = AutoConfig.from_pretrained(str(folder))
+        config.mask_token_id = mask_index  # ESM looks for MASK in its input
         network, info = AutoModelForMaskedLM.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            str(folder),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the second result
         )
     except Exception as error:  # what a wrong file leads to depends on the model
         if is_out_of_memory(error):
             raise
-        reason = first_line(error)
-        problem = f"{folder} cannot be loaded ({reason})"
+        problem = f"{folder} cannot be loaded ({first_line(error)})"
         raise UserError("denoiser", problem, "give a complete folder, or download it again") from error
     return network, info
 
@@ -277,59 +255,44 @@ def _without_reports() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-PROBE = 6  # tokens
+def _load_adapter(path: Path, dtype: torch.dtype, trust: bool, other: str | Path | None) -> PretrainedDenoiser:
+    """A masked model with a LoRA adapter (Hu et al. 2021) added to its weights."""
+    name = str(_read_config(path, path, ADAPTER).get("base_model_name_or_path"))
+    base = fetch(name, field="denoiser")
+    config = _read_config(base, name)
+    kind = _kind(config, name, trust)
+    if kind == "smdm":
+        raise UserError("denoiser", f"{path} adapts an SMDM", "merge it into the weights")
+    if other is None and any(path.glob("tokenizer*")):
+        other = path
+    return _adapt(base, config, kind, dtype, _pretrained_tokenizer(other or base, config, trust), path)
 
 
 @torch.no_grad()
-def _probe(denoiser: PretrainedDenoiser) -> Tensor:
-    """Logits of one row of some tokens and MASK, float [1, S, V]."""
-    return denoiser(*_probe_row(denoiser)).float().cpu()
-
-
-def _probe_row(denoiser: PretrainedDenoiser) -> tuple[Tensor, Tensor]:
-    tokens = torch.linspace(0, denoiser.vocab_size - 1, PROBE).long()[None]  # [1, S]
-    tokens[:, 1::2] = denoiser.mask_index
-    return tokens, torch.ones_like(tokens, dtype=torch.bool)
-
-
-@torch.no_grad()
-def _way_to_pad(denoiser: PretrainedDenoiser, dtype: torch.dtype) -> Padding:
-    """The first way to tell the model of padding under which padding changes nothing.
+def add_lora(network: nn.Module, folder: Path) -> None:
+    """Add the low-rank products of an adapter to the linear layers that they belong to: W <- W + alpha / r B A.
 
     Raises:
-        UserError: it cannot even read a row without padding.
+        UserError: the adapter is of another kind, or of another model.
     """
-    tokens, attended = _probe_row(denoiser)
-    denoiser.padding = "lengths"
-    try:
-        alone = denoiser(tokens, attended).float()
-    except Exception as error:  # foreign code
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-        problem = f"the model does not read a row of tokens ({reason})"
-        raise UserError("denoiser", problem, "use the transformers_version of its config.json") from error
-    allowed = alone.abs().max() * (1e-4 if dtype in (torch.float32, torch.float64) else 3e-2)
-    rows = torch.cat([tokens.expand(2, -1), tokens.expand(2, -1)], -1)  # [2, 2 S], the second row has no padding
-    keys = torch.stack([torch.arange(2 * PROBE) < PROBE, torch.ones(2 * PROBE, dtype=torch.bool)])
-    for way in ("mask", "square"):
-        denoiser.padding = way
-        try:
-            padded = denoiser(rows, keys)[:1, :PROBE].float()
-        except Exception:  # it takes no mask of this shape
+    settings = _read_config(folder, folder, ADAPTER)
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
+    special = [key for key in ("use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern") if settings.get(key)]
+    special += [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if settings.get("peft_type") != "LORA" or special:
+        what = special[0] if special else settings.get("peft_type")
+        remedy = "merge it: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        raise UserError("denoiser", f"the adapter {folder} is more than low-rank products ({what})", remedy)
+    for name, first in tensors.items():
+        if name.endswith(".lora_B.weight"):
             continue
-        if bool((padded - alone).abs().max() <= allowed):
-            return way
-    return "lengths"
-
-
-@contextmanager
-def memory_hint(what: str, device: torch.device | str) -> Iterator[None]:
-    """Turn a device that runs out of memory into one line."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        problem = f"{what} does not fit into the memory of {device}"
-        raise UserError("memory", problem, "use dtype bfloat16, a smaller model, or device cpu") from error
+        place = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        second = tensors.get(name.replace(".lora_A.", ".lora_B."))
+        layer = dict(network.named_modules()).get(place)
+        fits = isinstance(layer, nn.Linear) and second is not None
+        if not fits or (len(second), first.shape[1]) != layer.weight.shape or len(first) != second.shape[1]:
+            problem = f"the adapter {folder} changes {place!r}, which the model does not have"
+            raise UserError("denoiser", problem, "load it with the model that it was trained on")
+        rank = math.sqrt(len(first)) if settings.get("use_rslora") else len(first)
+        change = settings["lora_alpha"] / rank * (second.double() @ first.double())
+        layer.weight += change.to(layer.weight)

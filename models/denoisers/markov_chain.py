@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orderppl.config import Configurable
 from orderppl.errors import UserError
 from orderppl.models.denoisers.chain_orders import OPEN, GapPolicy, GapSearch, entropy, nearest_revealed
 
 
 def _nearest(revealed: Tensor) -> Tensor:
-    """Law of the distance to the nearest revealed position on the left, 0 for none.
+    """Distribution of the distance to the nearest revealed position on the left, 0 for none.
 
     Args:
         revealed: float [B, L, T], independent probabilities.
@@ -33,7 +34,7 @@ def _nearest(revealed: Tensor) -> Tensor:
     return torch.stack([hidden_between, *by_distance], 2)
 
 
-class MarkovChainDenoiser(nn.Module):
+class MarkovChainDenoiser(Configurable, nn.Module):
     """Exact conditionals p(x_i | the other revealed tokens) of a symmetric chain.
 
     The chain starts uniformly over K states and keeps its state with probability `stay`, else moves to one of the
@@ -51,6 +52,7 @@ class MarkovChainDenoiser(nn.Module):
 
     log_power: Tensor
     reads_itself = False
+    tokenizer = None
 
     def __init__(self, num_states: int, stay: float, length: int) -> None:
         super().__init__()
@@ -62,7 +64,6 @@ class MarkovChainDenoiser(nn.Module):
             raise UserError("length", f"{length} is not positive", "use at least 1")
         self.num_states, self.stay, self.length = num_states, stay, length
         self.vocab_size = self.mask_index = num_states
-        self.config = {"num_states": num_states, "stay": stay, "length": length}
         self.transition = np.full((num_states, num_states), (1 - stay) / (num_states - 1))
         np.fill_diagonal(self.transition, stay)
         powers = [np.eye(num_states)]
@@ -72,9 +73,10 @@ class MarkovChainDenoiser(nn.Module):
         # Row 0 stands for "no neighbour on that side": it says nothing.
         log_power = np.concatenate([np.zeros((1, num_states, num_states)), np.log(self._powers[1:])])
         self.register_buffer("log_power", torch.from_numpy(log_power), persistent=False)
+        self.eval()
 
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position; see `orderppl.denoising.Denoiser`. Exact to float64, returned in float32.
+        """Score every position; see `orderppl.unmasking.Denoiser`. Exact to float64, returned in float32.
 
         Raises:
             UserError: the canvas is longer than the chain.
@@ -89,7 +91,7 @@ class MarkovChainDenoiser(nn.Module):
     def _side(self, state: Tensor, attended: Tensor) -> Tensor:
         """Log-likelihood of every state given the nearest revealed token strictly to the left: float64 [N, S, K].
 
-        The chain is reversible with a uniform stationary law, so the flipped canvas gives the right side.
+        The chain is reversible with a uniform stationary distribution, so the flipped canvas gives the right side.
         """
         position = attended.long().cumsum(-1)  # padding takes no place in the chain
         number, token = nearest_revealed(state, attended & (state != self.mask_index), position)
@@ -98,7 +100,7 @@ class MarkovChainDenoiser(nn.Module):
         return self.log_power[distance, token]
 
     def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position from uncertain evidence at the others; see `orderppl.denoising.SoftDenoiser`.
+        """Score every position from uncertain evidence at the others; see `orderppl.unmasking.SoftDenoiser`.
 
         A token x_j visible to degree v_j contributes the factor v_j [x = x_j] + 1 - v_j, as if it were revealed with
         probability v_j; the factors of all other positions meet at i by the forward-backward recursion:
@@ -188,7 +190,7 @@ class MarkovChainDenoiser(nn.Module):
         Raises:
             UserError: no step, or more positions than the chain has.
         """
-        search = self._search(num_steps, length, sees_tokens=False)
+        search = self.search(num_steps, length, sees_tokens=False)
         return search.fixed_order(), self._gap(search)
 
     def expected_cost(self, reveal_step: Tensor) -> float:
@@ -206,7 +208,7 @@ class MarkovChainDenoiser(nn.Module):
             UserError: no step, or more of them than the chain has positions.
         """
         steps = reveal_step.tolist()
-        search = self._search(1, len(steps), sees_tokens=False)
+        search = self.search(1, len(steps), sees_tokens=False)
         total = 0.0
         for i, step in enumerate(steps):
             earlier = [j for j, other in enumerate(steps) if other < step]
@@ -236,10 +238,11 @@ class MarkovChainDenoiser(nn.Module):
         Raises:
             UserError: no step, or more positions than the chain has.
         """
-        search = self._search(num_steps, length, sees_tokens=True)
-        return GapPolicy(search), self._gap(search)
+        policy = GapPolicy(self, num_steps, length)
+        return policy, self._gap(policy.search)
 
-    def _search(self, num_steps: int, length: int | None, sees_tokens: bool) -> GapSearch:
+    def search(self, num_steps: int, length: int | None, sees_tokens: bool) -> GapSearch:
+        """The best reveal sets; arguments and errors as of `best_order`, `sees_tokens` as of `GapSearch`."""
         length = self.length if length is None else length
         if not 1 <= length <= self.length:
             raise UserError("length", f"{length} is not within 1..{self.length}", "build a longer chain")

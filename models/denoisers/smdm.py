@@ -4,65 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from orderppl.errors import UserError
-from orderppl.hub import fetch
-from orderppl.inference.checkpoints import check_fingerprint, write_tensors, write_text
-from orderppl.models.networks import attended_positions
+from orderppl.config import Configurable
+from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer
+from orderppl.errors import UserError, first_line
+from orderppl.files import check_shapes, read_tensors, shapes_of, write_tensors, write_text
+from orderppl.models.backbone import Rotary, attended_positions, rotary_tables, rotate
 
 MODEL_TYPE = "smdm"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"  # the one all published models were trained with
-
-
-@dataclass(frozen=True)
-class SmdmConfig:
-    """Architecture; the names are those of the published configurations.
-
-    Attributes:
-        n_layer: blocks.
-        n_head: attention heads.
-        n_embd: size of the hidden vectors.
-        intermediate_size: width of the gated feed-forward networks.
-        vocab_size: token classes V of the output head. MASK is V: it is embedded, but no class.
-        block_size: longest canvas.
-        norm_eps: of the root-mean-square norms.
-    """
-
-    n_layer: int = 18
-    n_head: int = 12
-    n_embd: int = 768
-    intermediate_size: int = 3072
-    vocab_size: int = 32_000
-    block_size: int = 2048
-    norm_eps: float = 1e-5
-
-
-SIZES = {"170M": SmdmConfig(), "1.1B": SmdmConfig(20, 14, 1792, 7168)}
-"""The two sizes with published downstream models; 1.1B is `1028M` in its file names, which do not count embeddings."""
+SIZES: dict[str, dict[str, Any]] = {
+    "170M": {"n_layer": 18, "n_head": 12, "n_embd": 768, "intermediate_size": 3072},
+    "1.1B": {"n_layer": 20, "n_head": 14, "n_embd": 1792, "intermediate_size": 7168},
+}
+"""Arguments of the two sizes with published downstream models; 1.1B is `1028M` in its file names."""
 
 
 class _Attention(nn.Module):
     """Bidirectional attention; the rows of `attn` are query, key and value of head 0, then those of head 1, ..."""
 
-    def __init__(self, config: SmdmConfig) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = config.n_head
-        self.attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.heads = heads
+        self.attn = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, hidden: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, keys: Tensor, rotary: Rotary) -> Tensor:
         n, s, width = hidden.shape
         qkv = self.attn(hidden).view(n, s, self.heads, 3, width // self.heads)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)  # [N, H, S, W/H] each
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
+        q, k = rotate(q, rotary), rotate(k, rotary)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None])
         projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(-2))
         return projected
@@ -71,10 +49,10 @@ class _Attention(nn.Module):
 class _SwiGLU(nn.Module):
     """Gated feed-forward network (Shazeer 2020): w3(silu(w1 x) * w2 x)."""
 
-    def __init__(self, config: SmdmConfig) -> None:
+    def __init__(self, width: int, mlp: int) -> None:
         super().__init__()
-        self.w1, self.w2 = (nn.Linear(config.n_embd, config.intermediate_size, bias=False) for _ in range(2))
-        self.w3 = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.w1, self.w2 = (nn.Linear(width, mlp, bias=False) for _ in range(2))
+        self.w3 = nn.Linear(mlp, width, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         gated: Tensor = self.w3(F.silu(self.w1(hidden)) * self.w2(hidden))
@@ -84,91 +62,83 @@ class _SwiGLU(nn.Module):
 class _Block(nn.Module):
     """Pre-norm block."""
 
-    def __init__(self, config: SmdmConfig) -> None:
+    def __init__(self, width: int, heads: int, mlp: int, eps: float) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = (nn.RMSNorm(config.n_embd, config.norm_eps) for _ in range(2))
-        self.attn = _Attention(config)
-        self.mlp = nn.ModuleDict({"swiglu": _SwiGLU(config)})
+        self.norm_1, self.norm_2 = (nn.RMSNorm(width, eps) for _ in range(2))
+        self.attn = _Attention(width, heads)
+        self.mlp = nn.ModuleDict({"swiglu": _SwiGLU(width, mlp)})
 
-    def forward(self, hidden: Tensor, keys: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, keys: Tensor, rotary: Rotary) -> Tensor:
         hidden = hidden + self.attn(self.norm_1(hidden), keys, rotary)
         mixed: Tensor = hidden + self.mlp["swiglu"](self.norm_2(hidden))
         return mixed
 
 
-class SmdmDenoiser(nn.Module):
+class SmdmDenoiser(Configurable, nn.Module):
     """A bidirectional LLaMA without biases; reads padding anywhere, positions count attended tokens.
 
+    Arguments have the names and defaults of the published configurations.
+
     Args:
-        config: the architecture, or the name of a published size ("170M", "1.1B").
+        n_layer: blocks.
+        n_head: attention heads.
+        n_embd: size of the hidden vectors.
+        intermediate_size: width of the gated feed-forward networks.
+        vocab_size: token classes V of the output head. MASK is V: it is embedded, but no class.
+        block_size: longest canvas.
+        norm_eps: of the root-mean-square norms.
+        tokenizer: of its texts.
+
+    Raises:
+        UserError: heads that do not fit the width.
     """
 
-    def __init__(self, config: SmdmConfig | str = "170M") -> None:
+    def __init__(
+        self,
+        n_layer: int = 18,
+        n_head: int = 12,
+        n_embd: int = 768,
+        intermediate_size: int = 3072,
+        vocab_size: int = 32_000,
+        block_size: int = 2048,
+        norm_eps: float = 1e-5,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         super().__init__()
-        if isinstance(config, str):
-            if config not in SIZES:
-                raise UserError("config", f"unknown size {config!r}", f"use one of {', '.join(SIZES)}, or a SmdmConfig")
-            config = SIZES[config]
-        if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
-            raise UserError(
-                "n_head", f"{config.n_head} heads do not split width {config.n_embd} evenly", "use e.g. 12 for 768"
-            )
-        self.architecture = config
-        self.config = {"model_type": MODEL_TYPE, **asdict(config)}
-        self.vocab_size = self.mask_index = config.vocab_size
-        self.max_length = config.block_size
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if n_embd % n_head or n_embd // n_head % 2:
+            raise UserError("n_head", f"{n_head} heads do not split width {n_embd} evenly", "use e.g. 12 for 768")
+        self.config: dict[str, Any] = {
+            "model_type": MODEL_TYPE,
+            "n_layer": n_layer,
+            "n_head": n_head,
+            "n_embd": n_embd,
+            "intermediate_size": intermediate_size,
+            "vocab_size": vocab_size,
+            "block_size": block_size,
+            "norm_eps": norm_eps,
+        }
+        self.vocab_size = self.mask_index = vocab_size
+        self.max_length, self.tokenizer = block_size, tokenizer
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size + 1, config.n_embd),
-                "h": nn.ModuleList(_Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.RMSNorm(config.n_embd, config.norm_eps),
+                "wte": nn.Embedding(vocab_size + 1, n_embd),
+                "h": nn.ModuleList(_Block(n_embd, n_head, intermediate_size, norm_eps) for _ in range(n_layer)),
+                "ln_f": nn.RMSNorm(n_embd, norm_eps),
             }
         )
 
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
-    ) -> SmdmDenoiser:
-        """Load weights strictly, in evaluation mode.
-
-        Args:
-            name_or_path: a safetensors file, such as `nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors` on the
-                hub, whose size is recognised if it is in `SIZES`; or a folder of `config.json` and `model.safetensors`.
-            revision: branch, tag or commit on the hub.
-            dtype: of the parameters.
-
-        Raises:
-            UserError: the files are missing, damaged or of another architecture.
-        """
-        path = fetch(name_or_path, revision, field="denoiser")
-        weights = path / WEIGHTS if path.is_dir() else path
-        try:
-            with safe_open(weights, framework="pt") as file:
-                shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                beside = weights.with_name("config.json")
-                config = _read_config(beside) if path.is_dir() and beside.is_file() else _recognise(shapes, weights)
-                with torch.device("meta"):
-                    denoiser = cls(config)
-                check_fingerprint(shapes, denoiser, weights)
-                tensors = {name: file.get_tensor(name).to(dtype) for name in shapes}
-        except FileNotFoundError as error:
-            raise UserError("denoiser", f"{weights} does not exist", "give the safetensors file of a model") from error
-        except (SafetensorError, OSError) as error:
-            problem = f"{weights} cannot be read ({error})"
-            raise UserError("denoiser", problem, "give a complete safetensors file") from error
-        denoiser.load_state_dict(tensors, assign=True)
-        return denoiser.eval()
-
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder."""
+        """Write `config.json`, `model.safetensors` and the tokeniser into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / WEIGHTS, self.state_dict())
         write_text(folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+        if isinstance(self.tokenizer, PretrainedTokenizer):
+            self.tokenizer.tokenizer.save_pretrained(str(folder))
 
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position; see `orderppl.denoising.Denoiser`.
+        """Score every position; see `orderppl.unmasking.Denoiser`.
 
         Raises:
             UserError: the canvas is longer than `block_size`.
@@ -181,50 +151,71 @@ class SmdmDenoiser(nn.Module):
         return logits
 
     def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Everything before the output head, float [N, S, W]; see `orderppl.denoising.SplitDenoiser`."""
+        """Everything before the output head, float [N, S, W]; see `orderppl.unmasking.SplitDenoiser`."""
         if state.shape[-1] > self.max_length:
             problem = f"a canvas of {state.shape[-1]} tokens exceeds the model's {self.max_length}"
             raise UserError("max_length", problem, "shorten prompt or response")
         attended = attention_mask.bool()
         keys = attended | ~attended.any(-1, keepdim=True)  # a row of nothing but padding looks everywhere
         hidden = self.transformer["wte"](state)  # [N, S, W]
-        rotary = _rotary(attended_positions(attended), self.architecture.n_embd // self.architecture.n_head)
-        rotary = rotary[0].to(hidden.dtype), rotary[1].to(hidden.dtype)
+        rotary = _rotary(attended_positions(attended), self.config["n_embd"] // self.config["n_head"], hidden.dtype)
         for block in self.transformer["h"].children():
             hidden = block(hidden, keys, rotary)
         normed: Tensor = self.transformer["ln_f"](hidden)
         return normed
 
 
-def _rotary(position: Tensor, size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Rotary cosines and sines, bfloat16 [N, 1, S, size]: the models were trained with tables as coarse."""
-    rate = base ** (-torch.arange(0, size, 2, device=position.device, dtype=torch.float32) / size)
-    angle = position[..., None].float() * rate  # [N, S, size/2]
-    angle = torch.cat([angle, angle], -1)[:, None]
-    return angle.cos().bfloat16(), angle.sin().bfloat16()
+def _rotary(position: Tensor, size: int, dtype: torch.dtype) -> Rotary:
+    """Tables rounded to bfloat16, from frequencies in their form: the models were trained with both."""
+    rate = 1.0 / 10_000.0 ** (torch.arange(0, size, 2, device=position.device, dtype=torch.float32) / size)
+    cos, sin = rotary_tables(position, rate)
+    return cos.bfloat16().to(dtype), sin.bfloat16().to(dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin
+def load_smdm(path: Path, dtype: torch.dtype = torch.float32) -> SmdmDenoiser:
+    """Load weights strictly.
+
+    Args:
+        path: a safetensors file, whose size is recognised if it is in `SIZES`, or a folder of `config.json` and
+            `model.safetensors`.
+        dtype: of the parameters.
+
+    Raises:
+        UserError: the files are missing, damaged or of another architecture.
+    """
+    weights = path / WEIGHTS if path.is_dir() else path
+    tensors = read_tensors(weights)
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    layers = sum(name.endswith(".attn.attn.weight") for name in tensors)
+    arguments = _read_config(path / "config.json") if path.is_dir() else _recognise(shapes, layers, weights)
+    if arguments.get("n_layer", SIZES["170M"]["n_layer"]) != layers:
+        problem = f"{weights} has {layers} layers, its config.json says otherwise"
+        raise UserError("denoiser", problem, "give weights and configuration of one model")
+    try:
+        with torch.device("meta"):
+            denoiser = SmdmDenoiser(**arguments)
+    except (TypeError, RuntimeError, ArithmeticError) as error:
+        problem = f"{path} has no configuration of SMDM ({first_line(error)})"
+        raise UserError("denoiser", problem, "give the arguments of SmdmDenoiser") from error
+    check_shapes(shapes, shapes_of(denoiser), weights)
+    denoiser.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return denoiser
 
 
-def _recognise(shapes: Mapping[str, list[int]], source: Path) -> SmdmConfig:
+def _recognise(shapes: Mapping[str, list[int]], layers: int, source: Path) -> dict[str, Any]:
     """The published size that tensors of these shapes have; shapes do not tell the number of heads."""
-    layers = sum(name.endswith(".attn.attn.weight") for name in shapes)
-    for config in SIZES.values():
-        if (config.n_layer, [config.vocab_size + 1, config.n_embd]) == (layers, shapes.get("transformer.wte.weight")):
-            return config
+    for size in SIZES.values():
+        if layers == size["n_layer"] and shapes.get("transformer.wte.weight") == [32_001, size["n_embd"]]:
+            return size
     problem = f"{source} is no SMDM of a known size ({', '.join(SIZES)})"
     remedy = f"put it into a folder as {WEIGHTS}, beside a config.json with model_type {MODEL_TYPE} and its sizes"
     raise UserError("denoiser", problem, remedy)
 
 
-def _read_config(path: Path) -> SmdmConfig:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content.pop("model_type")
-        return SmdmConfig(**content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        remedy = f"give model_type {MODEL_TYPE} and {', '.join(SmdmConfig.__dataclass_fields__)}"
-        raise UserError("denoiser", f"{path} is no configuration of SMDM ({error})", remedy) from error
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        return {key: value for key, value in content.items() if key != "model_type"}
+    except (OSError, ValueError, TypeError) as error:
+        remedy = f"give model_type {MODEL_TYPE} and the arguments of SmdmDenoiser"
+        raise UserError("denoiser", f"{path} is no configuration of SMDM ({first_line(error)})", remedy) from error

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orderppl.config import Configurable
+from orderppl.data.tokenizers import Tokenizer
 from orderppl.errors import UserError
-from orderppl.models.networks import Backbone, Positions, attended_positions
+from orderppl.models.backbone import Backbone, Positions, attended_positions
 
 
 def number_features(values: Tensor, width: int) -> Tensor:
@@ -38,7 +37,7 @@ def number_features(values: Tensor, width: int) -> Tensor:
     return F.pad(features, (0, width - features.shape[1]))
 
 
-class TransformerDenoiser(nn.Module):
+class TransformerDenoiser(Configurable, nn.Module):
     """Pre-norm bidirectional transformer from partially revealed sequences to token logits.
 
     Args:
@@ -48,20 +47,21 @@ class TransformerDenoiser(nn.Module):
         layers: number of blocks.
         heads: attention heads.
         mlp: width of the feed-forward networks; 4 x `width` when left out.
-        max_length: longest canvas (prompt plus response).
-        number_values: value of every number token and None or NaN elsewhere, length V. Their embeddings start as
-            Fourier features of the value, so that arithmetic is learnt from few examples.
+        max_length: longest canvas, tokens; 256 when left out.
         tied: share the embedding with the output head.
         positions: `rotary` or `learned`; counted over attended tokens.
+        tokenizer: of the texts, if there is one.
+        number_features: start the embeddings of number tokens as Fourier features of their values, so that arithmetic
+            is learnt from few examples; the tokeniser knows the values.
         separator_index: id of a token that ends every prompt. What follows its first occurrence is marked as response
             and takes positions from `prompt_room` on, whatever the prompt's length, so that "the k-th number of the
             prompt" is always equally far away. None counts prompt and response as one sequence.
-        prompt_room: positions kept for prompts, the separator included; with a separator only.
+        prompt_room: positions kept for prompts, the separator included; 64 when left out; with a separator only.
         prompt_reads_response: False lets prompts attend to themselves only, so that decoding reads them once
-            (`orderppl.denoising.PromptDenoiser`); with a separator only.
+            (`orderppl.unmasking.PromptDenoiser`); with a separator only.
 
     Raises:
-        UserError: number values for another vocabulary, heads that do not fit the width, or prompts that do not read
+        UserError: heads that do not fit the width, a tokeniser of another vocabulary, or prompts that do not read
             their response and have no separator.
     """
 
@@ -75,46 +75,33 @@ class TransformerDenoiser(nn.Module):
         layers: int = 3,
         heads: int = 4,
         mlp: int | None = None,
-        max_length: int = 256,
-        number_values: Sequence[float | None] | Tensor | None = None,
+        max_length: int | None = None,
         tied: bool = True,
         positions: Positions = "rotary",
+        tokenizer: Tokenizer | None = None,
+        number_features: bool = True,
         separator_index: int | None = None,
-        prompt_room: int = 64,
+        prompt_room: int | None = None,
         prompt_reads_response: bool = True,
     ) -> None:
         super().__init__()
         if separator_index is None and not prompt_reads_response:
             problem = "without a separator no token is known to be of the prompt"
             raise UserError("prompt_reads_response", problem, "give separator_index, or leave it True")
-        self.separator_index, self.prompt_room = separator_index, prompt_room
-        self.prompt_reads_response = prompt_reads_response
-        self.vocab_size, self.mask_index, self.max_length = vocab_size, mask_index, max_length
-        self.config: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "mask_index": mask_index,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "mlp": mlp,
-            "max_length": max_length,
-            "tied": tied,
-            "positions": positions,
-            "separator_index": separator_index,
-            "prompt_room": prompt_room,
-            "prompt_reads_response": prompt_reads_response,
-        }
+        self.vocab_size, self.mask_index, self.tokenizer = vocab_size, mask_index, tokenizer
+        self.separator_index, self.prompt_reads_response = separator_index, prompt_reads_response
+        self.prompt_room, self.max_length = prompt_room or 64, max_length or 256
         self.embed = nn.Embedding(max(vocab_size, mask_index + 1), width)
-        room = 0 if separator_index is None else prompt_room
-        self.backbone = Backbone(width, layers, heads, mlp, positions, max_length + room)
+        room = 0 if separator_index is None else self.prompt_room
+        self.backbone = Backbone(width, layers, heads, mlp, positions, self.max_length + room)
         self.response = None if separator_index is None else nn.Parameter(0.02 * torch.randn(width))
         self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         nn.init.normal_(self.embed.weight, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
-        if number_values is not None:
-            self._initialise_numbers(number_values)
+        if tokenizer is not None and number_features:
+            self._initialise_numbers(tokenizer.number_values())
 
     def read_up_to(self, max_length: int) -> None:
         """Set the longest canvas, tokens; rotary positions have no end of their own.
@@ -122,30 +109,25 @@ class TransformerDenoiser(nn.Module):
         Raises:
             UserError: learned positions.
         """
-        if self.config["positions"] != "rotary":
+        if self.backbone.embed_position is not None:
             problem = f"its {self.max_length} positions are learned"
             raise UserError("max_length", problem, "leave it out, or train a denoiser with rotary positions")
-        self.max_length = self.config["max_length"] = max_length
+        self.max_length = max_length
 
-    def _initialise_numbers(self, number_values: Sequence[float | None] | Tensor) -> None:
-        values = torch.as_tensor(
-            [math.nan if value is None else float(value) for value in number_values], dtype=torch.float32
-        )
-        if len(values) != self.vocab_size:
-            raise UserError(
-                "number_values", f"{len(values)} values for {self.vocab_size} tokens", "give one (or None) per token"
-            )
-        is_number = values.isfinite()
-        features = number_features(values[is_number], self.embed.embedding_dim)
+    @torch.no_grad()
+    def _initialise_numbers(self, values: Tensor) -> None:
+        if len(values) > len(self.embed.weight):
+            problem = f"{len(values)} tokens for {len(self.embed.weight)} embeddings"
+            raise UserError("tokenizer", problem, "make vocab_size that of the tokeniser")
+        rows = values.isfinite().nonzero()[:, 0]
+        features = number_features(values[rows].float(), self.embed.embedding_dim)
         features = 0.02 * features / features.pow(2).mean(-1, keepdim=True).sqrt()  # as large as the other rows
-        rows = is_number.nonzero()[:, 0]
-        with torch.no_grad():
-            self.embed.weight[rows] = features
-            if self.head is not None:
-                self.head.weight[rows] = features
+        self.embed.weight[rows] = features
+        if self.head is not None:
+            self.head.weight[rows] = features
 
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position; see `orderppl.denoising.Denoiser`.
+        """Score every position; see `orderppl.unmasking.Denoiser`.
 
         Raises:
             UserError: the canvas is longer than `max_length`.
@@ -153,11 +135,11 @@ class TransformerDenoiser(nn.Module):
         return self.output_logits(self.hidden_states(state, attention_mask))
 
     def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Everything before the output head, float [N, S, W]; see `orderppl.denoising.SplitDenoiser`."""
+        """Everything before the output head, float [N, S, W]; see `orderppl.unmasking.SplitDenoiser`."""
         return self._read(self.embed(state), state, attention_mask)
 
     def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        """Hidden states from `start` on, float [N, S - start, W]; see `orderppl.denoising.TailDenoiser`."""
+        """Hidden states from `start` on, float [N, S - start, W]; see `orderppl.unmasking.TailDenoiser`."""
         return self._read(self.embed(state), state, attention_mask, start)
 
     def output_logits(self, hidden: Tensor) -> Tensor:
@@ -165,8 +147,8 @@ class TransformerDenoiser(nn.Module):
         weight = self.embed.weight[: self.vocab_size] if self.head is None else self.head.weight
         return F.linear(hidden, weight, self.bias)
 
-    def encode_prompt(self, context: Tensor, context_mask: Tensor) -> Tensor | None:
-        """Keys and values of prompts; see `orderppl.denoising.PromptDenoiser`.
+    def encode_prompt(self, prompt: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """Keys and values of prompts; see `orderppl.unmasking.PromptDenoiser`.
 
         Returns:
             float [N, layers, 2, H, C, W/H]; None for prompts that read their response, or that do not end with their
@@ -174,25 +156,23 @@ class TransformerDenoiser(nn.Module):
         """
         if self.prompt_reads_response:
             return None
-        context_mask = context_mask.bool()
-        position = attended_positions(context_mask)
-        is_end = context_mask & (position == context_mask.sum(-1, keepdim=True) - 1)
-        if not bool((((context == self.separator_index) & context_mask) == is_end).all()) or not is_end.any(-1).all():
+        attended = attention_mask.bool()
+        position = attended_positions(attended)
+        is_end = attended & (position == attended.sum(-1, keepdim=True) - 1)
+        if not bool((((prompt == self.separator_index) & attended) == is_end).all()) or not is_end.any(-1).all():
             return None
-        return self.backbone.keys_values(self.embed(context), context_mask, position)
+        return self.backbone.keys_values(self.embed(prompt), attended, position)
 
-    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
-        """Hidden states of responses, float [N, L, W]; see `orderppl.denoising.PromptDenoiser`."""
-        self._check_length(context_mask.shape[-1] + tokens.shape[-1])
+    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Hidden states of responses, float [N, L, W]; see `orderppl.unmasking.PromptDenoiser`."""
+        self._check_length(prompt_mask.shape[-1] + tokens.shape[-1])
         attention_mask = attention_mask.bool()
-        hidden = self.embed(tokens)
-        if self.response is not None:
-            hidden = hidden + self.response
         position = attended_positions(attention_mask) + self.prompt_room
-        return self.backbone(hidden, attention_mask, position, before=(prompt, context_mask))
+        hidden = self.embed(tokens) + self.response
+        return self.backbone(hidden, attention_mask, position, before=(prompt, prompt_mask.bool()))
 
     def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position from embeddings between MASK and the token; see `orderppl.denoising.SoftDenoiser`.
+        """Score every position from embeddings between MASK and the token; see `orderppl.unmasking.SoftDenoiser`.
 
         A position reads itself as well: what is visible of a token raises its own likelihood.
         """

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orderppl.config import Configurable
 from orderppl.errors import UserError
 
 LARGEST_JOINT = 2**22  # probabilities in a table of a node and its Markov boundary
@@ -22,7 +23,7 @@ def _normalised(message: Tensor) -> Tensor:
     return message / message.sum(-1, keepdim=True)
 
 
-class TreeFieldDenoiser(nn.Module):
+class TreeFieldDenoiser(Configurable, nn.Module):
     """Exact conditionals p(x_i | the other revealed tokens) of a symmetric Markov field on a complete binary tree.
 
     Nodes stand in level order, parent(i) = (i - 1) // 2. The root is uniform over K states; a child keeps the state of
@@ -40,6 +41,7 @@ class TreeFieldDenoiser(nn.Module):
     """
 
     transition: Tensor
+    tokenizer = None
 
     def __init__(self, num_states: int, stay: float, depth: int = 4) -> None:
         super().__init__()
@@ -52,7 +54,6 @@ class TreeFieldDenoiser(nn.Module):
         self.num_states, self.stay, self.depth = num_states, stay, depth
         self.length = 2**depth - 1
         self.vocab_size = self.mask_index = num_states
-        self.config = {"num_states": num_states, "stay": stay, "depth": depth}
         transition = torch.full((num_states, num_states), (1 - stay) / (num_states - 1), dtype=torch.float64)
         self.register_buffer("transition", transition.fill_diagonal_(stay), persistent=False)
         edges = [(i, (i - 1) // 2) for i in range(1, self.length)]
@@ -64,9 +65,10 @@ class TreeFieldDenoiser(nn.Module):
         self._beyond |= {(child, parent): below[0] & ~below[child] for child, parent in edges}
         self._shapes: dict[tuple[int, int, int], Shape | None] = {}
         self._entropies: dict[Shape, float] = {}
+        self.eval()
 
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position; see `orderppl.denoising.Denoiser`. Exact to float64, returned in float32.
+        """Score every position; see `orderppl.unmasking.Denoiser`. Exact to float64, returned in float32.
 
         Raises:
             UserError: the canvas is longer than the tree.
@@ -96,7 +98,7 @@ class TreeFieldDenoiser(nn.Module):
             siblings = _normalised((own[d] * below[d]) @ self.transition).unflatten(1, (-1, 2))  # [N, 2^(d-1), 2, K]
             below[d - 1] = siblings.prod(2)
             beside[d] = siblings.flip(2).flatten(1, 2)
-        above = [torch.ones_like(own[0])]  # from the parent of a node: the root has none, its law is uniform
+        above = [torch.ones_like(own[0])]  # from the parent of a node: the root has none, it is uniform
         for d in range(1, self.depth):
             parent = (own[d - 1] * above[d - 1]).repeat_interleave(2, 1) * beside[d]
             above.append(_normalised(parent @ self.transition))

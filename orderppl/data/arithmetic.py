@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value
 
+from orderppl.data.answers import exact_match
+from orderppl.data.dataset import SPLITS, Row, TextData, at_least, one_of
+from orderppl.data.report import LoadReport
+from orderppl.data.tokenizers import Tokenizer, WordTokenizer
 from orderppl.errors import UserError
 
 Variant = Literal["chain", "mod20", "dual"]
 Operation = tuple[str, int, int]  # operator, operand, result
 
-FEATURES = Features({"prompt": Value("string"), "response": Value("string"), "answer": Value("string")})
 NAMES = ("mia", "tom", "ana", "ben", "eva", "leo", "zoe", "max")
 THINGS = ("pens", "cups", "nuts", "eggs", "cards", "shells", "stamps", "coins")
 PHRASES = {
@@ -25,128 +27,118 @@ PHRASES = {
 MODULUS = 20
 
 
-def _word_operations(start: int, count: int, limit: int, rng: np.random.Generator) -> list[Operation]:
-    """Operations whose results stay whole and in 1..limit; the operator is uniform over the possible ones."""
-    operations: list[Operation] = []
-    value = start
-    for _ in range(count):
-        operands: dict[str, Sequence[int]] = {
-            "+": range(1, limit - value + 1),
-            "-": range(1, value),
-            "*": range(2, limit // value + 1),
-            "/": [n for n in range(2, value + 1) if value % n == 0],
-        }
-        possible = [sign for sign, choices in operands.items() if len(choices)]
-        sign = possible[rng.integers(len(possible))]
-        n = operands[sign][int(rng.integers(len(operands[sign])))]
-        value = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[sign]
-        operations.append((sign, n, value))
-    return operations
-
-
-def _modular_operations(start: int, count: int, rng: np.random.Generator) -> list[Operation]:
-    """Operations modulo 20 on 0..19."""
-    operations: list[Operation] = []
-    value = start
-    for _ in range(count):
-        sign, n = "+-*"[rng.integers(3)], int(rng.integers(MODULUS))
-        value = {"+": value + n, "-": value - n, "*": value * n}[sign] % MODULUS
-        operations.append((sign, n, value))
-    return operations
-
-
-def _response(start: int, operations: list[Operation], answer_first: bool) -> str:
-    """Equation chain and answer; with `answer_first` the answer, then the equations from the last to the first."""
-    equations, value = [], start
-    for sign, n, result in operations:
-        equations.append(f"{value} {sign} {n} = {result}")
-        value = result
-    if answer_first:
-        return " ; ".join([f"# {value}", *reversed(equations)])
-    return " ; ".join(equations) + f" # {value}"
-
-
-def generate_arithmetic(
-    variant: Variant = "chain",
-    *,
-    train: int = 20_000,
-    validation: int = 500,
-    test: int = 500,
-    num_operations: int = 4,
-    limit: int = 20,
-    seed: int = 0,
-) -> DatasetDict:
-    """Make problems with columns `prompt`, `response`, `answer`; no two rows share start number and operations.
+class Arithmetic(TextData):
+    """Generated arithmetic word problems, answered by a chain of equations.
 
     Variants, with 4 operations:
         chain: `mia has 20 pens . split by 4 . sells 3 . ... ?` -> `20 / 4 = 5 ; 5 - 3 = 2 ; ... # n`, 25 number tokens.
-        mod20: `7 + 5 * 3 - 4 + 9` worked from left to right modulo 20; 25 tokens, 26 with eos.
+        mod20: `7 + 5 * 3 - 4 + 9` worked from left to right modulo 20; 25 tokens, 26 with the end.
         dual: chain whose prompt ends in `answer last ?` or, one half, in `answer first ?`; the response is then
             `# n ; ...` with the equations from the last to the first, so that no fixed order is right for both.
 
+    No two rows share start number and operations, whatever names and things they are told with.
+
     Args:
         variant: see above.
-        train: rows of the training split.
-        validation: rows of the validation split (0: no such split).
-        test: rows of the test split (0: no such split).
+        train: training problems.
+        validation: validation problems (0: no such split).
+        test: test problems (0: no such split).
         num_operations: operations of every problem.
         limit: chain and dual: largest number.
-        seed: fixes the result.
-
-    Returns:
-        Splits that share no problem, whatever names and things it is told with.
+        seed: fixes the problems.
+        options: see `TextData`.
 
     Raises:
-        UserError: a setting is out of range, or there are not that many different problems.
+        UserError: a setting is out of range.
     """
-    if variant not in ("chain", "mod20", "dual"):
-        raise UserError("variant", f"{variant!r} is unknown", "use chain, mod20 or dual")
-    sizes = {"train": train, "validation": validation, "test": test}
-    for name, value, least in (
-        ("num_operations", num_operations, 1),
-        ("limit", limit, 4),
-        *((k, v, 0) for k, v in sizes.items()),
-    ):
-        if value < least:
-            raise UserError(name, f"{value} is too small", f"give at least {least}")
-    rng = np.random.default_rng(seed)
-    total = sum(sizes.values())
-    seen: set[tuple[int, tuple[Operation, ...]]] = set()
-    rows: list[dict[str, str]] = []
-    repeats = 0
-    while len(rows) < total:
-        if variant == "mod20":
-            start = int(rng.integers(MODULUS))
-            operations = _modular_operations(start, num_operations, rng)
-        else:
-            start = int(rng.integers(1, limit + 1))
-            operations = _word_operations(start, num_operations, limit, rng)
-        key = (start, tuple(operations))
-        if key in seen:
-            repeats += 1
-            if repeats > 20 * total + 1000:
-                raise UserError(
-                    "train",
-                    f"only {len(rows)} different problems were found where {total} are asked for",
-                    "ask for fewer rows, or raise num_operations or limit",
-                )
-            continue
-        seen.add(key)
-        answer_first = variant == "dual" and rng.random() < 0.5
-        if variant == "mod20":
-            prompt = " ".join([str(start), *(f"{sign} {n}" for sign, n, _ in operations)])
-        else:
-            story = [f"{NAMES[rng.integers(len(NAMES))]} has {start} {THINGS[rng.integers(len(THINGS))]}"]
-            for sign, n, _ in operations:
-                story.append(PHRASES[sign][rng.integers(len(PHRASES[sign]))].format(n))
-            if variant == "dual":
-                story.append("answer first" if answer_first else "answer last")
-            prompt = " . ".join(story) + " ?"
-        response = _response(start, operations, answer_first)
-        rows.append({"prompt": prompt, "response": response, "answer": str(operations[-1][2])})
-    splits, begin = {}, 0
-    for name, size in sizes.items():
-        if size:
-            splits[name] = Dataset.from_list(rows[begin : begin + size], features=FEATURES)
-        begin += size
-    return DatasetDict(splits)
+
+    default_grade = staticmethod(exact_match)
+    default_on_bad = "report"
+
+    def __init__(
+        self,
+        variant: Variant = "chain",
+        train: int = 20_000,
+        validation: int = 500,
+        test: int = 500,
+        num_operations: int = 4,
+        limit: int = 20,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.variant = one_of("variant", variant, "chain", "mod20", "dual")
+        at_least(1, num_operations=num_operations, train=train)
+        at_least(4, limit=limit)
+        at_least(0, validation=validation, test=test)
+        self.sizes = dict(zip(SPLITS, (train, validation, test), strict=True))
+        self.num_operations, self.limit, self.seed = num_operations, limit, seed
+
+    def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:
+        """One token per number."""
+        texts = (text for row in rows for text in (row.prompt, row.text) if text is not None)
+        return WordTokenizer.build(texts, "numbers", max(self.limit, MODULUS))
+
+    def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
+        """Draw the problems.
+
+        Raises:
+            UserError: there are not that many different ones.
+        """
+        rng = np.random.default_rng(self.seed)
+        total = sum(self.sizes.values())
+        seen: set[tuple[int, tuple[Operation, ...]]] = set()
+        rows: list[Row] = []
+        repeats = 0
+        while len(rows) < total:
+            lowest, highest = (0, MODULUS - 1) if self.variant == "mod20" else (1, self.limit)
+            start = int(rng.integers(lowest, highest + 1))
+            operations = self._operations(start, rng)
+            if (start, tuple(operations)) in seen:
+                repeats += 1
+                if repeats > 20 * total + 1000:
+                    problem = f"only {len(rows)} different problems were found where {total} are needed"
+                    raise UserError("train", problem, "ask for fewer rows, or raise num_operations or limit")
+                continue
+            seen.add((start, tuple(operations)))
+            rows.append(self._row(start, operations, rng))
+        left = iter(rows)
+        return {split: [next(left) for _ in range(size)] for split, size in self.sizes.items() if size}
+
+    def _operations(self, start: int, rng: np.random.Generator) -> list[Operation]:
+        """Modulo 20, or with results that stay whole and in 1..limit by an operator uniform over the possible ones."""
+        operations: list[Operation] = []
+        value = start
+        for _ in range(self.num_operations):
+            if self.variant == "mod20":
+                sign, n = "+-*"[rng.integers(3)], int(rng.integers(MODULUS))
+            else:
+                operands: dict[str, Sequence[int]] = {
+                    "+": range(1, self.limit - value + 1),
+                    "-": range(1, value),
+                    "*": range(2, self.limit // value + 1),
+                    "/": [n for n in range(2, value + 1) if value % n == 0],
+                }
+                possible = [sign for sign, choices in operands.items() if len(choices)]
+                sign = possible[rng.integers(len(possible))]
+                n = operands[sign][int(rng.integers(len(operands[sign])))]
+            value = {"+": value + n, "-": value - n, "*": value * n, "/": value // max(n, 1)}[sign]
+            value = value % MODULUS if self.variant == "mod20" else value
+            operations.append((sign, n, value))
+        return operations
+
+    def _row(self, start: int, operations: list[Operation], rng: np.random.Generator) -> Row:
+        answer_first = self.variant == "dual" and rng.random() < 0.5
+        equations, value = [], start
+        for sign, n, result in operations:
+            equations.append(f"{value} {sign} {n} = {result}")
+            value = result
+        answer = f"# {value}"
+        response = " ; ".join([answer, *reversed(equations)]) if answer_first else f"{' ; '.join(equations)} {answer}"
+        if self.variant == "mod20":
+            return Row(response, " ".join([str(start), *(f"{s} {n}" for s, n, _ in operations)]), answer=str(value))
+        story = [f"{NAMES[rng.integers(len(NAMES))]} has {start} {THINGS[rng.integers(len(THINGS))]}"]
+        story += [PHRASES[sign][rng.integers(len(PHRASES[sign]))].format(n) for sign, n, _ in operations]
+        if self.variant == "dual":
+            story.append("answer first" if answer_first else "answer last")
+        return Row(response, " . ".join(story) + " ?", answer=str(value))

@@ -1,98 +1,75 @@
-"""Reactions as SMILES from CSV files, split by a hash of the row."""
+"""Chemical reactions from CSV files: the product, given the reactants."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Value
-
-from orderppl.data.report import LoadReport
-from orderppl.data.smiles import SmilesTokenizer, smiles_problem
-from orderppl.data.splits import split_rows
-from orderppl.data.tables import parse_csv, read_text
-from orderppl.errors import UserError
+from orderppl.data.dataset import Row, RowData
+from orderppl.data.reading import Record, cell_of, csv_rows
+from orderppl.data.report import BadRowError
+from orderppl.data.smiles import TOKEN, SmilesTokenizer, smiles_problem
+from orderppl.data.tokenizers import Tokenizer
 
 ARROW = ">>"
-FEATURES = Features(
-    {key: Value("string") for key in ("name", "reaction", "prompt", "response")} | {"line": Value("int64")}
-)
 
 
-def read_reactions(
-    path: str | Path, report: LoadReport, column: str = "rxn", tokenizer: SmilesTokenizer | None = None
-) -> Dataset:
-    """Read one CSV file of reactions `reactants>>product`; rows of another form are left out and counted.
+class Reactions(RowData):
+    """Reactions `reactants>>product` as SMILES; rows of another form are left out and counted.
 
     Args:
-        path: CSV (tabs in a `.tsv`) with a header line.
-        report: receives the counts.
+        train: CSV file (tabs in a `.tsv`) of training reactions.
+        validation: CSV file of validation reactions; None: a share of the training reactions.
+        test: CSV file of held-out reactions; None: a share of the training reactions.
         column: of the reactions.
-        tokenizer: also leave out what it cannot read.
-
-    Returns:
-        Columns `prompt` (reactants with the arrow), `response` (product), `reaction`, `name`, `line`.
-
-    Raises:
-        UserError: the file or column is missing, or no row is left.
+        test_share: see `RowData`.
+        validation_share: see `RowData`.
+        options: see `RowData` and `TextData`.
     """
-    path = Path(path)
-    table = parse_csv(path, read_text(path, "CSV"))
-    index = table.column(column)
-    rows: list[dict[str, str | int]] = []
-    for line, cells in table.rows:
-        report.read[path.name] += 1
-        reaction = cells[index].strip() if index < len(cells) else ""
+
+    default_on_bad = "report"
+    ends = False  # the model knows how long a product is
+    what = "reactions"
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        *,
+        column: str = "rxn",
+        test_share: float = 0.3,
+        validation_share: float = 0.15,
+        **options: Any,
+    ) -> None:
+        options |= {"test_share": test_share, "validation_share": validation_share}
+        super().__init__(train, validation, test, **options)
+        self.column = column
+
+    def read(self, source: str) -> Iterable[Record]:
+        """Rows of a CSV file."""
+        return csv_rows(source)
+
+    def row(self, record: Mapping[str, Any]) -> Row:
+        """Reactants with the arrow, and the product."""
+        reaction = cell_of(record, self.column)
         reactants, arrow, product = reaction.partition(ARROW)
-        problem = smiles_problem(reactants) or smiles_problem(product)
-        if problem is None and tokenizer is not None:
-            problem = tokenizer.problem(reaction)
         if not (reactants and arrow and product):
-            report.reject(path.name, line, "no reactants>>product", reaction)
-        elif problem is not None:
-            report.reject(path.name, line, "not readable", f"{problem}: {reaction}")
-        else:
-            name = f"line {line}"
-            row: dict[str, str | int] = {
-                "name": name,
-                "reaction": reaction,
-                "prompt": reactants + ARROW,
-                "response": product,
-                "line": line,
-            }
-            rows.append(row)
-    if not rows:
-        raise UserError(str(path), "no reaction is left", "give rows of the form reactants>>product")
-    return Dataset.from_list(rows, features=FEATURES)
+            raise BadRowError("no reactants>>product", reaction)
+        problem = smiles_problem(reactants) or smiles_problem(product)
+        if problem is not None:
+            raise BadRowError("not readable", f"{problem}: {reaction}")
+        return Row(product, reactants + ARROW)
 
+    def spelling(self, row: Row, tokenizer: Tokenizer) -> Row:
+        """The row, if its tokens are in the vocabulary."""
+        if isinstance(tokenizer, SmilesTokenizer):
+            problem = tokenizer.problem(self.key(row))
+            if problem is not None:
+                raise BadRowError("not readable", f"{problem}: {self.key(row)}")
+        return row
 
-def load_reactions(
-    train: str | Path,
-    test: str | Path | None = None,
-    *,
-    column: str = "rxn",
-    tokenizer: SmilesTokenizer | None = None,
-    held_out: float = 0.3,
-    validation: float = 0.15,
-    seed: int = 0,
-) -> tuple[DatasetDict, LoadReport]:
-    """Read training, validation and held-out reactions; no two splits share one.
-
-    Args:
-        train: CSV file.
-        test: held-out file; None: a share of `train`, drawn by a hash of the reaction.
-        column: see `read_reactions`.
-        tokenizer: see `read_reactions`.
-        held_out: see `split_rows`.
-        validation: see `split_rows`.
-        seed: of the hash.
-
-    Raises:
-        UserError: as `read_reactions` and `split_rows`.
-    """
-    report = LoadReport(str(train) if test is None else f"{train}, {test}")
-    rows = read_reactions(train, report, column, tokenizer)
-    held = None if test is None else read_reactions(test, report, column, tokenizer)
-    splits = split_rows(
-        rows, held, "reaction", report, held_out=held_out, validation=validation, seed=seed, file=Path(train).name
-    )
-    return splits, report
+    def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:
+        """The tokens that occur."""
+        found = {piece for row in rows for piece in TOKEN.findall(self.key(row))}
+        return SmilesTokenizer(["[PAD]", "[MASK]", "[SEP]", *sorted(found)])

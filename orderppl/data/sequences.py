@@ -1,179 +1,187 @@
-"""Protein sequences from FASTA or CSV files, split by a hash of the sequence."""
+"""Proteins and other sequences of letters from FASTA or CSV files; regions of antibodies."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Value
-
-from orderppl.data.report import LoadReport
-from orderppl.data.splits import split_rows
-from orderppl.data.tables import CsvTable, parse_csv, read_text
+from orderppl.data.dataset import Row, RowData
+from orderppl.data.reading import Record, cell_of, csv_rows, fasta_entries, read_text
+from orderppl.data.report import BadRowError
+from orderppl.data.tokenizers import LetterTokenizer, Span, Tokenizer
 from orderppl.errors import UserError
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
-FEATURES = Features({"name": Value("string"), "sequence": Value("string"), "line": Value("int64")})
-
-Entry = tuple[int, str, str]  # line, name, sequence
-
-
-def _fasta(text: str) -> Iterator[Entry]:
-    """Entries of a FASTA file with the line of their headers."""
-    line, name, parts = 1, "", list[str]()
-    for number, raw in enumerate(text.splitlines(), 1):
-        if raw.startswith(">"):
-            if name or parts:
-                yield line, name, "".join(parts)
-            words = raw[1:].split()
-            line, name, parts = number, words[0] if words else f"entry at line {number}", []
-        elif not raw.startswith(";"):  # an old form of comment
-            parts.append("".join(raw.split()))
-    if name or any(parts):
-        yield line, name, "".join(parts)
+REGIONS = ("FR1", "CDR1", "FR2", "CDR2", "FR3", "CDR3", "FR4")
+# After the rules by which loops are found by eye (A. C. R. Martin, "How to identify the CDRs by looking at a
+# sequence"): CDR1 four residues behind a cysteine and before a tryptophan, CDR2 fifteen behind CDR1, CDR3 three behind
+# the second cysteine and before W-G-x-G.
+_DOMAIN = re.compile(
+    r"(?P<FR1>.{16,24}C.{3})(?P<CDR1>.{8,14}?)(?P<FR2>[WV][VIFALY].{12})(?P<CDR2>.{13,20}?)"
+    r"(?P<FR3>[KRQTHSN][VFLAIST][TSIAVMP].{25,29}C.{2})(?P<CDR3>.{1,32}?)(?P<FR4>[A-Z]G.G.{4,8})$"
+)
 
 
-def _pick_column(table: CsvTable, column: str | None, alphabet: str) -> int:
-    """Index of the sequence column: the named one, else `heavy`, else the first one that looks like sequences."""
-    if column is not None or "heavy" in table.header:
-        return table.column(column or "heavy")
-    letters = set(alphabet)
-    for index in range(len(table.header)):
-        cells = [row[index].strip().upper() for _, row in table.rows[:20] if index < len(row) and row[index].strip()]
-        if cells and all(len(cell) >= 10 and set(cell) <= letters for cell in cells):
-            return index
-    known = f"name one; its columns are {', '.join(table.header)}"
-    raise UserError("column", f"no column of {table.path} looks like sequences", known)
-
-
-def _table(table: CsvTable, column: str | None, alphabet: str) -> Iterator[Entry]:
-    """Entries of a CSV file with their lines."""
-    index = _pick_column(table, column, alphabet)
-    name_index = table.header.index("name") if "name" in table.header else None
-    for line, row in table.rows:
-        name = row[name_index] if name_index is not None and name_index < len(row) else f"line {line}"
-        yield line, name, row[index] if index < len(row) else ""
-
-
-def read_sequences(
-    path: str | Path,
-    report: LoadReport,
-    *,
-    column: str | None = None,
-    alphabet: str = AMINO_ACIDS,
-    max_length: int | None = None,
-    names: str | None = None,
-    on_bad: Literal["error", "report"] = "error",
-) -> Dataset:
-    """Read one FASTA or CSV file; letters are raised to upper case, white space around a sequence is dropped.
+def antibody_regions(sequence: str) -> list[str] | None:
+    """Region of every residue of a heavy variable domain; None where its landmarks are not found.
 
     Args:
-        path: a file that starts with `>` is FASTA, any other is CSV (tabs in a `.tsv`) with a header line.
-        report: receives the counts.
+        sequence: one-letter residues.
+    """
+    found = _DOMAIN.match(sequence)
+    return None if found is None else [name for name in REGIONS for _ in found[name]]
+
+
+class Fasta(RowData):
+    """Sequences from files that start with `>` (FASTA) or are CSV (tabs in a `.tsv`) with a header line.
+
+    All letters are to be revealed, and their number is known. Letters are raised to upper case.
+
+    Args:
+        train: file of training sequences.
+        validation: file of validation sequences; None: a share of the training sequences.
+        test: file of held-out sequences; None: a share of the training sequences.
         column: CSV column of the sequences; None: `heavy`, else the first column that holds only sequences.
-        alphabet: letters that may occur.
-        max_length: longest sequence; None: any.
         names: regular expression that is searched for in the name of a row; others are left out and counted.
-        on_bad: a bad row stops the run with its line ("error"), or is left out and counted ("report").
-
-    Returns:
-        Columns `name`, `sequence`, `line`.
+        alphabet: letters that may occur.
+        test_share: see `RowData`.
+        validation_share: see `RowData`.
+        options: see `RowData` and `TextData`.
 
     Raises:
-        UserError: the file or column is missing, a row is bad (on_bad="error"), or no row is left.
+        UserError: a setting is wrong.
     """
-    path = Path(path)
-    if on_bad not in ("error", "report"):
-        raise UserError("on_bad", f"{on_bad!r} is unknown", "use 'error' or 'report'")
-    try:
-        wanted = re.compile(names or "")
-    except re.error as error:
-        raise UserError("names", f"{names!r} is no regular expression ({error})", "give one such as 'umab$'") from error
-    text = read_text(path, "FASTA or CSV")
-    is_fasta = text.lstrip().startswith(">")
-    entries = _fasta(text) if is_fasta else _table(parse_csv(path, text), column, alphabet)
-    letters = set(alphabet)
-    rows: list[dict[str, str | int]] = []
-    for line, name, raw in entries:
-        report.read[path.name] += 1
-        if not wanted.search(name):
-            report.reject(path.name, line, "name not asked for", name)
-            continue
-        sequence = raw.strip().upper()
-        foreign = sorted(set(sequence) - letters)
-        if not sequence:
-            reason, detail, remedy = "empty sequence", name, "fill or remove the row"
-        elif foreign:
-            reason, detail = "letters outside the alphabet", f"{name}: {' '.join(foreign)}"
-            remedy = f"only {alphabet} may occur: correct or remove the row, or ask for a report instead"
-        elif max_length is not None and len(sequence) > max_length:
-            reason, detail = "longer than the canvas", f"{name}: {len(sequence)} letters, limit {max_length}"
-            remedy = "raise max_length or remove the row"
-        else:
-            rows.append({"name": name, "sequence": sequence, "line": line})
-            continue
-        if on_bad == "error":
-            raise UserError(f"{path}:{line}", f"{reason} ({detail})", remedy)
-        report.reject(path.name, line, reason, detail)
-    if not rows:
-        raise UserError(str(path), "no sequence is left", "give a file with at least one usable sequence")
-    return Dataset.from_list(rows, features=FEATURES)
+
+    ends = False
+    what = "sequences"
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        *,
+        column: str | None = None,
+        names: str | None = None,
+        alphabet: str = AMINO_ACIDS,
+        test_share: float = 0.2,
+        validation_share: float = 0.0,
+        **options: Any,
+    ) -> None:
+        options |= {"test_share": test_share, "validation_share": validation_share}
+        super().__init__(train, validation, test, **options)
+        try:
+            self.names = re.compile(names or "")
+        except re.error as error:
+            problem = f"{names!r} is no regular expression ({error})"
+            raise UserError("names", problem, "give one such as 'umab$'") from error
+        self.column, self.alphabet = column, alphabet
+
+    def read(self, source: str) -> Iterable[Record]:
+        """Entries with `name` and `sequence`."""
+        text = read_text(source, "FASTA or CSV")
+        if text.lstrip().startswith(">"):
+            return fasta_entries(text)
+        records = list(csv_rows(source, text))
+        column = self._pick_column(source, [record for _, record in records if isinstance(record, dict)])
+        return [
+            (line, {"name": f"line {line}", **record, "sequence": cell_of(record, column)})
+            if isinstance(record, dict)
+            else (line, record)
+            for line, record in records
+        ]
+
+    def _pick_column(self, source: str, records: Sequence[Mapping[str, Any]]) -> str:
+        header = list(records[0]) if records else []
+        if self.column is not None or "heavy" in header or not records:
+            return self.column or "heavy"
+        for column in header:
+            cells = [record[column].strip().upper() for record in records[:20] if record[column].strip()]
+            if cells and all(len(cell) >= 10 and set(cell) <= set(self.alphabet) for cell in cells):
+                return column
+        known = f"name one; its columns are {', '.join(header)}"
+        raise UserError("column", f"no column of {source} looks like sequences", known)
+
+    def row(self, record: Mapping[str, Any]) -> Row:
+        """A sequence, and what of it is hidden."""
+        name, raw = str(record["name"]), record["sequence"].strip()
+        if not self.names.search(name):
+            raise BadRowError("name not wanted", name, wanted=False)
+        if not raw:
+            raise BadRowError("empty sequence", name, "fill or remove the row")
+        # Of other letters upper case may be two letters, or another one.
+        sequence = re.sub("[a-z]", lambda letter: letter[0].upper(), raw)
+        foreign = sorted(set(sequence) - set(self.alphabet))
+        if foreign:
+            remedy = f"only {self.alphabet} may occur: correct the row, or leave it out by on_bad=report"
+            raise BadRowError("letters outside the alphabet", f"{name}: {' '.join(foreign)}", remedy)
+        return Row(sequence, hidden=self.hidden(sequence, name), name=name)
+
+    def hidden(self, sequence: str, name: str) -> tuple[Span, ...] | None:
+        """What of a sequence is to be revealed; None: all of it."""
+        return None
+
+    def spelling(self, row: Row, tokenizer: Tokenizer) -> Row:
+        """One token per letter: some tokenisers want spaces between them."""
+        if len(tokenizer.encode(row.text)) == len(row.text):
+            return row
+        spaced = " ".join(row.text)
+        if len(tokenizer.encode(spaced)) != len(row.text):
+            problem = f"has not one token per letter of {row.text[:20]}..."
+            raise UserError("tokenizer", problem, "use one of a model of such sequences")
+        hidden = None if row.hidden is None else tuple((2 * start, 2 * end - 1) for start, end in row.hidden)
+        return row._replace(text=spaced, hidden=hidden)
+
+    def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:
+        """One token per letter."""
+        return LetterTokenizer(self.alphabet)
 
 
-def load_sequences(
-    train: str | Path,
-    test: str | Path | None = None,
-    *,
-    column: str | None = None,
-    alphabet: str = AMINO_ACIDS,
-    held_out: float = 0.2,
-    validation: float = 0.0,
-    seed: int = 0,
-    max_length: int | None = None,
-    names: str | None = None,
-    on_bad: Literal["error", "report"] = "error",
-) -> tuple[DatasetDict, LoadReport]:
-    """Read training and held-out sequences; no two splits share one.
+class Antibodies(Fasta):
+    """Heavy variable domains of antibodies.
 
     Args:
-        train: FASTA or CSV file.
-        test: held-out file; None: a share of `train`, drawn by a hash of the sequence (equal ones fall together).
-        column: see `read_sequences`.
-        alphabet: see `read_sequences`.
-        held_out: see `split_rows`.
-        validation: see `split_rows`.
-        seed: of the hash.
-        max_length: see `read_sequences`.
-        names: see `read_sequences`.
-        on_bad: see `read_sequences`.
-
-    Returns:
-        The splits with columns `name`, `sequence`, `line`, and the report. Training rows whose sequence is also in a
-        test file are left out and counted.
+        train: FASTA or CSV file of training sequences.
+        validation: file of validation sequences; None: a share of the training sequences.
+        test: file of held-out sequences; None: a share of the training sequences.
+        regions: of FR1, CDR1, FR2, CDR2, FR3, CDR3 and FR4 those to write, such as `CDR1,CDR2,CDR3`; the residues of
+            the others are given, and domains whose regions cannot be told are left out and counted. None: the whole
+            domain is to be written.
+        test_share: see `RowData`.
+        options: see `Fasta`.
 
     Raises:
-        UserError: as `read_sequences` and `split_rows`.
+        UserError: a setting is wrong.
     """
-    report = LoadReport(str(train) if test is None else f"{train}, {test}")
-    rows, held = (
-        None
-        if path is None
-        else read_sequences(
-            path, report, column=column, alphabet=alphabet, max_length=max_length, names=names, on_bad=on_bad
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        *,
+        regions: str | Sequence[str] | None = None,
+        test_share: float = 0.3,
+        **options: Any,
+    ) -> None:
+        super().__init__(train, validation, test, test_share=test_share, **options)
+        parts = regions.split(",") if isinstance(regions, str) else regions or ()
+        self.regions = tuple(part.strip().upper() for part in parts)
+        unknown = [part for part in self.regions if part not in REGIONS]
+        if unknown or (regions is not None and not self.regions):
+            problem = f"unknown region {unknown[0]!r}" if unknown else "names none"
+            raise UserError("regions", problem, f"use some of {','.join(REGIONS)}")
+
+    def hidden(self, sequence: str, name: str) -> tuple[Span, ...] | None:
+        """The residues of the regions to write."""
+        if not self.regions:
+            return None
+        found = antibody_regions(sequence)
+        if found is None:
+            raise BadRowError("its regions cannot be told", f"{name}: {sequence}", wanted=False)
+        ends = list(accumulate(found.count(region) for region in REGIONS))
+        return tuple(
+            (end - found.count(region), end) for region, end in zip(REGIONS, ends, strict=True) if region in self.regions
         )
-        for path in (train, test)
-    )
-    assert rows is not None
-    splits = split_rows(
-        rows,
-        held,
-        "sequence",
-        report,
-        held_out=held_out,
-        validation=validation,
-        seed=seed,
-        file=Path(train).name,
-    )
-    return splits, report

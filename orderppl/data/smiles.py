@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from orderppl.data.tokenizers import OwnTokenizer, Span
 from orderppl.errors import UserError
 
 # Atom-level tokens (Schwaller et al., ACS Cent. Sci. 2019): one per bracket atom, element, bond, branch, ring digit.
@@ -29,7 +27,7 @@ MAY_FOLLOW = {
 }
 
 
-class SmilesTokenizer:
+class SmilesTokenizer(OwnTokenizer):
     """Atom-level tokens of SMILES; see `Tokenizer`.
 
     Args:
@@ -40,9 +38,8 @@ class SmilesTokenizer:
     """
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
-        self.tokens = list(vocabulary)
-        self.vocab_size = len(self.tokens)
-        self._ids = {token: index for index, token in enumerate(self.tokens)}
+        super().__init__(vocabulary)
+        self.vocabulary = self.tokens
         missing = {"[PAD]", "[MASK]", "[SEP]"} - set(self._ids)
         if missing:
             raise UserError("vocabulary", f"it has no {', '.join(sorted(missing))}", "give that of a BERT-like model")
@@ -56,8 +53,8 @@ class SmilesTokenizer:
         foreign = [piece for piece in pieces if piece not in self._ids]
         return f"{foreign[0]} is not in the vocabulary" if foreign else None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a molecule or a reaction.
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids of a molecule or a reaction, and the characters that each stands for.
 
         Raises:
             UserError: a character or an atom that the vocabulary does not have.
@@ -65,21 +62,8 @@ class SmilesTokenizer:
         problem = self.problem(text)
         if problem is not None:
             raise UserError("smiles", f"{problem}: {text}", "correct or remove it")
-        return [self._ids[piece] for piece in TOKEN.findall(text)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The string of `ids` up to the first end of sequence; padding and MASK are left out."""
-        kept: list[str] = []
-        for index in ids:
-            if index == self.eos_index:
-                break
-            if index not in (self.pad_index, self.mask_index):
-                kept.append(self.tokens[index])
-        return "".join(kept)
-
-    def number_values(self) -> Tensor:
-        """float [V], nan: no token is a number (digits name ring bonds)."""
-        return torch.full((self.vocab_size,), float("nan"))
+        found = list(TOKEN.finditer(text))
+        return [self._ids[piece[0]] for piece in found], [piece.span() for piece in found]
 
 
 def smiles_problem(text: str) -> str | None:

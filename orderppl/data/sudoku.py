@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import permutations, product
 from typing import Literal
 
 import numpy as np
-import torch
-from datasets import Dataset, DatasetDict, Features, Value
 from numpy.typing import NDArray
 from torch import Tensor
 
+from orderppl.data.answers import graded
+from orderppl.data.dataset import SPLITS, Row, TextData, at_least, one_of
+from orderppl.data.report import LoadReport
+from orderppl.data.tokenizers import Tokenizer, WordTokenizer
 from orderppl.errors import UserError
 
-Solutions = Literal["any", "unique"]
-
 SIDE, CELLS, BLANK = 4, 16, "."
-FEATURES = Features({"prompt": Value("string"), "response": Value("string"), "answer": Value("string")})
-SHARES = {"train": 192, "validation": 48, "test": 48}  # grids of each split
+SHARES = (192, 48, 48)  # grids of each split
 
 
 @cache
@@ -60,69 +59,97 @@ def solved(grids: Sequence[str], puzzles: Sequence[str]) -> Tensor:
     Raises:
         UserError: for lists of different lengths.
     """
-    if len(grids) != len(puzzles):
-        raise UserError("grids", f"{len(grids)} for {len(puzzles)} puzzles", "give one grid per puzzle")
     valid = {"".join(map(str, grid)) for grid in all_grids()}
 
     def is_solved(grid: str, puzzle: str) -> bool:
         return grid in valid and all(clue in (BLANK, cell) for clue, cell in zip(puzzle, grid, strict=True))
 
-    return torch.tensor([is_solved(*pair) for pair in zip(grids, puzzles, strict=True)], dtype=torch.float64)
+    return graded(grids, puzzles, is_solved)
 
 
-def generate_sudoku(
-    *,
-    train: int = 10_000,
-    validation: int = 500,
-    test: int = 1000,
-    min_clues: int = 2,
-    max_clues: int = 6,
-    solutions: Solutions = "any",
-    seed: int = 0,
-) -> DatasetDict:
-    """Make puzzles: columns `prompt` (the clues), `response` (the grid they are from) and `answer` (the clues again).
+class Sudoku(TextData):
+    """Puzzles of four by four cells.
 
     The 288 grids are divided among the splits (192, 48, 48), so that no grid of the test split has been seen, and no
-    two puzzles are the same. A puzzle of few clues may be completed to grids of other splits too: what `solved` counts
-    is any completion.
+    two puzzles are the same. A puzzle of few clues may be completed to grids of other splits too: any completion is
+    right. Response or text is the grid that the puzzle is from, the reference answer is the puzzle.
 
     Args:
-        train: puzzles of the training split.
-        validation: puzzles of the validation split (0: no such split).
-        test: puzzles of the test split (0: no such split).
+        layout: "prompt": 16 given positions with the clues (or `.`), then the 16 cells to reveal; "grid": 16 positions,
+            the clues among them given.
+        train: training puzzles.
+        validation: validation puzzles (0: no such split).
+        test: test puzzles (0: no such split).
         min_clues: fewest clues of a puzzle; their number is uniform.
         max_clues: most clues.
-        solutions: `any` number of completions, or a `unique` one.
-        seed: fixes the result; the division of the grids depends on nothing else.
+        solutions: "any" number of completions, or a "unique" one.
+        seed: fixes the puzzles; the division of the grids depends on nothing else.
 
     Raises:
-        UserError: a setting is out of range, or there are not that many different puzzles.
+        UserError: a setting is out of range.
     """
-    if solutions not in ("any", "unique"):
-        raise UserError("solutions", f"{solutions!r} is unknown", "use any or unique")
-    if not 0 <= min_clues <= max_clues <= CELLS:
-        raise UserError("min_clues", f"{min_clues} to {max_clues} clues", f"use 0 to {CELLS}, the smaller first")
-    shuffled = all_grids()[np.random.default_rng(seed).permutation(len(all_grids()))]
-    seen: set[str] = set()
-    splits, begin = {}, 0
-    for index, (name, size) in enumerate({"train": train, "validation": validation, "test": test}.items()):
-        grids = shuffled[begin : begin + SHARES[name]]
-        begin += SHARES[name]
-        rng = np.random.default_rng([seed, index])
-        rows: list[dict[str, str]] = []
+
+    default_grade = staticmethod(solved)
+    ends = False
+
+    def __init__(
+        self,
+        layout: Literal["prompt", "grid"] = "prompt",
+        train: int = 10_000,
+        validation: int = 500,
+        test: int = 1000,
+        min_clues: int = 2,
+        max_clues: int = 6,
+        solutions: Literal["any", "unique"] = "any",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layout = one_of("layout", layout, "prompt", "grid")
+        self.solutions = one_of("solutions", solutions, "any", "unique")
+        at_least(1, train=train)
+        at_least(0, validation=validation, test=test)
+        if not 0 <= min_clues <= max_clues <= CELLS:
+            raise UserError("min_clues", f"{min_clues} to {max_clues} clues", f"use 0 to {CELLS}, the smaller first")
+        if layout == "grid" and max_clues == CELLS:
+            raise UserError("max_clues", "16 clues leave nothing to reveal", "give at most 15")
+        self.sizes, self.clues, self.seed = (train, validation, test), (min_clues, max_clues), seed
+
+    def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:
+        """One token per cell."""
+        return WordTokenizer.build([BLANK * CELLS, *(row.text for row in rows)], "digits", 9)
+
+    def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
+        """Draw the puzzles.
+
+        Raises:
+            UserError: there are not that many different ones.
+        """
+        shuffled = all_grids()[np.random.default_rng(self.seed).permutation(len(all_grids()))]
+        parts = np.split(shuffled, np.cumsum(SHARES)[:-1])
+        seen: set[str] = set()
+        return {
+            split: self._puzzles(split, parts[index], size, np.random.default_rng([self.seed, index]), seen)
+            for index, (split, size) in enumerate(zip(SPLITS, self.sizes, strict=True))
+            if size
+        }
+
+    def _puzzles(
+        self, split: str, grids: NDArray[np.int64], size: int, rng: np.random.Generator, seen: set[str]
+    ) -> list[Row]:
+        rows: list[Row] = []
         failures = 0
         while len(rows) < size:
             grid = grids[rng.integers(len(grids))]
-            shown = rng.permutation(CELLS)[: rng.integers(min_clues, max_clues + 1)]
+            shown = rng.permutation(CELLS)[: rng.integers(self.clues[0], self.clues[1] + 1)]
             puzzle = "".join(str(value) if cell in shown else BLANK for cell, value in enumerate(grid))
-            if puzzle in seen or (solutions == "unique" and completions(puzzle).sum() > 1):
+            if puzzle in seen or (self.solutions == "unique" and completions(puzzle).sum() > 1):
                 failures += 1
                 if failures > 50 * size + 1000:
-                    problem = f"only {len(rows)} different puzzles were found where {size} are asked for"
-                    raise UserError(name, problem, "ask for fewer rows, or allow more clues")
+                    problem = f"only {len(rows)} different puzzles were found where {size} are needed"
+                    raise UserError(split, problem, "ask for fewer rows, or allow more clues")
                 continue
             seen.add(puzzle)
-            rows.append({"prompt": puzzle, "response": "".join(map(str, grid)), "answer": puzzle})
-        if size:
-            splits[name] = Dataset.from_list(rows, features=FEATURES)
-    return DatasetDict(splits)
+            blanks = tuple((cell, cell + 1) for cell in range(CELLS) if puzzle[cell] == BLANK)
+            prompt, hidden = (puzzle, None) if self.layout == "prompt" else (None, blanks)
+            rows.append(Row("".join(map(str, grid)), prompt, hidden, puzzle))
+        return rows

@@ -1,75 +1,182 @@
-"""CSV files with a header line, every row with the line it begins at."""
+"""Rows of text that users bring: JSON lines, CSV, and data sets of the hub."""
 
 from __future__ import annotations
 
-import csv
-import io
-from dataclasses import dataclass
-from pathlib import Path
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from orderppl.errors import UserError
+from orderppl.data.dataset import Row, RowData
+from orderppl.data.prompts import HOLE
+from orderppl.data.reading import Record, csv_rows, hub_rows, json_lines, text_of
+from orderppl.data.report import BadRowError
+from orderppl.data.tokenizers import Span
 
-
-@dataclass(frozen=True)
-class CsvTable:
-    """A table of strings.
-
-    Attributes:
-        path: the file.
-        header: names of the columns.
-        rows: 1-based line and cells of every row; a row may have fewer cells than the header.
-    """
-
-    path: Path
-    header: list[str]
-    rows: list[tuple[int, list[str]]]
-
-    def column(self, name: str) -> int:
-        """Index of a column.
-
-        Raises:
-            UserError: there is none of that name.
-        """
-        if name not in self.header:
-            known = f"its columns are {', '.join(self.header)}"
-            raise UserError("column", f"{self.path} has no column {name!r}", known)
-        return self.header.index(name)
+HOLES = re.compile(rf"(?:{HOLE.pattern})(?:\s*(?:{HOLE.pattern}))*")  # holes side by side are filled together
 
 
-def read_text(path: str | Path, kind: str) -> str:
-    """Contents of a text file in UTF-8.
+class Table(RowData):
+    """Rows with named fields: a prompt and its response, a text with holes, or a text alone.
+
+    A text with holes is a `template` such as `Tom has 3 [MASK] and buys [MASK] more.`, beside the whole text or the
+    list of what fills the holes, each of any length; or a whole text with the `spans` of characters to hide. All the
+    rest of it is given.
 
     Args:
-        path: the file.
-        kind: what it should be, for the message: "FASTA or CSV".
+        train: file of training rows.
+        validation: file of validation rows; None: a share of the training rows.
+        test: file of held-out rows; None: a share of the training rows.
+        prompt: field of the prompt; None: there is none. Not read with a template or spans.
+        response: field of the response; with a template or spans, of the whole text (or the list of fillings).
+        template: field of the text with `[MASK]` or `<mask>` where a hole is; None: there is none.
+        spans: field of the holes of a whole text, a list of [start, end] in characters; None: there is none.
+        answer: field of what responses are compared with; None: the response itself.
+        ends: responses end with a token of their own, so that their length need not be known.
+        options: see `RowData` and `TextData`.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        *,
+        prompt: str | None = "prompt",
+        response: str = "response",
+        template: str | None = None,
+        spans: str | None = None,
+        answer: str | None = None,
+        ends: bool = True,
+        **options: Any,
+    ) -> None:
+        self.ends = ends
+        super().__init__(train, validation, test, **options)
+        self.prompt, self.response, self.answer = prompt, response, answer
+        self.template, self.spans = template, spans
+
+    def row(self, record: Mapping[str, Any]) -> Row:
+        """A prompt with its response, or a text with holes."""
+        answer = None if self.answer is None else text_of(record, self.answer)
+        if self.template is not None:
+            template, fillings = text_of(record, self.template), record.get(self.response)
+            if isinstance(fillings, list):
+                return Row(*fill(template, [str(filling) for filling in fillings]), answer=answer)
+            text = text_of(record, self.response)
+            return Row(text, hidden=holes_of(template, text), answer=answer)
+        text = text_of(record, self.response)
+        if self.spans is not None:
+            return Row(text, hidden=_spans(record.get(self.spans), text), answer=answer)
+        return Row(text, None if self.prompt is None else text_of(record, self.prompt), answer=answer)
+
+
+class JsonLines(Table):
+    """One JSON object per line; the fields are those of `Table`."""
+
+    def read(self, source: str) -> Iterable[Record]:
+        """Rows of a file."""
+        return json_lines(source)
+
+
+class CsvFile(Table):
+    """CSV with a header line, tabs in a `.tsv`; the fields are columns, otherwise as `Table`."""
+
+    def read(self, source: str) -> Iterable[Record]:
+        """Rows of a file."""
+        return csv_rows(source)
+
+
+class HubDataset(Table):
+    """Any data set that `datasets` loads by its name, or a folder of it; the fields are columns.
+
+    Args:
+        name: on the hub, or a folder.
+        subset: of a data set with several.
+        revision: branch, tag or commit.
+        train: its split of training rows; a part of one is `train[:1000]`.
+        validation: its split of validation rows; None: `validation` if there is one, else a share of the training rows.
+        test: its split of held-out rows; None: `test` if there is one, else a share of the training rows.
+        options: see `Table`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        subset: str | None = None,
+        revision: str | None = None,
+        train: str = "train",
+        validation: str | None = None,
+        test: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(train, validation, test, **options)
+        self.name, self.subset, self.revision = name, subset, revision
+        self._given = dict(self.sources)
+
+    def make_rows(self, report: Any) -> dict[str, list[Row]]:
+        """Find out which splits there are, and read them."""
+        known = hub_rows(self.name, self.subset, None, self.revision)
+        self.sources = {split: split for split in ("validation", "test") if split in known} | self._given
+        return super().make_rows(report)
+
+    def read(self, source: str) -> Iterable[Record]:
+        """Rows of a split."""
+        return enumerate(map(dict, hub_rows(self.name, self.subset, source, self.revision)), 1)
+
+
+def fill(template: str, fillings: list[str]) -> tuple[str, None, tuple[Span, ...]]:
+    """Text (no prompt) and holes of a template that is filled in.
 
     Raises:
-        UserError: it is missing or not readable.
+        BadRowError: there are more or fewer holes.
     """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(str(path), "there is no such file", f"give a {kind} file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", f"give a {kind} file in UTF-8") from error
+    pieces = HOLES.split(template)
+    if len(pieces) != len(fillings) + 1:
+        raise BadRowError("another number of holes than fillings", f"{len(fillings)} for {template}")
+    text, holes = pieces[0], list[Span]()
+    for filling, piece in zip(fillings, pieces[1:], strict=True):
+        holes.append((len(text), len(text) + len(filling)))
+        text += filling + piece
+    return text, None, tuple(holes)
 
 
-def parse_csv(path: Path, text: str) -> CsvTable:
-    """Read the text of a CSV file (tabs in a `.tsv`).
+def holes_of(template: str, text: str) -> tuple[Span, ...]:
+    """Where the holes of a template are in its whole text.
 
     Raises:
-        UserError: it is empty or no CSV.
+        BadRowError: the text is another one, or fits in more than one way.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    pieces = HOLES.split(template)
+    inner = pieces[1:-1]
+    stop = len(text) - len(pieces[-1])
+    if len(pieces) < 2:
+        raise BadRowError("no hole in the template", template, "mark what is to be filled in by [MASK]")
+    # the leftmost way to lay the pieces out, and the rightmost: what lies between them fits in one way if they agree
+    first, place = list[Span](), len(pieces[0])
+    for piece in inner:
+        found = text.find(piece, place + 1)
+        first.append((place, found))
+        place = found + len(piece)
+    last, right = list[Span](), stop
+    for piece in reversed(inner):
+        found = text.rfind(piece, 0, right - 1)
+        last.append((found + len(piece), right))
+        right = found
+    first, last = [*first, (place, stop)], [*last, (len(pieces[0]), right)][::-1]
+    fits = text.startswith(pieces[0]) and text.endswith(pieces[-1]) and all(start < end for start, end in first)
+    if not fits:
+        raise BadRowError("the text does not fit the template", f"{text} / {template}")
+    if first != last:
+        raise BadRowError("the text fits the template in several ways", text, "give a list of fillings, or spans")
+    return tuple(first)
+
+
+def _spans(value: Any, text: str) -> tuple[Span, ...]:
+    """Holes as users write them; a text is read as JSON."""
     try:
-        header = [name.strip() for name in next(reader, [])]
-        rows: list[tuple[int, list[str]]] = []
-        line = reader.line_num + 1  # a quoted value may span lines: a row is named by its first
-        for row in reader:
-            rows.append((line, row))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}", str(error), "write the file as plain CSV") from error
-    if not header:
-        raise UserError(str(path), "the file is empty", "give CSV with a header line")
-    return CsvTable(path, header, rows)
+        spans = [(int(start), int(end)) for start, end in (json.loads(value) if isinstance(value, str) else value)]
+    except (TypeError, ValueError, RecursionError):
+        raise BadRowError("no list of [start, end]", value) from None
+    if not spans or not all(0 <= start < end <= len(text) for start, end in spans):
+        raise BadRowError("a span outside the text", f"{spans} of {len(text)} characters")
+    return tuple(spans)

@@ -1,22 +1,23 @@
-"""Tokenisers: a small number/word vocabulary built from training texts, and any Hugging Face tokeniser."""
+"""Tokenisers: words and numbers, single letters, and any of Hugging Face."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from orderppl.config import Configurable, recorded
 from orderppl.errors import UserError, first_line
+from orderppl.files import write_text
 from orderppl.hub import TOKENIZER_FILES, fetch
 
 PAD, MASK, EOS, UNK, JOIN = "<pad>", "<mask>", "<eos>", "<unk>", "<join>"
@@ -25,11 +26,12 @@ SPECIAL = (PAD, MASK, EOS, UNK, JOIN)  # ids 0..4
 PIECE = re.compile(r"<<|>>|#+|[0-9]+|[^\W\d_]+[0-9]*|\s|.", re.DOTALL)
 
 NumberMode = Literal["digits", "numbers"]
+Span = tuple[int, int]  # characters start..end - 1
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the data functions need of a tokeniser.
+    """What data needs of a tokeniser.
 
     Attributes:
         pad_index: id of the padding token.
@@ -37,6 +39,7 @@ class Tokenizer(Protocol):
         eos_index: id of the end-of-sequence token.
         vocab_size: number of ids V.
         tokens: the V token strings, by id.
+        frame: ids that its model expects before and after every row; data gives them.
     """
 
     pad_index: int
@@ -44,9 +47,14 @@ class Tokenizer(Protocol):
     eos_index: int
     vocab_size: int
     tokens: list[str]
+    frame: tuple[tuple[int, ...], tuple[int, ...]]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
+        ...
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids, and the characters that each stands for."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -58,6 +66,58 @@ class Tokenizer(Protocol):
         ...
 
 
+class OwnTokenizer(Configurable):
+    """What the tokenisers of this package share: a list of tokens, and JSON files.
+
+    Attributes:
+        KEPT: constructor arguments, which are what a file holds.
+    """
+
+    frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    KEPT: ClassVar[tuple[str, ...]] = ("vocabulary",)
+    pad_index: int
+    mask_index: int
+    eos_index: int
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self.tokens = list(tokens)
+        self.vocab_size = len(self.tokens)
+        self._ids = {token: index for index, token in enumerate(self.tokens)}
+        if len(self._ids) != self.vocab_size:
+            raise UserError("vocabulary", "a token occurs twice", "give each piece once")
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids, and the characters that each stands for."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+        return self.encode_with_spans(text)[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first end of sequence; padding and MASK are left out."""
+        return "".join(self._kept(ids))
+
+    def _kept(self, ids: Iterable[int]) -> list[str]:
+        kept: list[str] = []
+        for index in ids:
+            if index == self.eos_index:
+                break
+            if index not in (self.pad_index, self.mask_index):
+                kept.append(self.tokens[index])
+        return kept
+
+    def number_values(self) -> Tensor:
+        """float [V], nan: no token is a number."""
+        return torch.full((self.vocab_size,), float("nan"))
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokeniser as JSON, for `load_tokenizer`."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        content = {"type": type(self).__name__, **{name: getattr(self, name) for name in self.KEPT}}
+        write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=1))
+
+
 def _kind(piece: str) -> str:
     """Class of a piece for spacing: all numerals alike, all words alike, anything else by itself."""
     if piece[0].isdecimal() and piece.isascii():
@@ -65,7 +125,7 @@ def _kind(piece: str) -> str:
     return "a" if piece[0].isalpha() else piece
 
 
-class WordTokenizer:
+class WordTokenizer(OwnTokenizer):
     """Words, operators and numbers, with a vocabulary built from training texts.
 
     The spaces between two kinds of pieces (numeral, word, each operator) are learnt as the most frequent gap in the
@@ -76,33 +136,31 @@ class WordTokenizer:
         vocabulary: pieces that follow the special tokens (pad 0, mask 1, eos 2, unk 3, join 4), in id order.
         number_mode: "digits" (each digit a token) or "numbers" (one token per numeral 0..max_number; others in digits).
         max_number: largest numeral with a token of its own.
-        gaps: usual gap between two kinds of pieces; `("", "")` holds the gap of pairs that were never seen.
+        gaps: (kind, next kind, usual gap between them); kinds `""`, `""` hold the gap of pairs that were never seen.
     """
 
     pad_index, mask_index, eos_index, unk_index, join_index = range(5)
+    KEPT = ("number_mode", "max_number", "vocabulary", "gaps")
 
     def __init__(
         self,
         vocabulary: Sequence[str],
         number_mode: NumberMode,
         max_number: int,
-        gaps: dict[tuple[str, str], str],
+        gaps: Sequence[Sequence[str]],
     ) -> None:
+        super().__init__([*SPECIAL, *vocabulary])
         if number_mode not in ("digits", "numbers"):
             raise UserError("number_mode", f"{number_mode!r} is unknown", "use 'digits' or 'numbers'")
         if max_number < 9:
-            raise UserError(
-                "max_number", f"{max_number} is below 9", "numerals fall back to digits, so 0..9 are needed"
-            )
-        self.tokens: list[str] = [*SPECIAL, *vocabulary]
-        self.vocab_size = len(self.tokens)
+            problem = f"{max_number} is below 9"
+            raise UserError("max_number", problem, "numerals fall back to digits, so 0..9 are needed")
+        self.vocabulary = list(vocabulary)
         self.number_mode: NumberMode = number_mode
         self.max_number = max_number
-        self.gaps = gaps
-        self._ids = {token: index for index, token in enumerate(self.tokens)}
-        self._known: dict[str, tuple[str, list[int]]] = {}
-        if len(self._ids) != self.vocab_size:
-            raise UserError("vocabulary", "a token occurs twice", "give each piece once")
+        self.gaps = [list(gap) for gap in gaps]
+        self._gaps = {(left, right): gap for left, right, gap in gaps}
+        self._known: dict[str, tuple[str, list[tuple[int, int]]]] = {}  # kind, and tokens with their lengths
 
     @classmethod
     def build(
@@ -141,11 +199,11 @@ class WordTokenizer:
         overall = sum(seen_gaps.values(), Counter[str]())
         gaps["", ""] = min(overall, key=lambda gap: (-overall[gap], gap), default="")
         gaps["0", "0"] = ""  # numerals in digits must join whatever the texts do
-        gaps = {pair: gap for pair, gap in sorted(gaps.items()) if gap in ("", " ")}
+        usual = [(*pair, gap) for pair, gap in sorted(gaps.items()) if gap in ("", " ")]
         vocabulary = numbers + sorted(piece for piece, n in counts.items() if n >= min_count)
         if " " not in vocabulary:
             vocabulary.append(" ")
-        return cls(vocabulary, number_mode, max_number, gaps)
+        return cls(vocabulary, number_mode, max_number, usual)
 
     def _numeral(self, digits: str) -> list[str]:
         """Split a numeral into the tokens that spell it."""
@@ -154,29 +212,45 @@ class WordTokenizer:
             return [digits]
         return list(digits)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; pieces outside the vocabulary become unk."""
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids, and the characters that each stands for; pieces outside the vocabulary become unk."""
         ids: list[int] = []
-        previous, gap = "", ""
+        spans: list[Span] = []
+        previous, gap, place = "", "", 0
+
+        def spell(space: str) -> None:
+            ids.extend(self._id(letter) for letter in space)
+            spans.extend((start, start + 1) for start in range(place - len(space), place))
+
         for piece in PIECE.findall(text):
             if piece.isspace():
                 gap += piece
+                place += 1
                 continue
-            if piece not in self._known:
-                kind = _kind(piece)
-                parts = self._numeral(piece) if kind == "0" else [piece]
-                if len(self._known) >= 100_000:  # a memory of pieces, not of the whole corpus
-                    self._known.clear()
-                self._known[piece] = kind, [self._id(part) for part in parts]
-            kind, spelt = self._known[piece]
+            kind, parts = self._known.get(piece) or self._look_up(piece)
             if gap != (self._gap(previous, kind) if previous else ""):
-                ids += [self._id(space) for space in gap] or [self.join_index]
-            ids += spelt
+                spell(gap)
+                if not gap:
+                    ids.append(self.join_index)
+                    spans.append((place, place))
+            for index, size in parts:
+                ids.append(index)
+                spans.append((place, place + size))
+                place += size
             previous, gap = kind, ""
-        return ids + [self._id(space) for space in gap]
+        spell(gap)
+        return ids, spans
+
+    def _look_up(self, piece: str) -> tuple[str, list[tuple[int, int]]]:
+        kind = _kind(piece)
+        parts = self._numeral(piece) if kind == "0" else [piece]
+        if len(self._known) >= 100_000:  # a memory of pieces, not of the whole corpus
+            self._known.clear()
+        self._known[piece] = kind, [(self._id(part), len(part)) for part in parts]
+        return self._known[piece]
 
     def _gap(self, left: str, right: str) -> str:
-        return self.gaps.get((left, right), self.gaps.get(("", ""), ""))
+        return self._gaps.get((left, right), self._gaps.get(("", ""), ""))
 
     def _id(self, piece: str) -> int:
         return self._ids.get(piece, self.unk_index)
@@ -187,14 +261,8 @@ class WordTokenizer:
         Numeral tokens that the encoder would not have put side by side (`2`, `0` where `20` is a token) stay apart, so
         that a malformed number is never read as a right answer.
         """
-        kept: list[str] = []
-        for index in ids:
-            if index == self.eos_index:
-                break
-            if index not in (self.pad_index, self.mask_index):
-                kept.append(self.tokens[index])
         pieces: list[str] = []
-        for numeral, run in groupby(kept, key=lambda piece: _kind(piece) == "0"):
+        for numeral, run in groupby(self._kept(ids), key=lambda piece: _kind(piece) == "0"):
             parts = list(run)
             if numeral and self._numeral("".join(parts)) != parts:
                 parts = [part for number in parts for part in (" ", number)][1:]
@@ -216,43 +284,31 @@ class WordTokenizer:
         """float [V]: the value of number tokens (digits in digit mode), nan elsewhere."""
         return torch.tensor([float(t) if _kind(t) == "0" else float("nan") for t in self.tokens])  # [V]
 
-    def save(self, path: str | Path) -> None:
-        """Write the tokeniser as JSON (to a temporary name, then renamed)."""
-        content = {
-            "type": "WordTokenizer",
-            "number_mode": self.number_mode,
-            "max_number": self.max_number,
-            "vocabulary": self.tokens[len(SPECIAL) :],
-            "gaps": [[left, right, gap] for (left, right), gap in self.gaps.items()],
-        }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
-    @classmethod
-    def load(cls, path: str | Path) -> WordTokenizer:
-        """Read what `save` wrote.
+class LetterTokenizer(OwnTokenizer):
+    """One token per letter, such as the residues of a protein; ids as in fairseq (the antibody model has them too).
+
+    Args:
+        letters: all that may occur; they follow `<s>` 0, `<pad>` 1, `</s>` 2 and `<unk>` 3, and precede `<mask>`.
+    """
+
+    pad_index, eos_index = 1, 2
+    KEPT = ("letters",)
+
+    def __init__(self, letters: str) -> None:
+        super().__init__(["<s>", PAD, "</s>", UNK, *letters, MASK])
+        self.letters, self.mask_index = letters, self.vocab_size - 1
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids, and the characters that each stands for.
 
         Raises:
-            UserError: the file is missing or is not a saved tokeniser.
+            UserError: a letter that is not one of them.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            gaps = {(left, right): gap for left, right, gap in content["gaps"]}
-            return cls(content["vocabulary"], content["number_mode"], content["max_number"], gaps)
-        except FileNotFoundError as error:
-            raise UserError("tokenizer", f"{path} does not exist", "give the JSON file written by save()") from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                "tokenizer", f"{path} is not a saved tokeniser ({error})", "write it again by save()"
-            ) from error
+        foreign = sorted(set(text) - set(self.letters))
+        if foreign:
+            raise UserError("sequence", f"{' '.join(foreign)} in {text[:60]!r}", f"use letters of {self.letters}")
+        return [self._ids[letter] for letter in text], [(place, place + 1) for place in range(len(text))]
 
 
 class PretrainedTokenizer:
@@ -273,19 +329,11 @@ class PretrainedTokenizer:
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
         mask_index = tokenizer.mask_token_id if mask_index is None else mask_index
-        if mask_index is None:
-            raise UserError(
-                "tokenizer",
-                f"{name} has no mask token",
-                "use the tokeniser of a masked model, or add one by "
-                "tokenizer.add_special_tokens({'mask_token': '<mask>'}) and save_pretrained",
-            )
-        if eos is None:
-            raise UserError(
-                "tokenizer",
-                f"{name} has neither an eos nor a sep token",
-                "add one by tokenizer.add_special_tokens({'eos_token': '<eos>'}) and save_pretrained",
-            )
+        for kind, index in (("mask", mask_index), ("eos", eos)):
+            if index is None:
+                problem = f"{name} has no mask token" if kind == "mask" else f"{name} has neither an eos nor a sep token"
+                remedy = f"add one by tokenizer.add_special_tokens({{'{kind}_token': '<{kind}>'}}) and save_pretrained"
+                raise UserError("tokenizer", problem, remedy)
         spelt = len(tokenizer)
         if num_classes is not None and any(token != mask_index for token in range(num_classes, spelt)):
             problem = f"{name} has {spelt} tokens, the model has classes for {num_classes}"
@@ -295,10 +343,34 @@ class PretrainedTokenizer:
         self.vocab_size = max(spelt, num_classes or 0, self.mask_index + 1)
         unused = [MASK if token == self.mask_index else f"<unused{token}>" for token in range(spelt, self.vocab_size)]
         self.tokens: list[str] = [str(t) for t in tokenizer.convert_ids_to_tokens(list(range(spelt)))] + unused
+        self.frame = self._find_frame()
+
+    def _find_frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What a masked model's tokeniser puts around a text; those of others keep begin tokens for themselves."""
+        if self.tokenizer.cls_token_id is None:
+            return (), ()
+        plain, whole = self.encode("a"), self.tokenizer.encode("a", add_special_tokens=True)
+        starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+        start = next(starts, 0)
+        return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids, and the characters that each stands for, white space before them left out.
+
+        Raises:
+            UserError: it is one of the slow ones, which do not know.
+        """
+        if not self.tokenizer.is_fast:
+            problem = "does not say which characters a token stands for"
+            raise UserError("tokenizer", problem, "use a fast tokeniser (with a tokenizer.json)")
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        skipped = ((start, end, text[start:end]) for start, end in found["offset_mapping"])
+        spans = [(end - len(piece.lstrip() or piece), end) for start, end, piece in skipped]
+        return list(found["input_ids"]), spans
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end of sequence; special tokens are left out."""
@@ -316,6 +388,7 @@ class PretrainedTokenizer:
         return torch.tensor([float(t) if t.isascii() and t.isdecimal() else float("nan") for t in plain])  # [V]
 
 
+@recorded
 def load_tokenizer(
     name_or_path: str | Path,
     revision: str | None = None,
@@ -324,7 +397,7 @@ def load_tokenizer(
     num_classes: int | None = None,
     trust_remote_code: bool = False,
 ) -> Tokenizer:
-    """Load a saved `WordTokenizer` (a `.json` file) or any Hugging Face tokeniser (hub name or local folder).
+    """Load a tokeniser of this package (a `.json` file) or any of Hugging Face (hub name or local folder).
 
     Args:
         name_or_path: the file, folder or hub name.
@@ -337,7 +410,7 @@ def load_tokenizer(
         UserError: it cannot be loaded, or a special token is missing.
     """
     if str(name_or_path).endswith(".json"):
-        return WordTokenizer.load(name_or_path)
+        return _load_own(Path(name_or_path))
     from transformers import AutoTokenizer  # heavy, and not needed for the small vocabulary
 
     folder = fetch(name_or_path, revision, files=TOKENIZER_FILES, field="tokenizer")
@@ -346,16 +419,30 @@ def load_tokenizer(
             warnings.simplefilter("ignore", FutureWarning)  # of old names in the configuration of remote code
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # what a wrong file leads to depends on the tokeniser
-        reason = first_line(error)
-        raise UserError(
-            "tokenizer",
-            f"{name_or_path} cannot be loaded ({reason})",
-            "give a saved WordTokenizer (.json), or a folder or hub name with a tokeniser",
-        ) from error
+        problem = f"{name_or_path} cannot be loaded ({first_line(error)})"
+        remedy = "give a saved tokeniser (.json), or a folder or hub name with a tokeniser"
+        raise UserError("tokenizer", problem, remedy) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # without its files transformers makes an empty one
         problem = f"{name_or_path} cannot be loaded (no vocabulary)"
         raise UserError("tokenizer", problem, "give a folder or hub name with the files of a tokeniser")
     return PretrainedTokenizer(tokenizer, mask_index, num_classes)
+
+
+def _load_own(path: Path) -> Tokenizer:
+    from orderppl.data.smiles import SmilesTokenizer
+
+    kinds = {kind.__name__: kind for kind in (WordTokenizer, LetterTokenizer, SmilesTokenizer)}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made: Tokenizer = kinds[content.pop("type")](**content)
+        return made
+    except FileNotFoundError as error:
+        raise UserError("tokenizer", f"{path} does not exist", "give the JSON file written by save()") from error
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        problem = f"{path} is not a saved tokeniser ({first_line(error)})"
+        raise UserError("tokenizer", problem, "write it again by save()") from error
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orderppl.decoding.memory import first_memory
-from orderppl.decoding.policy import Policy, needs_noise
-from orderppl.decoding.predictions import DecodingState, Predictions, true_places
-from orderppl.decoding.step import Write, token_writer, unmask
-from orderppl.decoding.wrappers import Block
-from orderppl.denoising import Canvas, Denoiser
+from orderppl.decoding.step import Write, keep_rows, row_noise, token_writer, unmask
 from orderppl.errors import UserError
-from orderppl.randomness import SELECTION, generator_seed, uniform_noise
-from orderppl.states import VISIBLE, partial_state
+from orderppl.policies import Blocks, Policy
+from orderppl.randomness import SELECTION, generator_seed
+from orderppl.unmasking import VISIBLE, Batch, Denoiser, Reader, State
+from orderppl.unmasking.predictions import MaskedOnly, true_places
 
 
 @dataclass
@@ -26,19 +24,19 @@ class DecodeOutput:
     """Result of `decode`; rows in the order of the input.
 
     Attributes:
-        sequences: int64 [B, L], decoded responses, `pad_token_id` at padding.
-        attention_mask: bool [B, L], False at padding.
+        sequences: int64 [B, S], the canvas with every latent position written; given tokens and padding as they were.
+        latent: bool [B, S], the positions that were revealed.
         nfe: int64 [B], denoiser forwards made while the row still had masks (realised, not requested).
         steps: the requested budget.
-        reveal_step: int64 [B, L], forward at which each position was revealed; -1 at padding.
-        token_log_prob: float64 [B, L], log-probability of the emitted token at its reveal and temperature 1; 0 at
-            padding.
-        fallback: int64 [B], steps at which the policy selected nothing and its arg-max was revealed.
-        history: int64 [S + 1, B, L], the states from all masked to finished, MASK where hidden; None unless asked for.
+        reveal_step: int64 [B, S], forward at which each position was revealed; -1 where it was visible.
+        token_log_prob: float64 [B, S], log-probability of the emitted token at its reveal and temperature 1; 0 where
+            nothing was revealed.
+        fallback: int64 [B], steps at which the policy selected nothing and its first position was revealed.
+        history: int64 [N + 1, B, S], the states from all masked to finished, MASK where hidden; None unless asked for.
     """
 
     sequences: Tensor
-    attention_mask: Tensor
+    latent: Tensor
     nfe: Tensor
     steps: int
     reveal_step: Tensor
@@ -48,38 +46,23 @@ class DecodeOutput:
 
     @property
     def tokens_per_forward(self) -> Tensor:
-        """Response tokens per denoiser forward, padding not counted: float [B]; 0 for an empty row."""
-        return self.attention_mask.sum(-1) / self.nfe.clamp(min=1)
-
-
-@dataclass
-class PathOutput:
-    """Result of `follow`; fields as in `DecodeOutput`, with the log-likelihood of the true tokens, nats."""
-
-    attention_mask: Tensor
-    nfe: Tensor
-    steps: int
-    reveal_step: Tensor
-    token_log_prob: Tensor
-    fallback: Tensor
+        """Revealed tokens per denoiser forward: float [B]; 0 for a row without any."""
+        return self.latent.sum(-1) / self.nfe.clamp(min=1)
 
     @property
     def nats(self) -> Tensor:
-        """Negative log-likelihood of each row along its path: float64 [B]."""
+        """Negative log-likelihood of each row's revealed tokens along its path: float64 [B]."""
         return -self.token_log_prob.sum(-1)
+
+
+class PathOutput(DecodeOutput):
+    """Result of `follow`; fields as in `DecodeOutput`, with the log-likelihood of the true tokens, nats."""
 
 
 @contextlib.contextmanager
 def evaluation_mode(*objects: object) -> Iterator[None]:
-    """Switch modules (also those held by a policy) to evaluation, so that dropout cannot change a result."""
-    modules: list[nn.Module] = []
-    pending = list(objects)
-    while pending:
-        item = pending.pop()
-        if isinstance(item, nn.Module):
-            modules += [module for module in item.modules() if module.training]
-        elif hasattr(item, "__dict__") and (hasattr(item, "select") or dataclasses.is_dataclass(item)):
-            pending += vars(item).values()
+    """Switch modules to evaluation, so that dropout cannot change a result."""
+    modules = [module for one in objects if isinstance(one, nn.Module) for module in one.modules() if module.training]
     for module in modules:
         module.training = False
     try:
@@ -89,63 +72,99 @@ def evaluation_mode(*objects: object) -> Iterator[None]:
             module.training = True
 
 
+@dataclass
+class _Rows:
+    """What is known of the rows still in the batch."""
+
+    index: Tensor  # int64 [b], their places in the batch
+    tokens: Tensor
+    masked: Tensor
+    reveal_step: Tensor
+    log_prob: Tensor
+    fallback: Tensor
+    carry: Any
+    reader: Reader
+
+    def keep(self, keep: Tensor) -> _Rows:
+        """Those in `keep`, int64."""
+        tensors = (self.index, self.tokens, self.masked, self.reveal_step, self.log_prob, self.fallback)
+        return _Rows(*(values[keep] for values in tensors), keep_rows(self.carry, keep), self.reader.rows(keep))
+
+
 def _unmask(
+    denoiser: Denoiser,
     policy: Policy,
-    canvas: Canvas,
+    batch: Batch,
     num_steps: int,
-    seed: int,
-    row_ids: Tensor,
     write: Callable[[Tensor], Write],
+    noise: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
     truth: Tensor | None,
-    pad_token_id: int = 0,
 ) -> DecodeOutput:
-    """Unmask all rows; `write` says what to write to the rows of an index int64 [b], those still in the batch.
+    """Unmask all rows.
 
     Every executed forward reveals at least one token of each row in it. Rows leave when they are finished. The host
     waits for the device once per step, see `unmask`.
+
+    Args:
+        denoiser: see `Denoiser`.
+        policy: decides the reveal sets.
+        batch: the canvas.
+        num_steps: step budget T.
+        write: index int64 [b] of the rows still in the batch -> what is written to them.
+        noise: (index, step int64 [b], latent bool [b, S]) -> float64 [b, S]; None takes modes.
+        truth: int64 [B, S], for oracles.
     """
-    attention = canvas.attention_mask
-    device, (batch, length) = attention.device, attention.shape
-    cost = int(getattr(canvas.denoiser, "forwards_per_call", 1))  # guidance makes two forwards per call
-    noisy = needs_noise(policy)
+    latent = batch.latent
+    device, (count, _) = latent.device, latent.shape
+    cost = int(getattr(denoiser, "forwards_per_call", 1))  # guidance makes two forwards per call
+    start = torch.where(latent, denoiser.mask_index, batch.readable)
     output = DecodeOutput(
-        sequences=torch.where(attention, canvas.mask_index, pad_token_id),
-        attention_mask=attention,
-        nfe=torch.zeros(batch, dtype=torch.int64, device=device),
+        sequences=torch.where(latent, denoiser.mask_index, batch.tokens),
+        latent=latent,
+        nfe=torch.zeros(count, dtype=torch.int64, device=device),
         steps=num_steps,
-        reveal_step=torch.full((batch, length), VISIBLE, device=device),
-        token_log_prob=torch.zeros(batch, length, dtype=torch.float64, device=device),
-        fallback=torch.zeros(batch, dtype=torch.int64, device=device),
+        reveal_step=torch.full(latent.shape, VISIBLE, device=device),
+        token_log_prob=torch.zeros(latent.shape, dtype=torch.float64, device=device),
+        fallback=torch.zeros(count, dtype=torch.int64, device=device),
     )
-    index, tokens, masked = torch.arange(batch, device=device), output.sequences, attention
-    reveal_step, log_prob, fallback = output.reveal_step, output.token_log_prob, output.fallback.clone()
-    memory = first_memory(policy, index, truth)
-    rows_left, masks_left = torch.stack([masked.any(-1).sum(), masked.sum()]).tolist()
+    index = torch.arange(count, device=device)
+    own = output.reveal_step, output.token_log_prob, output.fallback.clone()
+    rows = _Rows(index, start, latent, *own, None, Reader(denoiser, batch))
+    rows_left, masks_left = torch.stack([latent.any(-1).sum(), latent.sum()]).tolist()
     for step in range(num_steps):
-        if rows_left < len(index):
-            keep = true_places(masked.any(-1), rows_left)
-            index, tokens, masked, reveal_step, log_prob, fallback = (
-                values[keep] for values in (index, tokens, masked, reveal_step, log_prob, fallback)
-            )
-            canvas = canvas.rows(keep)
-            memory = {key: value[keep] for key, value in memory.items()}
+        if rows_left < len(rows.index):
+            rows = rows.keep(true_places(rows.masked.any(-1), rows_left))
         if rows_left == 0:
             break
         if step == 0:
-            canvas.encode_prompt()
-        noise = uniform_noise(seed, row_ids[index], step, length, SELECTION) if noisy else None
-        predictions = Predictions(canvas, tokens, masked, masks_left)  # the one forward of this step
-        state = DecodingState(predictions, tokens, step, num_steps, noise, memory)
-        done = unmask(policy, state, write(index), is_last=step == num_steps - 1)
-        tokens, masked, rows_left, masks_left = done.tokens, done.masked, done.rows_left, done.masks_left
-        reveal_step = torch.where(done.reveal, step, reveal_step)
-        log_prob = log_prob.flatten().index_copy(0, done.places, done.log_prob).view_as(masked)
-        fallback = fallback if done.fallback is None else fallback + done.fallback
-        if rows_left < len(index):  # some leave; what is written of the others is written over
-            output.sequences[index], output.reveal_step[index] = tokens, reveal_step
-            output.token_log_prob[index], output.fallback[index] = log_prob, fallback
-            output.nfe[index] = (step + 1) * cost
+            rows.reader.encode_prompt()
+        predictions = MaskedOnly(rows.reader, rows.tokens, rows.masked, masks_left)  # the one forward of this step
+        now = torch.full(rows.index.shape, step, device=device)
+        canvas = rows.reader.batch
+        draw = None if noise is None else partial(noise, rows.index, now, canvas.latent)
+        own_truth = None if truth is None else truth[rows.index]
+        state = State(
+            rows.tokens, rows.masked, now, num_steps, canvas, denoiser, predictions, draw, rows.carry, own_truth
+        )
+        done = unmask(policy, state, write(rows.index), is_last=step == num_steps - 1)
+        rows.tokens, rows.masked, rows.carry = done.tokens, done.masked, done.carry
+        rows_left, masks_left = done.rows_left, done.masks_left
+        rows.reveal_step = torch.where(done.reveal, step, rows.reveal_step)
+        rows.log_prob = rows.log_prob.flatten().index_copy(0, done.places, done.log_prob).view_as(rows.masked)
+        rows.fallback = rows.fallback if done.fallback is None else rows.fallback + done.fallback
+        if rows_left < len(rows.index):  # some leave; what is written of the others is written over
+            _store(output, rows, (step + 1) * cost)
+    if bool(output.token_log_prob.isnan().any()):
+        raise UserError("denoiser", "gives NaN as a log-probability", "check its weights, dtype and inputs")
     return output
+
+
+def _store(output: DecodeOutput, rows: _Rows, nfe: int) -> None:
+    latent = output.latent[rows.index]
+    output.sequences[rows.index] = torch.where(latent, rows.tokens, output.sequences[rows.index])
+    output.reveal_step[rows.index] = rows.reveal_step
+    output.token_log_prob[rows.index], output.fallback[rows.index] = rows.log_prob, rows.fallback
+    output.nfe[rows.index] = nfe
 
 
 def _check_budget(num_steps: int, field: str) -> None:
@@ -153,11 +172,11 @@ def _check_budget(num_steps: int, field: str) -> None:
         raise UserError(field, f"a budget of {num_steps} steps", "allow at least 1")
 
 
-def _blocks(policy: Policy, block_size: int | None, longest: int, num_steps: int) -> Policy:
+def in_blocks(policy: Policy, block_size: int | None, longest: int, num_steps: int) -> Policy:
     """Wrap a policy into blocks; every block needs a step of its own."""
     if block_size is None:
         return policy
-    wrapped = Block(policy, block_size)
+    wrapped = Blocks(policy, block_size)
     blocks = -(-longest // block_size)
     if blocks > num_steps:
         problem = f"{blocks} blocks of {block_size} in {num_steps} steps"
@@ -165,113 +184,106 @@ def _blocks(policy: Policy, block_size: int | None, longest: int, num_steps: int
     return wrapped
 
 
-def _row_ids(row_ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
+def _row_ids(row_ids: Tensor | None, batch: Batch) -> Tensor:
     if row_ids is None:
-        return torch.arange(batch, device=device)
-    if row_ids.shape != (batch,):
-        raise UserError("row_ids", f"shape {tuple(row_ids.shape)} for {batch} rows", "give one id per row")
-    return row_ids.to(device, torch.int64)
+        return torch.arange(len(batch), device=batch.device)
+    if row_ids.shape != (len(batch),):
+        raise UserError("row_ids", f"shape {tuple(row_ids.shape)} for {len(batch)} rows", "give one id per row")
+    return row_ids.to(batch.device, torch.int64)
+
+
+def _noise(seed: int, ids: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda index, step, latent: row_noise(seed, ids[index], step, latent, SELECTION)
+
+
+def _longest(batch: Batch) -> int:
+    return int(batch.latent.sum(-1).max()) if batch.latent.numel() else 0
 
 
 @torch.no_grad()
 def decode(
     denoiser: Denoiser,
     policy: Policy,
-    context: Tensor | None = None,
-    context_mask: Tensor | None = None,
+    batch: Batch | Tensor | Mapping[str, Any],
     *,
-    length: int | Tensor,
     max_steps: int,
+    mode: bool = False,
     block_size: int | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     row_ids: Tensor | None = None,
     record_history: bool = False,
-    device: torch.device | str | None = None,
-    pad_token_id: int = 0,
 ) -> DecodeOutput:
-    """Generate responses by revealing the sets that `policy` selects.
+    """Write the positions to reveal, in the sets that `policy` selects.
 
-    A row's result depends on its prompt, its length, its id and the seed only: not on the other rows, their order or
-    the padding. A step costs one denoiser call on the rows that are not finished, whatever the policy reads. The last
+    A row's result depends on its own tokens, its id and the seed only: not on the other rows, their order or the
+    padding. A step costs one denoiser call on the rows that are not finished, whatever the policy reads. The last
     budgeted step reveals everything that is left.
 
     Args:
         denoiser: see `Denoiser`. An attribute `forwards_per_call` (2 under guidance) multiplies the NFE.
         policy: decides the reveal sets.
-        context: int64 [B, C], prompts.
-        context_mask: bool [B, C], False at padding, left or right; all True when left out.
-        length: response length, one number or int64 [B].
+        batch: the canvas. What it says is given stays; where it says nothing of that (`given=None`), all that is not
+            MASK is given, so that a text with holes is filled.
         max_steps: step budget per row.
-        block_size: semi-autoregressive blocks of this many positions (see `Block`).
+        mode: take the most probable set of the policy instead of a draw; no difference for hard rules.
+        block_size: semi-autoregressive blocks of so many positions to reveal (see `Blocks`).
         temperature: of token sampling; 0 takes the most likely token. Sampling inverts the cumulative distribution in
             float64.
         generator: only its seed is used (see `generator_seed`); the seed of `torch.manual_seed` when left out.
         row_ids: int64 [B], identity of each row for the noise, e.g. its index in the data set; 0..B-1 when left out.
         record_history: keep all intermediate states.
-        device: where to decode; that of `context`, or of `length`, when left out.
-        pad_token_id: written behind the end of shorter responses.
 
     Raises:
-        UserError: for a budget below 1, a negative temperature or length, sizes that do not match, or more blocks than
-            steps.
+        UserError: for a budget below 1, a negative temperature, sizes that do not match, nothing to reveal, more blocks
+            than steps, or a denoiser that gives NaN.
     """
     _check_budget(max_steps, "max_steps")
     if not temperature >= 0:
         raise UserError("temperature", f"{temperature} is negative", "give 0 for the most likely token, or more")
-    if device is None:
-        given = context if context is not None else length if isinstance(length, Tensor) else None
-        device = "cpu" if given is None else given.device
-    where = torch.device(device)
-    sizes = [len(item) for item in (context, row_ids, length) if isinstance(item, Tensor) and item.dim() > 0]
-    batch = sizes[0] if sizes else 1
-    if any(size != batch for size in sizes):
-        raise UserError("length", f"{sizes} rows in context, row_ids and length", "give one row per sequence")
-    lengths = torch.as_tensor(length, dtype=torch.int64, device=where).expand(batch)
-    longest, shortest = (int(lengths.max()), int(lengths.min())) if batch else (0, 0)
-    if shortest < 0:
-        raise UserError("length", f"a response of {shortest} tokens", "give 0 or more")
-    attention = torch.arange(longest, device=where) < lengths[:, None]  # [B, L]
-    if context is not None:
-        context = context.to(where)
-        context_mask = None if context_mask is None else context_mask.to(where)
-    canvas = Canvas(denoiser, attention, context, context_mask)
-    policy = _blocks(policy, block_size, longest, max_steps)
-    seed, ids = generator_seed(generator), _row_ids(row_ids, batch, where)
+    batch = Batch.of(batch)
+    if batch.given is None:
+        batch = replace(batch, given=batch.tokens != denoiser.mask_index)
+        if not bool(batch.latent.any()) and len(batch):
+            problem = "no MASK among the tokens, so there is nothing to reveal"
+            raise UserError("batch", problem, "put MASK where tokens are wanted, or say what is given")
+    policy = in_blocks(policy, block_size, _longest(batch), max_steps)
+    seed, ids = generator_seed(generator), _row_ids(row_ids, batch)
 
     def write(index: Tensor) -> Write:
         return token_writer(temperature, seed, ids[index])
 
     with evaluation_mode(denoiser, policy):
-        output = _unmask(policy, canvas, max_steps, seed, ids, write, None, pad_token_id)
+        noise = None if mode else _noise(seed, ids)
+        output = _unmask(denoiser, policy, batch, max_steps, write, noise, None)
     if record_history:
         # Revealed tokens never change, so the states follow from the result.
         executed = int(output.reveal_step.max()) + 1 if output.reveal_step.numel() else 0
-        hidden = output.reveal_step >= torch.arange(executed + 1, device=where)[:, None, None]
-        output.history = partial_state(output.sequences, hidden, denoiser.mask_index)
+        hidden = output.reveal_step >= torch.arange(executed + 1, device=batch.device)[:, None, None]
+        output.history = torch.where(hidden, denoiser.mask_index, output.sequences)
     return output
 
 
 @torch.no_grad()
 def follow(
     policy: Policy,
-    canvas: Canvas,
-    tokens: Tensor,
+    denoiser: Denoiser,
+    batch: Batch | Tensor | Mapping[str, Any],
     num_steps: int,
     *,
+    mode: bool = False,
     block_size: int | None = None,
     generator: torch.Generator | None = None,
     row_ids: Tensor | None = None,
 ) -> PathOutput:
     """Reveal the true tokens along the policy's own order (teacher forcing).
 
-    Only policies that declare `needs_truth` find the truth in `state.memory["truth"]`.
-
     Args:
         policy: decides the reveal sets from the partially revealed truth.
-        canvas: prompt, padding and denoiser.
-        tokens: int64 [B, L], the truth.
+        denoiser: see `Denoiser`.
+        batch: clean sequences; everything that is not given is revealed.
         num_steps: step budget T; the last step reveals everything that is left.
+        mode: see `decode`.
         block_size: see `decode`.
         generator: see `decode`.
         row_ids: see `decode`.
@@ -280,26 +292,20 @@ def follow(
         `PathOutput`: `token_log_prob` is the log-likelihood of the true token at the state that revealed it.
 
     Raises:
-        UserError: for a budget below 1, tokens of another shape than the canvas, a MASK among the tokens, or more
-            blocks than steps.
+        UserError: for a budget below 1, a MASK among the tokens to reveal, more blocks than steps, or a denoiser that
+            gives NaN.
     """
     _check_budget(num_steps, "num_steps")
-    attention = canvas.attention_mask
-    if tokens.shape != attention.shape:
-        problem = f"shape {tuple(tokens.shape)} on a canvas of {tuple(attention.shape)}"
-        raise UserError("tokens", problem, "give one token per response position")
-    if bool(((tokens == canvas.mask_index) & attention).any()):
+    batch = Batch.of(batch)
+    if bool(((batch.tokens == denoiser.mask_index) & batch.latent).any()):
         raise UserError("tokens", "the MASK token among the true tokens", "give clean sequences")
-    ids = _row_ids(row_ids, len(tokens), tokens.device)
-    longest = int(attention.sum(-1).max()) if attention.numel() else 0
-    policy = _blocks(policy, block_size, longest, num_steps)
-    # Padding may hold any id, also one the denoiser has no class for.
-    readable = tokens.masked_fill(~attention, 0)
+    policy = in_blocks(policy, block_size, _longest(batch), num_steps)
+    readable, seed, ids = batch.readable, generator_seed(generator), _row_ids(row_ids, batch)
 
     def write(index: Tensor) -> Write:
         return lambda logits, state, places: readable[index].flatten()[places]
 
-    with evaluation_mode(canvas.denoiser, policy):
-        seed = generator_seed(generator)
-        output = _unmask(policy, canvas, num_steps, seed, ids, write, readable)
-    return PathOutput(attention, output.nfe, num_steps, output.reveal_step, output.token_log_prob, output.fallback)
+    with evaluation_mode(denoiser, policy):
+        noise = None if mode else _noise(seed, ids)
+        output = _unmask(denoiser, policy, batch, num_steps, write, noise, readable)
+    return PathOutput(**vars(output))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from orderppl.decoding.policy import Policy, policy_score
-from orderppl.decoding.predictions import DecodingState, true_places
-from orderppl.decoding.scores import reveal_rank
+from orderppl.distributions import SetDistribution
+from orderppl.policies import Policy
+from orderppl.policies.scores import best_of, confidence
 from orderppl.randomness import TOKENS, sample_categorical, uniform_noise
-from orderppl.states import UnmaskingState
+from orderppl.unmasking import State
+from orderppl.unmasking.predictions import MaskedOnly, true_places
 
-Write = Callable[[Tensor, DecodingState, Tensor], Tensor]
+Write = Callable[[Tensor, State, Tensor], Tensor]
 """Tokens int64 [R] for places int64 [R] of a state, numbered through the batch, given their logits float [R, V]."""
 
 
@@ -23,9 +25,10 @@ class Step:
     """What a step did.
 
     Attributes:
-        tokens: int64 [B, L], after the step.
-        masked: bool [B, L], after the step.
-        reveal: bool [B, L], the reveal set z_t.
+        tokens: int64 [B, S], after the step.
+        masked: bool [B, S], after the step.
+        reveal: bool [B, S], the reveal set z_t.
+        carry: what the policy keeps for the next step.
         fallback: bool [B], rows whose policy selected nothing; None when there is none.
         places: int64 [R], where `reveal` is true, numbered through the batch.
         log_prob: float64 [R], of the tokens written there, at temperature 1.
@@ -36,6 +39,7 @@ class Step:
     tokens: Tensor
     masked: Tensor
     reveal: Tensor
+    carry: Any
     fallback: Tensor | None
     places: Tensor
     log_prob: Tensor
@@ -43,41 +47,50 @@ class Step:
     masks_left: int
 
 
-def or_best(policy: Policy, state: UnmaskingState, selected: Tensor) -> Tensor:
-    """What a policy selected (bool [B, L]); in rows where that is nothing, the masked position it scores highest."""
-    selected = selected & state.masked
-    best = (reveal_rank(policy_score(policy, state), state.masked) == 0) & state.masked
-    return torch.where(selected.any(-1, keepdim=True), selected, best)
+def selected_set(sets: SetDistribution, state: State) -> Tensor:
+    """The reveal set of a state: a draw by its noise, or the most probable set where it takes modes; bool [*, S]."""
+    if sets.is_certain or state.takes_mode:
+        mode: Tensor = sets.mode
+        return mode & state.masked
+    return sets.draw(state.noise) & state.masked
 
 
-def unmask(policy: Policy, state: DecodingState, write: Write, is_last: bool) -> Step:
+def or_best(sets: SetDistribution, state: State, selected: Tensor) -> Tensor:
+    """What was selected (bool [*, S]); in rows where that is nothing, the position that comes first otherwise."""
+    priority = confidence(state) if sets.is_certain else sets.priority
+    return torch.where(selected.any(-1, keepdim=True), selected, best_of(priority, state.masked))
+
+
+def unmask(policy: Policy, state: State, write: Write, is_last: bool) -> Step:
     """Reveal what the policy selects, at least one position of each row, and everything that is left at the last step.
 
     Waits for the device once, to learn what is left; a second time where the policy selected nothing in some row.
 
     Args:
         policy: decides the reveal set.
-        state: every row has a mask.
+        state: every row has a mask; its predictions are `MaskedOnly`.
         write: decides the tokens.
         is_last: whether this is the last step of the budget.
     """
-    masked, masks = state.masked, state.predictions.count
-    fallback = None
+    masked, predictions = state.masked, state.predictions
+    assert isinstance(predictions, MaskedOnly)
+    fallback, carry = None, None
     if is_last:
         reveal, rows_left, masks_left = masked, 0, 0
     else:
-        reveal = policy.select(state) & masked
+        sets, carry = policy.at_step(state)
+        reveal = selected_set(sets, state)
         rows_left, masks_left, empty_rows = _remaining(masked, reveal)
         if empty_rows:
             fallback = ~reveal.any(-1)
-            reveal = or_best(policy, state, reveal)
+            reveal = or_best(sets, state, reveal)
             rows_left, masks_left, _ = _remaining(masked, reveal)
-    places = true_places(reveal.flatten(), masks - masks_left)
-    logits = state.predictions.at(places)  # [R, V]
+    places = true_places(reveal.flatten(), predictions.count - masks_left)
+    logits = predictions.logits_at(places)  # [R, V]
     written = write(logits, state, places)
     log_prob = logits.log_softmax(-1).gather(-1, written[:, None])[:, 0].double()
     tokens = state.tokens.flatten().index_copy(0, places, written).view_as(masked)
-    return Step(tokens, masked & ~reveal, reveal, fallback, places, log_prob, rows_left, masks_left)
+    return Step(tokens, masked & ~reveal, reveal, carry, fallback, places, log_prob, rows_left, masks_left)
 
 
 def _remaining(masked: Tensor, reveal: Tensor) -> tuple[int, int, int]:
@@ -86,6 +99,20 @@ def _remaining(masked: Tensor, reveal: Tensor) -> tuple[int, int, int]:
     counts = torch.stack([left.any(-1).sum(), left.sum(), (~reveal.any(-1)).sum()])
     rows, positions, empty = counts.tolist()
     return rows, positions, empty
+
+
+def row_noise(seed: int, row_ids: Tensor, step: Tensor, latent: Tensor, stream: int) -> Tensor:
+    """One uniform number per row and position to reveal, whatever stands before it: float64 [B, S].
+
+    Args:
+        seed: any integer.
+        row_ids: int64 [B], identity of each row.
+        step: int64 [B].
+        latent: bool [B, S]; a position is known by its rank among these.
+        stream: `SELECTION` or `TOKENS`.
+    """
+    place = (latent.long().cumsum(-1) - 1).clamp(min=0)
+    return uniform_noise(seed, row_ids, step, latent.shape[-1], stream).gather(-1, place)
 
 
 def token_writer(temperature: float, seed: int, row_ids: Tensor) -> Write:
@@ -97,10 +124,17 @@ def token_writer(temperature: float, seed: int, row_ids: Tensor) -> Write:
         row_ids: int64 [B], identities of the rows.
     """
 
-    def write(logits: Tensor, state: DecodingState, places: Tensor) -> Tensor:
+    def write(logits: Tensor, state: State, places: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(-1)
-        noise = uniform_noise(seed, row_ids, state.step, state.masked.shape[-1], TOKENS)  # [B, L]
+        noise = row_noise(seed, row_ids, state.step, state.latent, TOKENS)  # [B, S]
         return sample_categorical(logits.double() / temperature, noise.flatten()[places])
 
     return write
+
+
+def keep_rows(carry: Any, keep: Tensor) -> Any:
+    """What a policy keeps, of the rows in `keep` (int64 [b]) only."""
+    if isinstance(carry, tuple):
+        return tuple(keep_rows(part, keep) for part in carry)
+    return carry[keep] if isinstance(carry, Tensor) else carry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,15 +13,14 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 from torch import Tensor
 
 from orderppl.randomness import sample_categorical, uniform
-from orderppl.states import UnmaskingState
+from orderppl.unmasking import State, Trajectory
+from orderppl.unmasking.trajectory import Path
 
 
 class RevealedTokens(dist.TorchDistribution):
     """Tokens given the order in which they were revealed.
 
         log p(x | r) = sum_t sum_{i : r_i = t} log p(x_i | s_t)
-
-    With a state stack of S < T uniformly drawn steps this is the unbiased estimate T / S times the sum over those.
 
     With a share of outliers it is the robust likelihood of a sequence that may be anything instead,
 
@@ -29,18 +29,18 @@ class RevealedTokens(dist.TorchDistribution):
     so that sequences which no order makes likely stop to matter. Towards 1 it is affine in p(x | r): what is maximised
     is then the probability of the whole sequence, not its logarithm.
 
-    Where only some tokens A are asked for, such as the answer at the end of a chain of equations, what is revealed
+    Where only some tokens A are wanted, such as the answer at the end of a chain of equations, what is revealed
     together with the last of them, or later, is not observed: nothing was conditioned on it, so that it sums to 1,
 
         log p(x_A, x_{i : r_i < max r_A} | r)   <=   log p(x_A | r)
 
-    A token counts if it is asked for, or revealed before all that is asked for is there.
+    A token counts if it is wanted, or revealed before all that is wanted is there.
 
     Args:
-        state: the stacked states of the order, leading shape [S, *].
-        reveal_step: int64 [*, L], the order; its provenance is carried by `log_prob`.
-        outlier: share of outliers, at least 0 and below 1; all T states are needed unless it is 0.
-        asked: bool [B, L], the tokens A; None asks for all. All T states are needed.
+        path: the sequences and the denoiser.
+        reveal_step: int64 [*, S], the order; its provenance is carried by `log_prob`.
+        outlier: share of outliers, at least 0 and below 1.
+        wanted: bool [B, S], the tokens A; None wants all.
         temperature: at which tokens are drawn, positive; towards 0 these are the most likely ones.
     """
 
@@ -48,20 +48,17 @@ class RevealedTokens(dist.TorchDistribution):
 
     def __init__(
         self,
-        state: UnmaskingState,
+        path: Path,
         reveal_step: Tensor,
         outlier: float = 0.0,
-        asked: Tensor | None = None,
+        wanted: Tensor | None = None,
         temperature: float = 1.0,
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.state = state
-        self.reveal_step = reveal_step
-        self.outlier = outlier
-        self.asked = asked
-        self.temperature = temperature
-        shape = state.masked.shape[1:]
+        self.path, self.reveal_step = path, reveal_step
+        self.outlier, self.wanted, self.temperature = outlier, wanted, temperature
+        shape = torch.broadcast_shapes(reveal_step.shape, path.batch.tokens.shape)
         super().__init__(
             shape[:-1] if batch_shape is None else torch.Size(batch_shape), shape[-1:], validate_args=validate_args
         )
@@ -73,37 +70,27 @@ class RevealedTokens(dist.TorchDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealedTokens:
         """Return the same distribution at a broader batch shape."""
-        return RevealedTokens(
-            self.state,
-            self.reveal_step,
-            self.outlier,
-            self.asked,
-            self.temperature,
-            batch_shape,
-            validate_args=self._validate_args,
-        )
+        settings = (self.outlier, self.wanted, self.temperature)
+        return RevealedTokens(self.path, self.reveal_step, *settings, batch_shape, validate_args=self._validate_args)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether only whole sequences have a likelihood, which is no sum over the decisions of single positions."""
-        return bool(self.outlier) or self.asked is not None
+    @cached_property
+    def trajectory(self) -> Trajectory:
+        """The states of the order; one denoiser call."""
+        return Trajectory(self.path, self.reveal_step)
 
-    def counted(self, revealed: Tensor) -> Tensor:
-        """Those of the tokens revealed at every state (bool [S, *, L]) that are observed."""
-        if self.asked is None:
-            return revealed
-        asked = self.asked & self.state.masked  # [S, *, L], not revealed before
-        goes_on = (asked & ~revealed).any(-1, keepdim=True)
-        return revealed & (asked | goes_on)
-
-    def observed(self, token_log_prob: Tensor, revealed: Tensor) -> Tensor:
-        """log p(x_z | s_t) of sets z at every state, bool [S, *, L], as far as it is observed: float [S, *].
+    def observed(self, token_log_prob: Tensor, revealed: Tensor, masked: Tensor) -> Tensor:
+        """log p(x_z | s_t) of sets z at every state, as far as it is observed: float [T, *].
 
         Args:
-            token_log_prob: float [S, *, L], of the method of this name.
-            revealed: the sets.
+            token_log_prob: float [T, *, S], l_i(s_t).
+            revealed: bool [T, *, S], the sets z.
+            masked: bool [T, *, S], M_t.
         """
-        return token_log_prob.masked_fill(~self.counted(revealed), 0.0).sum(-1)
+        if self.wanted is not None:
+            wanted = self.wanted & masked  # not revealed before
+            goes_on = (wanted & ~revealed).any(-1, keepdim=True)
+            revealed = revealed & (wanted | goes_on)
+        return token_log_prob.masked_fill(~revealed, 0.0).sum(-1)
 
     def robust(self, log_likelihood: Tensor) -> Tensor:
         """The log-likelihood of whole sequences among outliers, float of any shape."""
@@ -112,32 +99,30 @@ class RevealedTokens(dist.TorchDistribution):
         anything = torch.full_like(log_likelihood, math.log(self.outlier))
         return torch.logaddexp(log_likelihood + math.log1p(-self.outlier), anything)
 
-    def token_log_prob(self, tokens: Tensor) -> Tensor:
-        """l_i(s_t): log-likelihood of every hidden token at every state, float [S, *, L]; 0 where it is not hidden."""
-        return self.state.token_log_prob(detach_provenance(tokens), self.temperature)
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draw each token at the true state that reveals it (posterior predictive), int64 [*sample_shape, *, L]."""
-        with torch.no_grad():
-            step = detach_provenance(self.reveal_step).clamp_min(0)
-            logits = self.state.logits
-            if len(logits) != self.state.num_steps:
-                raise ValueError("one_step: tokens cannot be drawn from a single step; use one_step=False")
-            index = step.expand(logits.shape[1:-1])[None, ..., None].expand((1,) + logits.shape[1:])
-            chosen = logits.gather(0, index).squeeze(0).expand(torch.Size(self.batch_shape) + logits.shape[-2:])
-            return sample_categorical(
-                chosen / self.temperature, uniform(torch.Size(sample_shape) + chosen.shape[:-1], chosen.device)
-            )
-
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-likelihood of the tokens, int64 [*, L] -> float [*]."""
+        """Log-likelihood of the tokens, int64 [*, S] -> float [*]."""
         if self._validate_args:
             self._validate_sample(value)
-        state = self.state
-        revealed = detach_provenance(self.reveal_step) == state.step.unsqueeze(-1)  # [S, *, L]
-        by_step = self.observed(self.token_log_prob(value), revealed)  # [S, *]
-        total = by_step.sum(0) * (state.num_steps / by_step.shape[0])
-        return track_provenance(self.robust(total).expand(self.batch_shape), get_provenance(self.reveal_step))
+        trajectory = self.trajectory
+        said = trajectory.token_log_prob(detach_provenance(value), self.temperature)  # [T, *, S]
+        by_step = self.observed(said, trajectory.revealed, trajectory.masked)  # [T, *]
+        total = self.robust(by_step.sum(0)).expand(self.batch_shape)
+        return track_provenance(total, get_provenance(self.reveal_step))
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draw each token at the true state that reveals it (posterior predictive), int64 [*sample_shape, *, S].
+
+        Given tokens stay what they are.
+        """
+        with torch.no_grad():
+            trajectory = self.trajectory
+            logits = trajectory.states.per_position(lambda log_probs: log_probs)  # [T, *, S, V]
+            step = trajectory.order.clamp_min(0)
+            index = step[None, ..., None].expand((1,) + logits.shape[1:])
+            chosen = logits.gather(0, index).squeeze(0).expand(torch.Size(self.batch_shape) + logits.shape[-2:])
+            noise = uniform(torch.Size(sample_shape) + chosen.shape[:-1], chosen.device)
+            drawn = sample_categorical(chosen / self.temperature, noise)
+            return torch.where(self.path.batch.latent, drawn, self.path.batch.readable)
 
 
 class HiddenTokens(dist.TorchDistribution):
@@ -147,12 +132,12 @@ class HiddenTokens(dist.TorchDistribution):
 
     Args:
         state: s_t, leading shape [*]; it may lack the particles of `revealed`.
-        revealed: bool [*, L], z_t.
+        revealed: bool [*, S], z_t.
     """
 
     arg_constraints: dict[str, Any] = {}
 
-    def __init__(self, state: UnmaskingState, revealed: Tensor, validate_args: bool | None = None) -> None:
+    def __init__(self, state: State, revealed: Tensor, validate_args: bool | None = None) -> None:
         self.state, self.revealed = state, revealed
         super().__init__(revealed.shape[:-1], revealed.shape[-1:], validate_args=validate_args)
 
@@ -167,13 +152,13 @@ class HiddenTokens(dist.TorchDistribution):
         return HiddenTokens(self.state, revealed, validate_args=self._validate_args)
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draw a token for every position, int64 [*sample_shape, *, L]."""
+        """Draw a token for every position, int64 [*sample_shape, *, S]."""
         with torch.no_grad():
             noise = uniform(torch.Size(sample_shape) + self.revealed.shape, self.revealed.device)
-            return sample_categorical(self.state.logits, noise)
+            return sample_categorical(self.state.per_position(lambda log_probs: log_probs), noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-likelihood of the revealed tokens, int64 [*, L] -> float [*]."""
+        """Log-likelihood of the revealed tokens, int64 [*, S] -> float [*]."""
         if self._validate_args:
             self._validate_sample(value)
         return self.state.token_log_prob(value).masked_fill(~self.revealed, 0.0).sum(-1)

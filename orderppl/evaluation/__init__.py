@@ -1,29 +1,30 @@
-"""Evaluation: answers, path likelihood, intervals and the records of a comparison."""
+"""Evaluation: one engine that makes a table, and pure functions of that table."""
 
-from orderppl.evaluation.answers import answers_match, exact_match, parse_answer
-from orderppl.evaluation.cost import PolicyCost, policy_cost
-from orderppl.evaluation.evaluate import DecodedAnswers, Grade, decode_answers, evaluate_policies
-from orderppl.evaluation.frontier import Advantage, Frontier, Point
-from orderppl.evaluation.intervals import Interval, bootstrap_mean, paired_difference
-from orderppl.evaluation.path_likelihood import PathLikelihood, batch_canvas, path_likelihood
+from orderppl.evaluation.arms import Arm, standard_heuristics, sweep
+from orderppl.evaluation.curves import Frontier, advantages, aup, frontier
+from orderppl.evaluation.engine import evaluate
+from orderppl.evaluation.figures import frontier_figure
+from orderppl.evaluation.intervals import Interval, bootstrap_mean
+from orderppl.evaluation.results import plain_records, read_results, results_table, write_results
+from orderppl.evaluation.table import paired_difference, pass_at_k, summary
 
 __all__ = [
-    "Advantage",
-    "DecodedAnswers",
+    "Arm",
     "Frontier",
-    "Grade",
     "Interval",
-    "PathLikelihood",
-    "Point",
-    "PolicyCost",
-    "answers_match",
-    "batch_canvas",
+    "advantages",
+    "aup",
     "bootstrap_mean",
-    "decode_answers",
-    "evaluate_policies",
-    "exact_match",
+    "evaluate",
+    "frontier",
+    "frontier_figure",
     "paired_difference",
-    "parse_answer",
-    "path_likelihood",
-    "policy_cost",
+    "pass_at_k",
+    "plain_records",
+    "read_results",
+    "results_table",
+    "standard_heuristics",
+    "summary",
+    "sweep",
+    "write_results",
 ]

@@ -12,13 +12,12 @@ from lm_eval.api.model import LM
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from orderppl.data.collate import collate
-from orderppl.data.tokenizers import Tokenizer
-from orderppl.decoding import Policy, decode, follow
-from orderppl.denoising import Denoiser
+from orderppl.data import Tokenizer, answers_match
+from orderppl.data.dataset import padded
+from orderppl.decoding import decode, follow
 from orderppl.errors import UserError
-from orderppl.evaluation.answers import answers_match
-from orderppl.evaluation.path_likelihood import batch_canvas
+from orderppl.policies import Policy
+from orderppl.unmasking import Batch, Denoiser
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -37,10 +36,10 @@ class OrderLM(LM):
         tokenizer: between text and ids.
         max_steps: step budget T per canvas.
         max_new_tokens: canvas of a generated answer, tokens; a task's `max_gen_toks` goes first.
-        max_context: longest prompt, tokens; longer ones lose their beginning. All of it when left out.
-        separate: end every prompt with the end-of-sequence token, as `tokenize(separate=True)` does.
+        max_prompt: longest prompt, tokens; longer ones lose their beginning. All of it when left out.
+        separator: end every prompt with the end token, as the data's `separator` does.
         batch_size: requests answered together.
-        block_size: semi-autoregressive blocks of this many positions.
+        mode: play the most probable set of every step instead of drawing one.
         seed: of stochastic policies and token sampling.
         device: where to run; that of the denoiser's parameters when left out.
 
@@ -56,15 +55,15 @@ class OrderLM(LM):
         *,
         max_steps: int,
         max_new_tokens: int = 256,
-        max_context: int | None = None,
-        separate: bool = False,
+        max_prompt: int | None = None,
+        separator: bool = False,
         batch_size: int = 32,
-        block_size: int | None = None,
+        mode: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"max_new_tokens": max_new_tokens, "max_context": max_context, "batch_size": batch_size}
+        sizes = {"max_new_tokens": max_new_tokens, "max_prompt": max_prompt, "batch_size": batch_size}
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise UserError(name, f"{size} is not positive", "give at least 1")
@@ -73,13 +72,41 @@ class OrderLM(LM):
         self.tokenizer = tokenizer
         self.max_steps = max_steps
         self.max_new_tokens = max_new_tokens
-        self.max_context = max_context
-        self.separate = separate
+        self.max_prompt = max_prompt
+        self.separator = separator
         self.batch_size = batch_size
-        self.block_size = block_size
+        self.mode = mode
         self.seed = seed
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
         self._device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokeniser, by which the harness keeps its requests apart."""
+        return str(getattr(self._templates, "name_or_path", "") or type(self.tokenizer).__name__)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The chat template of the tokeniser, for the harness's records."""
+        return str(self._templates.get_chat_template()) if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as one prompt, as the tokeniser writes it.
+
+        Args:
+            chat_history: messages with `role` and `content`.
+            add_generation_prompt: end where the answer begins.
+
+        Raises:
+            UserError: the tokeniser has no chat template.
+        """
+        if getattr(self._templates, "chat_template", None) is None:
+            raise UserError("apply_chat_template", "this tokeniser has no chat template", "leave it out")
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        return str(self._templates.apply_chat_template(chat_history, **options))
+
+    @property
+    def _templates(self) -> Any:
+        return getattr(self.tokenizer, "tokenizer", None)  # of Hugging Face, behind `PretrainedTokenizer`
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Decode one answer per request.
@@ -94,25 +121,14 @@ class OrderLM(LM):
         """
         answers = [""] * len(requests)
         settings = [self._settings(request.args[1]) for request in requests]
-        asked = sorted(range(len(requests)), key=lambda index: settings[index])
+        alike = sorted(range(len(requests)), key=lambda index: settings[index])
         with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
-            for (length, temperature), same in groupby(asked, key=lambda index: settings[index]):
+            for (length, temperature), same in groupby(alike, key=lambda index: settings[index]):
                 for rows in _slices(list(same), self.batch_size):
-                    batch = self._batch([(self._prompt(requests[row].args[0]), [0] * length) for row in rows])
-                    output = decode(
-                        self.denoiser,
-                        self.policy,
-                        batch["context"],
-                        batch["context_mask"],
-                        length=length,
-                        max_steps=self.max_steps,
-                        block_size=self.block_size,
-                        temperature=temperature,
-                        generator=self._generator(),
-                        row_ids=torch.tensor(rows),
-                        device=self._device,
-                    )
-                    for row, ids in zip(rows, output.sequences.tolist(), strict=True):
+                    hidden = [self.denoiser.mask_index] * length
+                    batch = self._batch([(self._prompt(requests[row].args[0]), hidden) for row in rows])
+                    written = self._decode(batch, rows, temperature)[:, -length:]
+                    for row, ids in zip(rows, written.tolist(), strict=True):
                         answers[row] = _before(self.tokenizer.decode(ids), requests[row].args[1].get("until"))
                     bar.update(len(rows))
         return answers
@@ -141,8 +157,7 @@ class OrderLM(LM):
         for owner, request in enumerate(requests):
             ids = self.tokenizer.encode(request.args[0])
             for start in range(0, len(ids), self.max_new_tokens):
-                before = ids[max(0, start - (self.max_context or start)) : start]
-                pairs.append((before, ids[start : start + self.max_new_tokens]))
+                pairs.append((ids[:start], ids[start : start + self.max_new_tokens]))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         for owner, (nats, _) in zip(owners, self._score(pairs, disable_tqdm), strict=True):
@@ -154,22 +169,25 @@ class OrderLM(LM):
         if not all(ids for _, ids in pairs):
             raise UserError("continuation", "an empty one has no likelihood", "remove it from the task")
         for rows in tqdm(_slices(range(len(pairs)), self.batch_size), desc="likelihoods", disable=quiet):
-            canvas, tokens = batch_canvas(self.denoiser, self._batch([pairs[row] for row in rows]), self._device)
-            options: dict[str, Any] = {"block_size": self.block_size, "row_ids": torch.tensor(rows)}
-            path = follow(self.policy, canvas, tokens, self.max_steps, generator=self._generator(), **options)
-            output = decode(
-                self.denoiser,
-                self.policy,
-                canvas.context,
-                canvas.context_mask,
-                length=canvas.attention_mask.sum(-1),
-                max_steps=self.max_steps,
-                generator=self._generator(),
-                device=self._device,
-                **options,
-            )
-            same = ((output.sequences == tokens) | ~canvas.attention_mask).all(-1)  # bool [B]
+            batch = self._batch([pairs[row] for row in rows])
+            options: dict[str, Any] = {"generator": self._generator(), "row_ids": torch.tensor(rows)}
+            path = follow(self.policy, self.denoiser, batch.to(self._device), self.max_steps, mode=self.mode, **options)
+            same = ((self._decode(batch, rows) == batch.tokens) | ~batch.latent).all(-1)  # bool [B]
             yield from zip((-path.nats).tolist(), same.tolist(), strict=True)
+
+    def _decode(self, batch: Batch, rows: Sequence[int], temperature: float = 0.0) -> Tensor:
+        """What is written where a batch has positions to reveal: int64 [B, S], on the CPU."""
+        output = decode(
+            self.denoiser,
+            self.policy,
+            batch.to(self._device),
+            max_steps=self.max_steps,
+            mode=self.mode,
+            temperature=temperature,
+            generator=self._generator(),
+            row_ids=torch.tensor(rows),
+        )
+        return output.sequences.cpu()
 
     def _settings(self, given: Mapping[str, Any]) -> tuple[int, float]:
         """Canvas and temperature of a request."""
@@ -181,13 +199,16 @@ class OrderLM(LM):
 
     def _prompt(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text)
-        if ids and self.separate:
-            ids.append(self.tokenizer.eos_index)
-        return ids if self.max_context is None else ids[-self.max_context :]
+        return [*ids, self.tokenizer.eos_index] if ids and self.separator else ids
 
-    def _batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        rows = [{"context": context, "tokens": tokens} for context, tokens in pairs]
-        return collate(rows, self.tokenizer.pad_index)
+    def _batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
+        """Prompts, which are given, and what follows them, side by side: padding stands before and behind."""
+        begin = self.tokenizer.frame[0]
+        prompts = [[*begin, *ids[max(0, len(ids) - (self.max_prompt or len(ids))) :]] for ids, _ in pairs]
+        left, given = padded(prompts, self.tokenizer.pad_index, max(map(len, prompts)))
+        right, latent = padded([ids for _, ids in pairs], self.tokenizer.pad_index)
+        attended, given = torch.cat([given, latent], 1), torch.cat([given, torch.zeros_like(latent)], 1)
+        return Batch(torch.cat([left, right], 1), attended, given)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -195,6 +216,8 @@ class OrderLM(LM):
 
 def gsm8k_task(path: str | Path, prompt: str = "{{question}}", name: str = "gsm8k_local") -> dict[str, Any]:
     """Task of the harness for a local file of GSM8K, scored by our own answer parser.
+
+    `exact_match` reads the number behind the last mark, `flexible_match` the last number of the text.
 
     Give it to `lm_eval.simple_evaluate(model=OrderLM(...), tasks=[gsm8k_task("test.jsonl")])`.
 
@@ -210,8 +233,12 @@ def gsm8k_task(path: str | Path, prompt: str = "{{question}}", name: str = "gsm8
         raise UserError("path", f"{path} is not a file", "give a file of JSON lines with question and answer")
 
     def process_results(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-        return {"exact_match": float(answers_match(answers[0], row["answer"]))}
+        return {
+            name: float(answers_match(answers[0], row["answer"], flexible=name != "exact_match"))
+            for name in ("exact_match", "flexible_match")
+        }
 
+    metrics = ("exact_match", "flexible_match")
     return {
         "task": name,
         "dataset_path": "json",
@@ -222,7 +249,7 @@ def gsm8k_task(path: str | Path, prompt: str = "{{question}}", name: str = "gsm8
         "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": [], "do_sample": False},
         "process_results": process_results,
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [{"metric": one, "aggregation": "mean", "higher_is_better": True} for one in metrics],
         "metadata": {"version": 1.0},
     }
 

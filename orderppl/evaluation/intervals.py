@@ -1,16 +1,16 @@
-"""Bootstrap intervals over rows, paired where two arms answer the same rows."""
+"""Bootstrap samples of rows, and the intervals of means over them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
 
 from orderppl.errors import UserError
 
-_CHUNK = 2**22  # entries of a resampling table held at once
+Array = NDArray[np.float64]
+_CHUNK = 2**24  # entries of a float table of resampled rows held at once
 
 
 @dataclass(frozen=True)
@@ -22,75 +22,77 @@ class Interval:
     high: float
 
 
-def _array(values: Tensor) -> NDArray[np.float64]:
-    return np.asarray(values.detach().cpu().double().numpy())
+class Resamples:
+    """How often each of N rows is in each bootstrap sample of them; the first "sample" is the rows themselves.
 
+    Whatever is computed from the same object is computed from the same samples: its differences are paired by row.
 
-def _bootstrap(
-    totals: NDArray[np.float64], weights: NDArray[np.float64], level: float, resamples: int, seed: int
-) -> Interval:
-    """Interval of sum(totals) / sum(weights) over resampled rows."""
-    rows = len(totals)
-    if rows == 0:
-        raise UserError("rows", "no rows to average", "give a split that is not empty")
-    if weights.sum() <= 0:
-        raise UserError("weights", "they sum to 0", "give rows with at least one token")
-    if not 0 < level < 1:
-        raise UserError("level", f"{level} is no coverage", "give a number between 0 and 1, such as 0.95")
-    generator = np.random.default_rng(seed)
-    step = max(1, _CHUNK // rows)
-    means = []
-    for start in range(0, resamples, step):
-        picked = generator.integers(rows, size=(min(step, resamples - start), rows))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means.append(totals[picked].sum(1) / weights[picked].sum(1))
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(float(totals.sum() / weights.sum()), float(low), float(high))
+    Args:
+        rows: number of rows N.
+        level: coverage of intervals.
+        resamples: number of samples R.
+        seed: of the draws.
+
+    Raises:
+        UserError: no rows, or a level that is no coverage.
+    """
+
+    def __init__(self, rows: int, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> None:
+        if rows == 0:
+            raise UserError("rows", "no rows to average", "give a split that is not empty")
+        if not 0 < level < 1:
+            raise UserError("level", f"{level} is no coverage", "give a number between 0 and 1, such as 0.95")
+        self.level = level
+        generator, share = np.random.default_rng(seed), np.full(rows, 1 / rows)
+        self.counts = np.ones((resamples + 1, rows), dtype=np.uint16)
+        step = max(1, _CHUNK // rows)
+        for start in range(1, resamples + 1, step):
+            self.counts[start : start + step] = generator.multinomial(rows, share, min(step, resamples + 1 - start))
+
+    def sums(self, values: Array) -> Array:
+        """Sums over the rows of every sample: float64 [R + 1, P] from [N, P]."""
+        step = max(1, _CHUNK // len(values))
+        parts = [self.counts[i : i + step].astype(np.float64) @ values for i in range(0, len(self.counts), step)]
+        return np.concatenate(parts)
+
+    def means(self, values: Array, weights: Array | None = None) -> Array:
+        """Weighted means sum(w v) / sum(w) over the rows of every sample: float64 [R + 1, P] from [N, P] and [N].
+
+        Raises:
+            UserError: other rows than those of the samples, or no weight.
+        """
+        rows = self.counts.shape[1]
+        weights = np.ones(rows) if weights is None else weights
+        if len(values) != rows or weights.shape != (rows,):
+            raise UserError("rows", f"{len(values)} values for {rows} rows", "compare arms on the same rows")
+        if not weights.sum() > 0:
+            raise UserError("weights", "they sum to 0", "give rows with at least one token")
+        with np.errstate(invalid="ignore", divide="ignore"):  # a sample of rows without any weight
+            return np.asarray(self.sums(weights[:, None] * values) / self.sums(weights[:, None]))
+
+    def interval(self, samples: Array) -> Interval:
+        """Percentile interval of something computed in every sample, float64 [R + 1]."""
+        tail = (1 - self.level) / 2
+        low, high = np.nanquantile(samples[1:] if len(samples) > 1 else samples, [tail, 1 - tail])
+        return Interval(float(samples[0]), float(low), float(high))
 
 
 def bootstrap_mean(
-    values: Tensor, weights: Tensor | None = None, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: ArrayLike, weights: ArrayLike | None = None, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Bootstrap interval of a mean over rows.
+    """Bootstrap interval of a mean over rows; give differences by row for a paired one.
 
     Args:
         values: float [N], one value per row.
         weights: float [N], at least 0; the mean is then sum(w v) / sum(w), e.g. w = tokens of the row.
         level: coverage.
         resamples: number of bootstrap samples of the rows.
-        seed: seed of the resampling.
+        seed: of the resampling.
 
     Raises:
         UserError: when there are no rows or no weight.
     """
-    weight = np.ones(len(values)) if weights is None else _array(weights)
-    return _bootstrap(_array(values) * weight, weight, level, resamples, seed)
-
-
-def paired_difference(
-    values: Tensor,
-    baseline: Tensor,
-    weights: Tensor | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Bootstrap interval of mean(values) - mean(baseline), both resampled by the same rows.
-
-    Args:
-        values: float [N], one value per row.
-        baseline: float [N], the other arm on the same rows.
-        weights: float [N], as in `bootstrap_mean`.
-        level: coverage.
-        resamples: number of bootstrap samples of the rows.
-        seed: seed of the resampling.
-
-    Raises:
-        UserError: when the arms have different numbers of rows, or none.
-    """
-    if values.shape != baseline.shape:
-        problem = f"{len(baseline)} rows for {len(values)} of the other arm"
-        raise UserError("baseline", problem, "compare arms on the same rows")
-    return bootstrap_mean(values - baseline, weights, level=level, resamples=resamples, seed=seed)
+    value = np.asarray(values, dtype=np.float64)
+    weight = None if weights is None else np.asarray(weights, dtype=np.float64)
+    samples = Resamples(len(value), level=level, resamples=resamples, seed=seed)
+    return samples.interval(samples.means(value[:, None], weight)[:, 0])

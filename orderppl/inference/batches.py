@@ -1,155 +1,171 @@
-"""Batches of in-memory tensors whose order depends on the seed and the epoch only."""
+"""Data in any form that users hold, and batches of it whose order depends on the seed and the epoch only."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, RandomSampler
 
-from orderppl.errors import UserError
+from orderppl.errors import UserError, first_line
 from orderppl.randomness import BatchKeys
+from orderppl.unmasking import Batch
 
-MASK_OF = {"attention_mask": "tokens", "context_mask": "context"}  # mask -> the tensor it covers
+Data = Any
+"""What `as_batch` takes."""
+
+
+def as_batch(data: Data) -> Batch:
+    """All sequences of a data set as one batch on the host.
+
+    Args:
+        data: a `Batch`; tokens, int64 [N, S]; columns `tokens` (or `input_ids`), `attention_mask` and `given` in a dict
+            or a `datasets.Dataset`, whose rows may have different lengths; an object with a `.batch`; a `DataLoader` or
+            another iterable of batches, which is read once, into memory (without the shuffling of a loader).
+
+    Raises:
+        UserError: none of these, or no sequence.
+    """
+    batch = _as_batch(data).to("cpu")
+    if not len(batch):
+        raise UserError("data", "there are no sequences to draw batches from", "check the data split")
+    return batch
+
+
+def _as_batch(data: Data) -> Batch:
+    if isinstance(own := getattr(data, "batch", None), Batch):
+        return own
+    if isinstance(data, Batch | Tensor | np.ndarray):
+        return Batch.of(data if isinstance(data, Batch) else torch.as_tensor(data))
+    if hasattr(data, "column_names"):
+        data = {name: list(data[name]) for name in data.column_names}
+    if isinstance(data, Mapping):
+        return _from_columns(data)
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler) and not data.sampler.replacement:
+        # The stream shuffles, and finds the same rows when a fit is resumed.
+        data = DataLoader(data.dataset, data.batch_size, collate_fn=data.collate_fn, num_workers=data.num_workers)
+    if not isinstance(data, Iterable) or isinstance(data, str):
+        raise UserError("data", f"a {type(data).__name__} holds no batches", "give a Batch, a dict or a DataLoader")
+    parts = [Batch(*part) if isinstance(part, list | tuple) else _as_batch(part) for part in data]
+    rows: dict[str, list[Tensor]] = {"tokens": [], "attention_mask": [], "given": []}
+    for part in parts:
+        rows["tokens"] += part.tokens
+        rows["attention_mask"] += part.attention_mask
+        rows["given"] += part.attention_mask & ~part.latent
+    return _from_columns(rows)
+
+
+def _from_columns(columns: Mapping[str, Any]) -> Batch:
+    """A batch from columns whose rows may have different lengths."""
+    found: dict[str, Tensor] = {}
+    for name, values in columns.items():
+        if isinstance(values, Tensor | np.ndarray):
+            found[name] = torch.as_tensor(values)
+            continue
+        try:
+            rows = [torch.as_tensor(row) for row in values]
+            found[name] = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.long)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(name, f"is no column of token ids ({first_line(error)})", "leave it out") from error
+        if name in ("tokens", "input_ids") and "attention_mask" not in columns:
+            sizes = torch.tensor([len(row) for row in rows])
+            found["attention_mask"] = torch.arange(found[name].shape[-1]) < sizes[:, None]
+    return Batch.of(found)
+
+
+class Piece(NamedTuple):
+    """A process's part of a batch, or a piece of it.
+
+    Attributes:
+        batch: the sequences.
+        keys: which rows of the data they are; what `keyed_draws` needs.
+        share: their part of the whole batch; 0 where a row stands in for none.
+    """
+
+    batch: Batch
+    keys: BatchKeys
+    share: float
 
 
 class BatchStream:
     """An endless stream of shuffled batches that can be stopped and continued exactly.
 
     Every epoch is a fresh permutation drawn from `(seed, epoch)` alone, so the batches do not depend on the global
-    random state, on the device or on how often the stream was interrupted. Several processes (`share`) go through the
-    same batches, each with its own rows of every batch; `batch_size` is that of the whole batch.
+    random state, on the device or on how often the stream was interrupted. Batches are without the columns that are
+    padding in all their rows.
 
     Args:
-        tensors: tensors with the same first dimension N; keys are the keyword arguments of a model.
-            `attention_mask` (bool [N, L]) covers `tokens`, `context_mask` (bool [N, C]) covers `context`.
+        data: see `as_batch`.
         batch_size: sequences per batch.
         seed: non-negative seed of the permutations.
         shuffle: False keeps the rows in their order in every epoch.
-        drop_last: leave out the short last batch of an epoch.
-        trim: cut columns at the right end that are padding in the whole batch. Lengths are measured once, on the
-            host, so trimming never waits for the device.
+        drop_last: leave out the short last batch of an epoch, unless it is the only one.
         group: sort the rows of this many batches by length before cutting them into batches, then shuffle the
             batches: less padding, and still every row once an epoch. 1 leaves rows unsorted.
-        device: where batches are moved to; left where they are when None.
-
-    Attributes:
-        weight: 1, or 0 where the last batch had no row for this process.
+        device: where batches are moved to.
 
     Raises:
-        UserError: an empty set, tensors of different lengths, or a batch size the set cannot fill.
+        UserError: see `as_batch`, or a batch size the data cannot fill.
     """
 
     def __init__(
         self,
-        tensors: dict[str, Tensor],
+        data: Data,
         batch_size: int,
+        *,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
-        trim: bool = True,
         group: int = 1,
-        device: torch.device | str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {name: len(tensor) for name, tensor in tensors.items()}
-        if not sizes or 0 in sizes.values():
-            raise UserError("tensors", "there are no sequences to draw batches from", "check the data split")
-        if len(set(sizes.values())) > 1:
-            raise UserError("tensors", f"first dimensions differ: {sizes}", "give one row per sequence in every tensor")
-        if batch_size < 1:
-            raise UserError("batch_size", f"{batch_size} is not positive", "use at least 1")
-        if group < 1:
-            raise UserError("group", f"{group} is not positive", "use 1 for unsorted batches")
-        if seed < 0:
-            raise UserError("seed", f"{seed} is negative", "use a seed of 0 or more")
-        self.tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        self.num_sequences = next(iter(sizes.values()))
-        if drop_last and batch_size > self.num_sequences:
-            raise UserError(
-                "batch_size",
-                f"{batch_size} exceeds the {self.num_sequences} sequences and short batches are dropped",
-                "use a smaller batch or keep the last batch",
-            )
+        for name, value, least in (("batch_size", batch_size, 1), ("group", group, 1), ("seed", seed, 0)):
+            if value < least:
+                raise UserError(name, f"{value} is too small", f"use at least {least}")
+        self.data = as_batch(data)
         self.batch_size, self.seed, self.group = batch_size, seed, group
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.device = None if device is None else torch.device(device)
-        self.widths: dict[str, Tensor] = {}  # mask -> columns each row needs, int64 [N]
-        for name in MASK_OF if trim else ():
-            if name in self.tensors:
-                mask = self.tensors[name].bool()  # [N, W]
-                columns = torch.arange(1, mask.shape[1] + 1)
-                self.widths[name] = (mask * columns).amax(1)  # [N]
-        total = torch.zeros(self.num_sequences, dtype=torch.long)
-        for name in MASK_OF:
-            if name in self.tensors:
-                total += self.tensors[name].sum(-1)
-        self._length = total.numpy()  # attended tokens of each row
+        self.shuffle, self.drop_last, self.device = shuffle, drop_last, torch.device(device)
         self.epoch, self.position = 0, 0
-        self.process, self.num_processes = 0, 1
         self._batches = self._permutation()
-        self._keys: BatchKeys | None = None
-        self.weight = 1
-
-    def share(self, process: int, num_processes: int) -> None:
-        """Give out every `num_processes`-th row of each batch from now on, beginning at row `process`.
-
-        The checkpointed position does not depend on the processes.
-        """
-        self.process, self.num_processes = process, num_processes
-
-    @property
-    def keys(self) -> BatchKeys:
-        """Identity of the rows of the last batch, on the stream's device; what `keyed_draws` needs."""
-        if self._keys is None:
-            raise UserError("stream", "no batch has been drawn yet", "call next on it first")
-        return self._keys
-
-    def checksum(self) -> str:
-        """Digest of the data and of what decides the batches: equal on processes that go through the same ones."""
-        digest = hashlib.blake2b(repr(sorted(self._identity().items())).encode(), digest_size=8)
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     @property
     def batches_per_epoch(self) -> int:
         """Number of batches in one pass over the sequences."""
-        whole, rest = divmod(self.num_sequences, self.batch_size)
-        return whole if self.drop_last or not rest else whole + 1
+        whole, rest = divmod(len(self.data), self.batch_size)
+        return max(whole, 1) if self.drop_last or not rest else whole + 1
 
     def _permutation(self) -> list[Tensor]:
         """Row indices of every batch of this epoch."""
-        order = np.arange(self.num_sequences)
+        order = np.arange(len(self.data))
         rng = np.random.default_rng([self.seed, self.epoch])
         if self.shuffle:
             order = rng.permutation(order)
         if self.drop_last:
             order = order[: self.batches_per_epoch * self.batch_size]
         if self.shuffle and self.group > 1:
+            length = self.data.attention_mask.sum(-1).numpy()
             pool = self.group * self.batch_size
             pools = [order[start : start + pool] for start in range(0, len(order), pool)]
-            order = np.concatenate([rows[np.argsort(self._length[rows], kind="stable")] for rows in pools])
-        batches = [
-            torch.from_numpy(order[start : start + self.batch_size]) for start in range(0, len(order), self.batch_size)
-        ]
+            order = np.concatenate([rows[np.argsort(length[rows], kind="stable")] for rows in pools])
+        batches = list(torch.from_numpy(order).split(self.batch_size))
         if self.shuffle and self.group > 1:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield next(self.pieces()).batch
 
-    def __next__(self) -> dict[str, Tensor]:
-        return next(self.pieces(1))
+    def pieces(self, count: int = 1, rank: int = 0, size: int = 1) -> Iterator[Piece]:
+        """The next batch, or the part of process `rank` of `size`, in `count` pieces.
 
-    def pieces(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """This process's share of the next batch in `count` pieces; `keys` and `weight` are those of the latest one.
-
-        A piece of a short batch that has no row gets the batch's first one, with weight 0.
+        Every process gets each `size`-th row of the batch. A piece without a row gets the batch's first one.
         """
         if self.position >= self.batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
@@ -157,61 +173,51 @@ class BatchStream:
         self.position += 1
         rows = self._batches[self.position - 1]
         for piece in range(count):
-            mine = torch.arange(len(rows))[self.process + piece * self.num_processes :: count * self.num_processes]
-            self.weight = int(len(mine) > 0)
-            if not len(mine):
-                mine = torch.zeros(1, dtype=torch.long)
-            self._keys = BatchKeys(self.epoch, *self._moved({"rows": rows, "mine": mine}).values())
-            yield self.batch(rows[mine])
+            mine = torch.arange(len(rows))[rank + piece * size :: count * size]
+            yield self._piece(rows, mine if len(mine) else torch.zeros(1, dtype=torch.long), len(mine) / len(rows))
 
-    def batch(self, index: Tensor) -> dict[str, Tensor]:
-        """The rows `index` (int64 [B], on the host) as one trimmed batch on the stream's device."""
-        rows = {name: tensor[index] for name, tensor in self.tensors.items()}
-        for mask, widths in self.widths.items():
-            width = max(int(widths[index].max()), 1)
-            for name in (mask, MASK_OF[mask]):
-                if name in rows:
-                    rows[name] = rows[name][:, :width].contiguous()
-        return self._moved(rows)
-
-    def _moved(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.device is None or self.device.type == "cpu":
-            return rows
-        if self.device.type == "cuda":
-            rows = {name: tensor.pin_memory() for name, tensor in rows.items()}
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in rows.items()}
-
-    def once(self) -> Iterator[dict[str, Tensor]]:
+    def once(self) -> Iterator[Piece]:
         """One pass over all rows in their stored order, the short last batch included; the stream stays where it is."""
-        for start in range(0, self.num_sequences, self.batch_size):
-            yield self.batch(torch.arange(start, min(start + self.batch_size, self.num_sequences)))
+        for rows in torch.arange(len(self.data)).split(self.batch_size):
+            yield self._piece(rows, torch.arange(len(rows)), 1.0)
+
+    def _piece(self, rows: Tensor, mine: Tensor, share: float) -> Piece:
+        batch = self.data.rows(rows[mine]).trimmed()
+        if self.device.type == "cuda":
+            rows, mine = rows.pin_memory(), mine.pin_memory()
+            given = None if batch.given is None else batch.given.pin_memory()
+            batch = Batch(batch.tokens.pin_memory(), batch.attention_mask.pin_memory(), given)
+        _ = batch.prefix  # found on the host, and kept
+        rows, mine = (index.to(self.device, non_blocking=True) for index in (rows, mine))
+        return Piece(batch.to(self.device), BatchKeys(self.epoch, rows, mine), share)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the data: equal on processes, and before and after a resume, that hold the same."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.data.tokens, self.data.attention_mask, self.data.given):
+            if tensor is not None:
+                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "num_sequences": self.num_sequences,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "drop_last": self.drop_last,
-            "group": self.group,
-        }
+        names = ("batch_size", "seed", "shuffle", "drop_last", "group")
+        return {"num_sequences": len(self.data), **{name: getattr(self, name) for name in names}, "data": self.digest}
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the next batch, with what the position refers to."""
         return {"epoch": self.epoch, "position": self.position, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position.
 
         Raises:
-            UserError: the position was saved by a stream over other rows, batches or another seed.
+            UserError: the position was saved by a stream over other data, batches or another seed.
         """
         for name, value in self._identity().items():
             if state[name] != value:
-                raise UserError(
-                    name,
-                    f"the checkpoint was written with {state[name]}, this run has {value}",
-                    "resume with the settings and data of the interrupted run",
-                )
+                problem = f"the checkpoint was written with {state[name]}, this run has {value}"
+                raise UserError(name, problem, "resume with the settings and data of the interrupted run")
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._batches = self._permutation()

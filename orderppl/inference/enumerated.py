@@ -8,21 +8,21 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from orderppl.errors import UserError
-from orderppl.inference.exact import all_orders, exact_terms, order_law
+from orderppl.inference.exact import all_orders, exact_terms, order_distribution
 from orderppl.inference.objective import Objective
-from orderppl.states import steps_used
+from orderppl.unmasking import steps_used
 
 
 class EnumeratedELBO(Objective, Trace_ELBO):
     """The ELBO without Monte Carlo, for few positions and steps.
 
-        ELBO = sum_r q(r | x) [ log p(x | r) + kl_weight (log p(r) - log q(r | x)) ]     over all T^L orders r
+        ELBO = sum_r q(r | x) [ log p(x | r) + kl_weight (log p(r) - log q(r | x)) ]     over all T^S orders r
 
-    Value and gradient are exact, for model and guide, up to rounding. Needs T^L B T denoiser rows: an oracle for tests
+    Value and gradient are exact, for model and guide, up to rounding. Needs T^S B T denoiser rows: an oracle for tests
     and for telling an optimisation failure from a noisy gradient.
 
     Args:
-        max_orders: largest T^L that is enumerated.
+        max_orders: largest T^S that is enumerated.
         kl_weight: 1 for the ELBO.
 
     Attributes:
@@ -30,7 +30,7 @@ class EnumeratedELBO(Objective, Trace_ELBO):
 
     Raises:
         UserError: when called, for more than `max_orders` orders, a pair without a `reveal_step` site that is an
-            `OrderedPartition`, or a one-step program.
+            `OrderDistribution`.
     """
 
     def __init__(self, max_orders: int = 10_000, *, kl_weight: float = 1.0, **kwargs: Any) -> None:
@@ -41,8 +41,8 @@ class EnumeratedELBO(Objective, Trace_ELBO):
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
-        law = order_law(guide, *args, **kwargs)
-        length, steps = law.event_shape[0], law.num_steps
+        guide_order = order_distribution(guide, *args, **kwargs)
+        length, steps = guide_order.event_shape[0], guide_order.num_steps
         if steps**length > self.max_orders:
             problem = f"{steps}^{length} = {steps**length} orders of {length} positions in {steps} steps, more than"
             remedy = "use RevealTraceGraph_ELBO, fewer positions or steps, or raise max_orders"

@@ -8,17 +8,17 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from orderppl.distributions import OrderedPartition
+from orderppl.distributions import OrderDistribution
 from orderppl.errors import UserError
 from orderppl.inference.programs import Program
-from orderppl.inference.sites import require_all_steps
+from orderppl.unmasking import Batch
 
 
 class ExactTerms(NamedTuple):
     """Log-densities of all N orders of every sequence, float [N, B] each; differentiable.
 
     Attributes:
-        orders: int64 [N, B, L].
+        orders: int64 [N, B, S].
         log_likelihood: log p(x | r).
         log_prior: log p(r); -inf for orders that padding repeats.
         log_guide: log q(r | x); -inf likewise.
@@ -45,83 +45,75 @@ class ExactTerms(NamedTuple):
         return self.log_joint().softmax(0)
 
 
-def _trace_of_all_orders(program: Program, orders: Tensor, *args: Any, **batch: Any) -> poutine.Trace:
-    # As context managers: Pyro's wrapped programs cannot be called with an argument named `context`.
+def _trace_of_all_orders(program: Program, orders: Tensor, batch: Batch) -> poutine.Trace:
     with poutine.trace() as tracer, poutine.condition(data={"reveal_step": orders}):
-        program(*args, **batch)
+        program(batch)
     trace = tracer.trace
-    for site in trace.nodes.values():
-        require_all_steps(site.get("fn"), "an exact sum")
     trace.compute_log_prob()
     return trace
 
 
-def _log_probs_of_all_orders(program: Program, orders: Tensor, *args: Any, **batch: Any) -> Tensor:
+def _log_probs_of_all_orders(program: Program, orders: Tensor, batch: Batch) -> Tensor:
     """Log-density of every order under one program, float [N, B]."""
-    trace = _trace_of_all_orders(program, orders, *args, **batch)
+    trace = _trace_of_all_orders(program, orders, batch)
     return sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")
 
 
-def order_law(guide: Program, *args: Any, **batch: Any) -> OrderedPartition:
+def order_distribution(guide: Program, batch: Batch) -> OrderDistribution:
     """The distribution a guide draws `reveal_step` from.
 
     Raises:
-        UserError: it has no such site, or one that is no `OrderedPartition`.
+        UserError: it has no such site, or one that is no `OrderDistribution`.
     """
     with poutine.trace() as tracer:
-        guide(*args, **batch)
+        guide(batch)
     site = tracer.trace.nodes.get("reveal_step")
-    if site is None or not isinstance(site["fn"], OrderedPartition):
-        what = "has no such site" if site is None else f"is a {type(site['fn']).__name__}, no OrderedPartition"
+    if site is None or not isinstance(site["fn"], OrderDistribution):
+        what = "has no such site" if site is None else f"is a {type(site['fn']).__name__}, no OrderDistribution"
         raise UserError("reveal_step", f"the guide's site {what}", "exact sums need its support")
     return site["fn"]
 
 
-def all_orders(guide: Program, *args: Any, **batch: Any) -> Tensor:
-    """Every order the guide can draw for a batch, int64 [T**L, B, L]."""
-    return order_law(guide, *args, **batch).enumerate_support()
+def all_orders(guide: Program, batch: Batch) -> Tensor:
+    """Every order the guide can draw for a batch, int64 [T**S, B, S]."""
+    return order_distribution(guide, batch).enumerate_support()
 
 
-def exact_evidence(model: Program, orders: Tensor, *args: Any, **batch: Any) -> Tensor:
+def exact_evidence(model: Program, orders: Tensor, batch: Batch) -> Tensor:
     """Compute log p(x) = log sum_r p(x, r) per sequence, float [B], nats.
 
     Args:
         model: an unmasking program with a `reveal_step` site.
-        orders: int64 [N, B, L] from `all_orders`.
-        *args: the model's arguments.
-        **batch: the model's arguments.
+        orders: int64 [N, B, S] from `all_orders`.
+        batch: clean sequences.
     """
-    return _log_probs_of_all_orders(model, orders, *args, **batch).logsumexp(0)
+    return _log_probs_of_all_orders(model, orders, batch).logsumexp(0)
 
 
-def exact_terms(model: Program, guide: Program, orders: Tensor, *args: Any, **batch: Any) -> ExactTerms:
+def exact_terms(model: Program, guide: Program, orders: Tensor, batch: Batch) -> ExactTerms:
     """Score every order under both programs.
 
     Args:
         model: an unmasking program with a `reveal_step` site and one observed site.
         guide: its guide.
-        orders: int64 [N, B, L] from `all_orders`.
-        *args: the arguments of both.
-        **batch: the arguments of both.
+        orders: int64 [N, B, S] from `all_orders`.
+        batch: clean sequences.
     """
-    log_guide = _log_probs_of_all_orders(guide, orders, *args, **batch)
-    sites = _trace_of_all_orders(model, orders, *args, **batch).nodes
+    log_guide = _log_probs_of_all_orders(guide, orders, batch)
+    sites = _trace_of_all_orders(model, orders, batch).nodes
     log_prior = sites["reveal_step"]["log_prob"]
     observed = [s["log_prob"] for s in sites.values() if s["type"] == "sample" and s["name"] != "reveal_step"]
     return ExactTerms(orders, sum(observed), log_prior, log_guide)
 
 
-def exact_elbo(
-    model: Program, guide: Program, orders: Tensor, kl_weight: float = 1.0, *args: Any, **batch: Any
-) -> Tensor:
+def exact_elbo(model: Program, guide: Program, orders: Tensor, batch: Batch, kl_weight: float = 1.0) -> Tensor:
     """Compute E_q[ log p(x | r) + kl_weight (log p(r) - log q(r)) ] per sequence, float [B], nats; differentiable.
 
     Args:
         model: an unmasking program with a `reveal_step` site.
         guide: its guide.
-        orders: int64 [N, B, L] from `all_orders`.
+        orders: int64 [N, B, S] from `all_orders`.
+        batch: clean sequences.
         kl_weight: 1 for the ELBO.
-        *args: the arguments of both.
-        **batch: the arguments of both.
     """
-    return exact_terms(model, guide, orders, *args, **batch).elbo(kl_weight)
+    return exact_terms(model, guide, orders, batch).elbo(kl_weight)

@@ -10,11 +10,11 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from orderppl.distributions import OrderedPartition
+from orderppl.distributions import OrderDistribution
 from orderppl.errors import UserError
 from orderppl.inference.objective import Objective
 from orderppl.inference.programs import Program, make_local
-from orderppl.states import steps_used
+from orderppl.unmasking import steps_used
 
 
 class Imitation(Objective, Trace_ELBO):
@@ -30,8 +30,8 @@ class Imitation(Objective, Trace_ELBO):
     denoiser meanwhile, or the policies that read it will move it to where the teacher is easy to follow.
 
     Args:
-        teacher: program that samples `reveal_step`, called as model and guide are, such as `HeuristicGuide` or
-            `RandomGuide`. With a smoothing of its own it also shows what to do after a slip.
+        teacher: program that samples `reveal_step`, called as model and guide are, such as `PolicyGuide` with any
+            heuristic. A `Smoothed` one also shows what to do after a slip.
         num_particles: orders drawn per sequence; a point mass needs one.
 
     Attributes:
@@ -45,7 +45,7 @@ class Imitation(Objective, Trace_ELBO):
 
     def __init__(self, teacher: Program, num_particles: int = 1) -> None:
         super().__init__(num_particles)
-        del self.kl_weight  # a dial that this objective does not have
+        del self.kl_weight  # a setting that this objective does not have
         make_local(teacher)
         self.teacher = teacher
         self._checked = False
@@ -54,7 +54,7 @@ class Imitation(Objective, Trace_ELBO):
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
-        order = self._draw(args, kwargs)  # [K, B, L], or [B, L] for one particle
+        order = self._draw(args, kwargs)  # [K, B, S], or [B, S] for one particle
         terms = {
             name: _log_density(program, order, args, kwargs) / self.num_particles
             for name, program in _students(model, guide).items()
@@ -80,9 +80,9 @@ class Imitation(Objective, Trace_ELBO):
                 with pyro.plate("particles", self.num_particles, dim=-2):
                     self.teacher(*args, **kwargs)
         site = tracer.trace.nodes.get("reveal_step")
-        if site is None or not isinstance(site["fn"], OrderedPartition):
+        if site is None or not isinstance(site["fn"], OrderDistribution):
             problem = "draws no order at a site `reveal_step`"
-            raise UserError("teacher", problem, "give a guide such as HeuristicGuide or RandomGuide")
+            raise UserError("teacher", problem, "give a guide such as PolicyGuide")
         order: Tensor = site["value"]
         return order
 

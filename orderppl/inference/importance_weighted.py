@@ -1,15 +1,17 @@
-"""The importance-weighted bound, per sequence: training and evaluation."""
+"""Objectives of importance weights per sequence: the importance-weighted bound and wake-sleep."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from orderppl.distributions.reveal_set import _weighted
+from orderppl.distributions.independent_set import weighted
 from orderppl.errors import UserError
 from orderppl.inference.objective import Objective
 from orderppl.inference.particles import ParticleDensities, particle_densities
@@ -42,9 +44,6 @@ class ImportanceWeightedELBO(Objective, Trace_ELBO):
     Attributes:
         metrics: those of `Objective`, with `kl` the mean of log q - log p, and per sequence `bound` (L_K, nats) and
             `effective_particles`, 1 / sum_k v_k^2.
-
-    Raises:
-        UserError: when called with a one-step program: the exponential of an estimate is no weight.
     """
 
     def value_and_surrogate(
@@ -56,14 +55,14 @@ class ImportanceWeightedELBO(Objective, Trace_ELBO):
         normalised = log_weight.detach().softmax(0)
         bound = log_mean_exp(log_weight.detach())  # [*]
         learned = bound - _bound_without(log_weight.detach())  # [K, *]
-        surrogate = (_weighted(normalised, log_weight) + learned * densities.score).sum()
+        surrogate = (weighted(normalised, log_weight) + learned * densities.score).sum()
         self.metrics = weighted_metrics(densities, bound, normalised)
         return bound.sum(), surrogate
 
     def densities(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParticleDensities:
         """Draw K particles and score them."""
         vectorized = self.vectorize_particles and self.num_particles > 1
-        return particle_densities(self._get_traces(model, guide, args, kwargs), vectorized, "an importance weight")
+        return particle_densities(self._get_traces(model, guide, args, kwargs), vectorized)
 
 
 def log_mean_exp(log_weight: Tensor) -> Tensor:
@@ -111,3 +110,60 @@ def importance_bound(log_weights: Tensor, num_particles: int | None = None) -> T
         raise UserError("num_particles", f"{count} is not within 1..{drawn}", "draw more orders")
     groups = log_weights[: drawn // count * count].unflatten(0, (count, -1))  # [K, N // K, B]
     return log_mean_exp(groups).mean(0)
+
+
+class SequenceWakeSleep(Objective, Trace_ELBO):
+    """Reweighted wake-sleep, both wake phases, with weights normalised per sequence.
+
+        w_k = p(x, r_k) / q(r_k | x),   v_k = w_k / sum_j w_j,   r_k ~ q
+        surrogate = sum_k stop(v_k) [ log p(x, r_k) + log q(r_k | x) ]
+
+    wake-theta: the gradient for the model is unbiased for that of E[L_K] (`ImportanceWeightedELBO`) at a fixed guide.
+    wake-phi: the gradient for the guide is that of -KL(p(r | x) || q), **biased** at finite K (self-normalised
+    weights, O(1/K)) and consistent as K grows; p(r | x) is restricted to the orders that q can draw. Value: L_K, the
+    importance-weighted bound; it is not what the guide climbs. `pyro.infer.ReweightedWakeSleep` gives one weight to a
+    whole batch, which leaves one sequence of it with a useful weight; here every sequence has weights of its own. No
+    sleep phase: the stacked program cannot dream.
+
+    Reference: Bornschein & Bengio, arXiv 1406.2751; Le et al., arXiv 1805.10469, eq. 5-6.
+
+    Args:
+        num_particles: K, at least 2 for the guide to learn anything.
+        max_plate_nesting: see `Objective`.
+        vectorize_particles: see `Objective`.
+
+    Attributes:
+        metrics: as `ImportanceWeightedELBO`.
+    """
+
+    def __init__(
+        self, num_particles: int = 8, max_plate_nesting: int = 1, vectorize_particles: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles, **kwargs)
+        del self.kl_weight  # a setting that this objective does not have
+
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+        with _DetachedSamples():
+            yield from super()._get_traces(model, guide, args, kwargs)
+
+    def value_and_surrogate(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """See `Objective`."""
+        vectorized = self.vectorize_particles and self.num_particles > 1
+        densities = particle_densities(self._get_traces(model, guide, args, kwargs), vectorized)
+        log_weight = densities.log_weight().detach()  # [K, *]
+        normalised = log_weight.softmax(0)
+        log_joint = densities.log_likelihood + densities.log_prior
+        surrogate = (weighted(normalised, log_joint) + weighted(normalised, densities.log_guide)).sum()
+        bound = log_mean_exp(log_weight)
+        self.metrics = weighted_metrics(densities, bound, normalised)
+        return bound.sum(), surrogate
+
+
+class _DetachedSamples(Messenger):
+    """Stops gradients at sampled values: both densities are taken at given particles, reparameterised or not."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["value"].requires_grad:
+            msg["value"] = msg["value"].detach()

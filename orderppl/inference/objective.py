@@ -8,10 +8,11 @@ import torch
 from pyro.infer import ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
+from orderppl.config import Configurable
 from orderppl.errors import UserError
 
 
-class Objective(ELBO):
+class Objective(Configurable, ELBO):
     """Base of the objectives: a subclass gives value and surrogate, here are the three forms of a Pyro ELBO.
 
     Args:
@@ -106,7 +107,7 @@ class StockObjective(Objective):
                 parameter.grad = gradient
         if not slopes:
             problem = f"{type(self.stock).__name__} has reached no parameter of model and guide"
-            raise UserError("elbo", problem, "make them PyroModules, or use RevealTraceGraph_ELBO")
+            raise UserError("objective", problem, "make them PyroModules, or use RevealTraceGraph_ELBO")
         surrogate = -torch.stack([(parameter * slope).sum() for parameter, slope in slopes]).sum()
         return value.to(surrogate.device), surrogate
 

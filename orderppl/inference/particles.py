@@ -11,7 +11,7 @@ from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from pyro.poutine import Trace
 from torch import Tensor
 
-from orderppl.inference.sites import order_metrics, require_all_steps, reveal_sites
+from orderppl.inference.programs import order_metrics, reveal_sites
 
 
 class ParticleDensities(NamedTuple):
@@ -36,23 +36,18 @@ class ParticleDensities(NamedTuple):
         return self.log_likelihood + kl_weight * (self.log_prior - self.log_guide)
 
 
-def particle_densities(traces: Iterable[tuple[Trace, Trace]], vectorized: bool, objective: str) -> ParticleDensities:
+def particle_densities(traces: Iterable[tuple[Trace, Trace]], vectorized: bool) -> ParticleDensities:
     """Add up the sites of (model, guide) traces.
 
     Args:
         traces: all particles in one pair of traces, or one particle in each.
         vectorized: whether the traces have the particles as leftmost dimension.
-        objective: name for error messages.
-
-    Raises:
-        UserError: a one-step unmasking program, whose weights are only estimates.
     """
     found, metrics = [], []
     for model_trace, guide_trace in traces:
         sites = reveal_sites(model_trace, guide_trace)
         found.append(_densities(model_trace, guide_trace))
         if sites is not None:
-            require_all_steps(sites.tokens["fn"], objective)
             log_likelihood, log_prior, log_guide, _ = (density.sum() for density in found[-1])
             metrics.append(order_metrics(log_likelihood, log_guide - log_prior, sites.guide["value"]))
     together = found[0] if vectorized else [torch.stack(parts) for parts in zip(*found, strict=True)]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from orderppl.errors import UserError
 
@@ -25,7 +26,7 @@ class Processes:
     """This process among those that fit together.
 
     Attributes:
-        rank: its number, from 0; the first process writes files and validates.
+        rank: its number, from 0; the first process writes files, validates and talks to the user.
         size: how many there are.
     """
 
@@ -46,19 +47,18 @@ class Processes:
         Raises:
             UserError: fewer GPUs than processes.
         """
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
-            return cls()
-        cuda = torch.device(device).type == "cuda"
-        if cuda:
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            if local >= torch.cuda.device_count():
-                problem = f"process {local} of this machine finds {torch.cuda.device_count()} GPUs"
-                raise UserError("device", problem, "start one process per GPU, or use cpu")
-            torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
-        atexit.register(_leave)
+        if not (dist.is_available() and dist.is_initialized()):
+            if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+                return cls()
+            cuda = torch.device(device).type == "cuda"
+            if cuda:
+                local = int(os.environ.get("LOCAL_RANK", "0"))
+                if local >= torch.cuda.device_count():
+                    problem = f"process {local} of this machine finds {torch.cuda.device_count()} GPUs"
+                    raise UserError("device", problem, "start one process per GPU, or use cpu")
+                torch.cuda.set_device(local)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+            atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -71,34 +71,25 @@ class Processes:
 
         Parameters that only some batches reach are allowed.
         """
-        if self.size == 1:
-            return loss
-        return nn.parallel.DistributedDataParallel(loss, find_unused_parameters=True)
+        return loss if self.size == 1 else DistributedDataParallel(loss, find_unused_parameters=True)
 
     def apart(self, loss: nn.Module) -> AbstractContextManager[None]:
         """Let gradients of a wrapped loss add up on each process, without exchanging them."""
-        return loss.no_sync() if isinstance(loss, nn.parallel.DistributedDataParallel) else nullcontext()
+        return loss.no_sync() if isinstance(loss, DistributedDataParallel) else nullcontext()
 
-    def means(
-        self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor | int]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Means over the global batch, in one message.
-
-        Args:
-            sums: 0-dim tensors, sums over this process's share.
-            counts: under the same names, over how many items.
-
-        Returns:
-            The means, and the number of items of all processes under each name. Both 0-dim float64.
-        """
-        device = next(iter(sums.values())).device
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        both = [[(zero + of[name]).detach() for name in sums] for of in (sums, counts)]
-        total = torch.stack([torch.stack(row) for row in both])  # [2, names]
+    def sums(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """0-dim tensors of the same names on all processes, added up in one message."""
+        total = torch.stack(list(values.values()))
         if self.size > 1:
             dist.all_reduce(total)
-        means = total[0] / total[1]
-        return dict(zip(sums, means, strict=True)), dict(zip(sums, total[1], strict=True))
+        return dict(zip(values, total, strict=True))
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every process, in the order of their ranks."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def from_first(self, action: Callable[[], T]) -> T:
         """Let the first process act, and give its result, or its `UserError`, to all."""
@@ -120,19 +111,6 @@ class Processes:
             raise UserError(*answer[1])
         result: T = answer[0]
         return result
-
-    def check_same(self, name: str, value: object, remedy: str) -> None:
-        """Refuse to go on when the processes hold different values.
-
-        Raises:
-            UserError: on every process.
-        """
-        if self.size == 1:
-            return
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        if any(other != found[0] for other in found):
-            raise UserError(name, "differs between the processes", remedy)
 
 
 def _leave() -> None:

@@ -1,23 +1,21 @@
-"""How the programs of a pair are called."""
+"""How the programs of a pair are run, and what an objective reads off their traces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
+from orderppl.distributions import OrderDistribution, RevealedTokens
+from orderppl.unmasking import steps_used
+
 Program = Callable[..., Any]
-
-ARGUMENTS = ("tokens", "attention_mask", "context", "context_mask")  # of every model and guide, in order
-
-
-def positional(batch: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
-    """A batch as positional arguments: Pyro's effect handlers have an argument of their own called `context`."""
-    return tuple(batch.get(name) for name in ARGUMENTS)
+Site = dict[str, Any]
 
 
 def make_local(program: Program) -> None:
@@ -37,3 +35,49 @@ def local_parameters(*programs: Program) -> Iterator[None]:
         make_local(program)
     with pyro.settings.context(module_local_params=True):
         yield
+
+
+class RevealSites(NamedTuple):
+    """The sites of a (model, guide) pair that make it an unmasking program."""
+
+    guide: Site  # q(r | x), an OrderDistribution
+    prior: Site  # p(r), an OrderDistribution
+    tokens: Site  # p(x | r), RevealedTokens
+    factors: list[Site]  # further terms of the model, such as the price of the steps
+
+
+def reveal_sites(model_trace: Trace, guide_trace: Trace) -> RevealSites | None:
+    """The sites of an unmasking program, or None when the pair has another shape."""
+    latent = [s for s in guide_trace.nodes.values() if s["type"] == "sample"]
+    sites = [s for s in model_trace.nodes.values() if s["type"] == "sample"]
+    observed = [s for s in sites if s["is_observed"]]
+    tokens = [s for s in observed if isinstance(s["fn"], RevealedTokens)]
+    if len(latent) != 1 or len(tokens) != 1 or latent[0]["name"] not in model_trace.nodes:
+        return None
+    guide, prior = latent[0], model_trace.nodes[latent[0]["name"]]
+    if len(sites) != len(observed) + 1:
+        return None
+    if not all(isinstance(site["fn"], OrderDistribution) for site in (guide, prior)):
+        return None
+    return RevealSites(guide, prior, tokens[0], [s for s in observed if s is not tokens[0]])
+
+
+def order_metrics(log_likelihood: Tensor, kl: Tensor, order: Tensor) -> dict[str, Tensor]:
+    """Detached numbers per sequence.
+
+    Args:
+        log_likelihood: log p(x | r) and further factors of every drawn order, summed: float [].
+        kl: KL(q || p) or its estimate, summed over the same draws: float [].
+        order: int64 [*, S], the drawn orders.
+
+    Returns:
+        `elbo`, `log_likelihood`, `kl` (nats) and `steps`, the mean number of steps used; 0-dim tensors.
+    """
+    drawn = order[..., 0].numel()
+    log_likelihood, kl = log_likelihood.detach() / drawn, kl.detach() / drawn
+    return {
+        "elbo": log_likelihood - kl,
+        "log_likelihood": log_likelihood,
+        "kl": kl,
+        "steps": steps_used(order).float().mean(),
+    }

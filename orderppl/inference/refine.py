@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orderppl.denoising import Canvas, Denoiser
 from orderppl.errors import UserError
-from orderppl.states import VISIBLE, partial_state
+from orderppl.unmasking import VISIBLE, Batch, Denoiser
+from orderppl.unmasking.trajectory import Path, same_step
 
 STATES_AT_ONCE = 2048  # denoiser rows per call
 CACHED_NUMBERS = 2**25  # float32, 128 MiB
@@ -31,7 +31,7 @@ class Refinement:
         accepted: number of changes that were made.
         evaluations: plans that were looked at.
         finished: False when `max_evaluations` ended the search before a whole neighbourhood had no improvement, or
-            before all kicks.
+            before all restarts.
     """
 
     steps: Tensor
@@ -45,13 +45,13 @@ class Refinement:
 
 def refine_plan(
     denoiser: Denoiser,
-    batch: Mapping[str, Tensor],
+    batch: Batch,
     steps: Tensor,
     num_steps: int,
     *,
     index: Tensor | None = None,
-    kicks: int = 0,
-    kick_size: int = 4,
+    restarts: int = 0,
+    restart_size: int = 4,
     screen: int = 128,
     finalists: int = 8,
     block: int = 128,
@@ -70,47 +70,47 @@ def refine_plan(
 
     Changes are tried in random order, a block at a time: all of a block on the first `screen` rows, the best few of
     them on all rows, where the best one is made if it is an improvement. A climb ends when none of the whole
-    neighbourhood is: a local optimum of the rows' likelihood under all three changes. A kick then gives a few places of
+    neighbourhood is: a local optimum of the rows' likelihood under all three changes. A restart then gives a few places of
     the best plan so far random steps and climbs again (iterated local search, Lourenco et al. 2003): it gets out of
     local optima without any knowledge of how the positions hang together, which shifts take for granted.
 
     Args:
         denoiser: see `Denoiser`.
-        batch: training rows: `tokens` int64 [R, L], and `attention_mask`, `context`, `context_mask` where there are.
+        batch: training rows.
         steps: int64 [P], step of every place of the plan.
         num_steps: step budget T.
-        index: int64 [R, L], place of the plan that a position of a row looks up; its own position when left out.
-        kicks: climbs after the first one.
-        kick_size: places that a kick moves.
+        index: int64 [R, S], place of the plan that a position of a row looks up; counted over the positions to reveal
+            when left out.
+        restarts: climbs after the first one.
+        restart_size: places that a restart moves.
         screen: rows of the first look.
         finalists: changes of a block that get the second look.
         block: changes looked at together.
         max_evaluations: most plans to look at, in all climbs.
-        seed: of the random order and the kicks.
+        seed: of the random order and the restarts.
 
     Raises:
         UserError: a step outside the budget, or no rows.
     """
-    tokens = batch["tokens"]
-    if not len(tokens):
+    if not len(batch):
         raise UserError("batch", "no rows", "give training sequences")
     if steps.dim() != 1 or int(steps.min()) < 0 or int(steps.max()) >= num_steps:
         raise UserError("steps", f"a plan outside 0..{num_steps - 1}", f"give one row of steps below {num_steps}")
     generator = torch.Generator().manual_seed(seed)
     rows = _Rows(denoiser, batch, index, num_steps)
     limit = math.inf if max_evaluations is None else max_evaluations
-    first = rows if screen >= len(tokens) else rows.head(screen)
+    first = rows if screen >= len(batch) else rows.head(screen)
     search = _Search(rows, first, finalists, block, limit, generator)
     start = steps.detach().cpu()
     before = float(rows.log_likelihood(start[None]).mean())
     best, after = search.climb(start)
-    for _ in range(kicks):
+    for _ in range(restarts):
         if search.evaluations >= limit:
             search.finished = False
             break
-        place = torch.randperm(len(start), generator=generator)[:kick_size]
-        kicked = best.index_copy(0, place, torch.randint(num_steps, (len(place),), generator=generator))
-        found, value = search.climb(kicked)
+        place = torch.randperm(len(start), generator=generator)[:restart_size]
+        moved = best.index_copy(0, place, torch.randint(num_steps, (len(place),), generator=generator))
+        found, value = search.climb(moved)
         if value > after + SMALLEST_GAIN:
             best, after = found, value
     return Refinement(best, start, before, after, search.accepted, search.evaluations, search.finished)
@@ -176,21 +176,16 @@ class _Neighbourhood:
 class _Rows:
     """Sequences under many plans; what the denoiser says about a set of hidden places is asked for once."""
 
-    def __init__(self, denoiser: Denoiser, batch: Mapping[str, Tensor], index: Tensor | None, num_steps: int) -> None:
-        self.batch, self.num_steps, self.denoiser = dict(batch), num_steps, denoiser
-        tokens = batch["tokens"]
-        attention = batch.get("attention_mask")
-        self.attention = torch.ones_like(tokens, dtype=torch.bool) if attention is None else attention.bool()
-        place = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
-        self.index = place if index is None else index.to(tokens.device)  # [R, L]
-        self.canvas = Canvas(denoiser, self.attention, batch.get("context"), batch.get("context_mask"))
-        self.known: dict[bytes, Tensor] = {}  # hidden places -> log p(x_i | the others), float [R, L]
+    def __init__(self, denoiser: Denoiser, batch: Batch, index: Tensor | None, num_steps: int) -> None:
+        self.batch, self.num_steps, self.denoiser = batch, num_steps, denoiser
+        place = (batch.latent.long().cumsum(-1) - 1).clamp(min=0)
+        self.index = place if index is None else index.to(batch.device)  # [R, S]
+        self.path = Path(batch, denoiser, num_steps)
+        self.known: dict[bytes, Tensor] = {}  # hidden places -> log p(x_i | the others), float [R, S]
 
     def head(self, rows: int) -> _Rows:
         """The first rows alone."""
-        return _Rows(
-            self.denoiser, {name: x[:rows] for name, x in self.batch.items()}, self.index[:rows], self.num_steps
-        )
+        return _Rows(self.denoiser, self.batch.rows(slice(rows)), self.index[:rows], self.num_steps)
 
     def log_likelihood(self, plans: Tensor) -> Tensor:
         """log p(x | r) of every plan (int64 [C, P]) and row: float [C, R], nats."""
@@ -202,20 +197,18 @@ class _Rows:
         self._ask({key: places for key, places in new.items() if key not in self.known})
         total = []
         for line, plan in zip(keys, plans.to(self.index.device), strict=True):
-            order = plan[self.index].masked_fill(~self.attention, VISIBLE)  # [R, L]
-            by_step = torch.stack([self.known[key] for key in line])  # [T, R, L]
+            order = plan[self.index].masked_fill(~self.batch.latent, VISIBLE)  # [R, S]
+            by_step = torch.stack([self.known[key] for key in line])  # [T, R, S]
             total.append(by_step.gather(0, order.clamp_min(0)[None])[0].masked_fill(order < 0, 0.0).sum(-1))
         return torch.stack(total)
 
     @torch.no_grad()
     def _ask(self, sets: Mapping[bytes, Tensor]) -> None:
-        tokens, device = self.batch["tokens"], self.index.device
-        truth = tokens.masked_fill(~self.attention, 0)[..., None]  # padding may hold ids that are no class
-        at_once = max(STATES_AT_ONCE // len(tokens), 1)
+        at_once = max(STATES_AT_ONCE // len(self.batch), 1)
         keys = list(sets)
         for begin in range(0, len(keys), at_once):
             chunk = keys[begin : begin + at_once]
-            masked = torch.stack([sets[key] for key in chunk]).to(device)[:, self.index] & self.attention  # [N, R, L]
-            log_probs = self.canvas.logits(partial_state(tokens, masked, self.canvas.mask_index)).log_softmax(-1)
-            found = log_probs.gather(-1, truth.expand(masked.shape + (1,)))[..., 0]
+            places = torch.stack([sets[key] for key in chunk]).to(self.index.device)
+            masked = places[:, self.index] & self.batch.latent  # [N, R, S]
+            found = self.path.state(masked, same_step(0, masked)).token_log_prob(self.batch.readable)
             self.known.update(zip(chunk, found.unbind(0), strict=True))

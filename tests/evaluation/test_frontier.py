@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-import torch
+from measured_rows import arm, together
 
 from orderppl.errors import UserError
-from orderppl.evaluation import Frontier, Point
+from orderppl.evaluation import Frontier, advantages, aup
+from orderppl.evaluation import frontier as frontier_of
+from orderppl.evaluation.curves import Point
 
 
 def flat(arm: str, family: str, value: float, nfe: float, rows: int = 4) -> Point:
     """An arm with the same value and NFE on every row: no sampling noise."""
-    return Point(arm, family, torch.full((rows,), value), torch.full((rows,), nfe))
+    return Point(arm, family, np.full((rows,), value), np.full((rows,), nfe))
 
 
-def frontier(*points: Point, higher: bool = True, **options: int) -> Frontier:
-    return Frontier(points, torch.ones(len(points[0].values)), higher_is_better=higher, **options)
+def frontier(*points: Point, higher: bool = True, **options: Any) -> Frontier:
+    return Frontier(points, np.ones(len(points[0].values)), higher_is_better=higher, **options)
 
 
 def test_between_two_arms_the_curve_is_the_straight_line() -> None:
@@ -72,8 +76,8 @@ def test_training_seeds_are_compared_at_their_own_nfe_and_averaged() -> None:
 
 
 def test_means_are_weighted_and_steps_are_not() -> None:
-    weights = torch.tensor([1.0, 3.0])
-    arm = Point("a", "x", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]))
+    weights = np.array([1.0, 3.0])
+    arm = Point("a", "x", np.array([1.0, 2.0]), np.array([1.0, 3.0]))
     curve = Frontier([arm], weights, higher_is_better=False)
     assert curve.best(2.0) == ("x", pytest.approx(1.75))
     assert curve.best(1.99) is None
@@ -81,19 +85,20 @@ def test_means_are_weighted_and_steps_are_not() -> None:
 
 def test_the_interval_of_a_constant_shift_is_that_shift() -> None:
     """Two arms that differ by the same on every row differ by it in every bootstrap sample: the pairing works."""
-    values, nfe = torch.rand(50), torch.randint(1, 5, (50,)).double()
+    rng = np.random.default_rng(0)
+    values, nfe = rng.random(50), rng.integers(1, 5, 50).astype(float)
     base = Point("a", "x", values, nfe)
-    gain = Frontier([base], torch.ones(50), higher_is_better=True).advantage([Point("b", "l", values + 0.25, nfe)])
+    gain = Frontier([base], np.ones(50), higher_is_better=True).advantage([Point("b", "l", values + 0.25, nfe)])
     assert gain is not None
     assert [gain.value, gain.low, gain.high] == pytest.approx([0.25] * 3, abs=1e-6)
 
 
 def test_mean_steps_are_estimated_again_in_every_bootstrap_sample() -> None:
     """Slow rows are slow in every arm: the learned arm stays half-way between two others, whatever rows are drawn."""
-    forwards = torch.arange(1.0, 41.0)
-    arms = [Point("a", "x", torch.zeros(40), forwards), Point("b", "x", torch.ones(40), forwards + 2)]
-    curve = Frontier(arms, torch.ones(40), higher_is_better=True)
-    gain = curve.advantage([Point("l", "l", torch.full((40,), 0.5), forwards + 1)])
+    forwards = np.arange(1.0, 41.0)
+    arms = [Point("a", "x", np.zeros(40), forwards), Point("b", "x", np.ones(40), forwards + 2)]
+    curve = Frontier(arms, np.ones(40), higher_is_better=True)
+    gain = curve.advantage([Point("l", "l", np.full((40,), 0.5), forwards + 1)])
     assert gain is not None
     assert [gain.value, gain.low, gain.high] == pytest.approx([0.0] * 3, abs=1e-9)
 
@@ -114,10 +119,10 @@ def test_intervals_cover_the_truth() -> None:
         nfe = [1 + 2 * difficulty, 3 + 2 * difficulty, 1.6 + 2 * difficulty]
         noisy = [(difficulty + 0.3 * rng.random(rows)) % 1.0 for _ in range(3)]
         arms = [
-            Point(name, family, torch.tensor((u < p).astype(float)), torch.tensor(n))
+            Point(name, family, np.array((u < p).astype(float)), np.array(n))
             for name, family, u, p, n in zip("abl", "xxl", noisy, (0.3, 0.8, 0.6), nfe, strict=True)
         ]
-        curve = Frontier(arms[:2], torch.ones(rows), higher_is_better=True, resamples=200, seed=number)
+        curve = Frontier(arms[:2], np.ones(rows), higher_is_better=True, resamples=200, seed=number)
         gain = curve.advantage([arms[2]])
         assert gain is not None
         points.append(gain.value)
@@ -134,10 +139,10 @@ def test_choosing_the_best_family_inside_the_bootstrap_is_conservative() -> None
     for number in range(120):
         rows = 150
         arms = [
-            Point(f"a{i}", f"x{i}", torch.tensor((rng.random(rows) < 0.5).astype(float)), torch.full((rows,), 2.0))
+            Point(f"a{i}", f"x{i}", np.array((rng.random(rows) < 0.5).astype(float)), np.full((rows,), 2.0))
             for i in range(13)
         ]
-        curve = Frontier(arms[:12], torch.ones(rows), higher_is_better=True, resamples=200, seed=number)
+        curve = Frontier(arms[:12], np.ones(rows), higher_is_better=True, resamples=200, seed=number)
         gain = curve.advantage([arms[12]])
         assert gain is not None
         better += gain.low > 0
@@ -147,14 +152,168 @@ def test_choosing_the_best_family_inside_the_bootstrap_is_conservative() -> None
 def test_bad_input_is_one_clear_line() -> None:
     arm = flat("a", "x", 0.5, 2.0)
     with pytest.raises(UserError, match="no arms"):
-        Frontier([], torch.ones(4), higher_is_better=True)
+        Frontier([], np.ones(4), higher_is_better=True)
     with pytest.raises(UserError, match="same rows"):
-        Frontier([arm], torch.ones(3), higher_is_better=True)
+        Frontier([arm], np.ones(3), higher_is_better=True)
     with pytest.raises(UserError, match="sum to 0"):
-        Frontier([arm], torch.zeros(4), higher_is_better=True)
+        Frontier([arm], np.zeros(4), higher_is_better=True)
     with pytest.raises(UserError, match="not finite"):
         frontier(flat("a", "x", math.nan, 2.0))
     with pytest.raises(UserError, match="without an NFE"):
         frontier(arm).advantage([arm, arm])
     with pytest.raises(UserError, match="coverage"):
-        Frontier([arm], torch.ones(4), higher_is_better=True, level=95)
+        Frontier([arm], np.ones(4), higher_is_better=True, level=95)
+
+
+# ------------------------------------------------------------------------------------------------- chosen on other rows
+
+
+def test_the_opponent_can_be_chosen_on_validation_rows() -> None:
+    """On validation rows y is best, on the test rows x: the test rows are read at y."""
+    judge = frontier(flat("a", "x", 0.2, 2.0), flat("b", "y", 0.6, 2.0))
+    arms = flat("a", "x", 0.5, 2.0), flat("b", "y", 0.4, 2.0)
+    curve = frontier(*arms, chosen_on=judge)
+    assert curve.best(2.0) == ("y", pytest.approx(0.4))
+    gain = curve.advantage([flat("l", "l", 0.45, 2.0)])
+    assert gain is not None
+    assert (gain.of, gain.value) == ("y", pytest.approx(0.05))
+    own = frontier(*arms).advantage([flat("l", "l", 0.45, 2.0)])
+    assert own is not None and own.value == pytest.approx(-0.05)
+
+
+def test_a_family_has_to_reach_the_target_on_both_sets_of_rows() -> None:
+    judge = frontier(flat("a", "x", 0.9, 2.5), flat("b", "y", 0.6, 2.0))
+    curve = frontier(flat("a", "x", 0.5, 2.0), flat("b", "y", 0.4, 2.0), chosen_on=judge)
+    assert curve.best(2.0) == ("y", pytest.approx(0.4))
+    assert curve.best(2.5) == ("x", pytest.approx(0.5))
+
+
+def test_the_choice_on_validation_rows_is_made_again_in_every_bootstrap_sample() -> None:
+    """Two families that are level on 40 validation rows: about half of the samples choose the one 0.3 worse."""
+    rng = np.random.default_rng(0)
+    noisy = rng.permutation(np.repeat([0.0, 1.0], 20))
+    judge = Frontier(
+        [Point("a", "x", noisy, np.full(40, 2.0)), Point("b", "y", 1 - noisy, np.full(40, 2.0))],
+        np.ones(40),
+        higher_is_better=True,
+        seed=1,
+    )
+    curve = frontier(flat("a", "x", 0.5, 2.0), flat("b", "y", 0.2, 2.0), chosen_on=judge)
+    gain = curve.advantage([flat("l", "l", 0.5, 2.0)])
+    assert gain is not None
+    assert (gain.low, gain.high) == (pytest.approx(0.0), pytest.approx(0.3))
+
+
+def test_choosing_on_other_rows_is_unbiased() -> None:
+    """Eight families as good as the learned arm: the mean advantage is 0, chosen on the rows themselves it is below."""
+    rng = np.random.default_rng(5)
+    rows, gains = 150, {True: [], False: []}
+    for number in range(150):
+        draws = [[(rng.random(rows) < 0.5).astype(float) for _ in range(9)] for _ in range(2)]
+        test, validation = (
+            [Point(f"a{i}", f"x{i}", values, np.full(rows, 2.0)) for i, values in enumerate(part)] for part in draws
+        )
+        options = {"higher_is_better": True, "resamples": 0, "seed": number}
+        judge = Frontier(validation[:8], np.ones(rows), **options)
+        for other in (True, False):
+            curve = Frontier(test[:8], np.ones(rows), chosen_on=judge if other else None, **options)
+            gain = curve.advantage([test[8]])
+            assert gain is not None
+            gains[other].append(gain.value)
+    error = math.sqrt(2 * 0.25 / rows / 150)  # standard error of a mean of 150 differences of two shares
+    assert abs(np.mean(gains[True])) < 4.5 * error
+    assert np.mean(gains[False]) < -4.5 * error
+
+
+def test_validation_rows_need_the_same_arms() -> None:
+    judge = frontier(flat("a", "x", 0.2, 2.0))
+    with pytest.raises(UserError, match="no family 'y'"):
+        frontier(flat("a", "x", 0.5, 2.0), flat("b", "y", 0.4, 2.0), chosen_on=judge)
+
+
+# ------------------------------------------------------------------------------------------------------- from a table
+
+
+def curves(rows: int = 40) -> pd.DataFrame:
+    """A heuristic of two settings, another of one, an oracle, and a learned curve of two settings and two seeds."""
+    rng = np.random.default_rng(0)
+
+    def played(name: str, nfe: float, nats: float, **labels: Any) -> pd.DataFrame:
+        noise = rng.normal(scale=0.1, size=rows)
+        return arm(name, nfe=nfe, nats=4 * (nats + noise), correct=rng.random(rows) < 0.5, rows=rows, **labels)
+
+    parts = [
+        played("h tau=0.5", 2.0, 2.0, family="h", setting="tau=0.5"),
+        played("h tau=0.9", 4.0, 1.0, family="h", setting="tau=0.9"),
+        played("other", 3.0, 1.9),
+        played("oracle", 1.0, 0.1, kind="oracle"),
+    ]
+    for seed in (0, 1):
+        for price, nfe in ((0.1, 4.0), (1.0, 2.0)):
+            labels = {"family": "l", "setting": f"price={price}", "training_seed": seed}
+            parts.append(played(f"l price={price} #{seed}", nfe, 2.5 - 0.4 * nfe + 0.1 * seed, **labels))
+    return together(*parts)
+
+
+def test_advantages_of_a_table_are_those_of_the_frontier() -> None:
+    table = curves()
+    found = advantages(table, [2.0, 3.0, 1.5], ["path_nats"])
+    best = found[found["metric"] == "frontier"].set_index("target_nfe")
+    assert list(best.index) == [2.0, 3.0] and set(best["of"]) == {"h"}  # oracles are no opponents
+    assert best.loc[3.0, "value"] == pytest.approx(1.5, abs=0.05)
+    gains = found[found["metric"] == "advantage"]
+    assert set(gains["arm"]) == {"l"} and (gains["training_seeds"] == 2).all() and (gains["n"] == 40).all()
+    assert set(gains["setting"].dropna()) == {"price=0.1", "price=1.0"}
+    at = gains.set_index("target_nfe").loc[3.0]
+    assert at["value"] == pytest.approx(at["frontier"] - at["own"]) == pytest.approx(0.15, abs=0.05)
+    assert (at["of"], at["nfe"]) == ("h", 3.0)
+    assert at["seed_low"] < at["value"] < at["seed_high"]
+    assert at["low"] < at["value"] < at["high"]
+    edge = frontier_of(table, "path_nats")
+    assert edge.best(3.0) == ("h", best.loc[3.0, "value"])
+
+
+def test_opponents_can_be_named() -> None:
+    table = curves()
+    found = advantages(table, [3.5], ["path_nats"], opponents=["other"])
+    gains = found[(found["metric"] == "advantage") & found["target_nfe"].notna()]
+    assert set(gains["arm"]) == {"h", "l"} and set(gains["of"]) == {"other"}
+    seeds = frontier_of(table, "path_nats", opponents=["l"])
+    assert set(seeds.families) == {"l #0", "l #1"}
+    with pytest.raises(UserError, match="no family 'x'"):
+        advantages(table, [3.5], opponents=["x"])
+    with pytest.raises(UserError, match="no arms"):
+        frontier_of(table[table["kind"] == "learned"], "path_nats")
+
+
+def test_a_validation_table_chooses_the_opponent() -> None:
+    table, validation = curves(), curves(rows=20)
+    validation.loc[validation["arm"] == "other", "nats"] = 0.0
+    found = advantages(table, [3.0], ["path_nats"], validation=validation)
+    assert set(found[found["target_nfe"] == 3.0]["of"]) == {"other"}
+
+
+def test_accuracy_under_parallelism_by_hand() -> None:
+    """Two rows of 10 tokens: 1, 2 and 5 tokens per forward at 100%, 50% and 100%; the second falls out."""
+    table = together(
+        arm("a", family="x", correct=1, nfe=10, tokens=10, rows=2),
+        arm("b", family="x", correct=[1, 0], nfe=5, tokens=10, rows=2),
+        arm("c", family="x", correct=1, nfe=2, tokens=10, rows=2),
+        arm("d", correct=[1, 0], nfe=5, tokens=10, rows=2),
+    )
+    found = aup(table).set_index("arm")
+    assert found.loc["x", "value"] == pytest.approx(1 * 100 + (5 - 1) * 100)
+    assert found.loc["d", "value"] == pytest.approx(2 * 50)  # one point: no weight
+    assert (found.loc["x", "points"], found.loc["d", "n"]) == (3, 2)
+
+
+def test_a_loss_of_accuracy_weighs_exponentially() -> None:
+    correct = np.repeat([1.0, 0.0], [97, 3])
+    table = together(
+        arm("a", family="x", correct=1, nfe=4, rows=100), arm("b", family="x", correct=correct, nfe=2, rows=100)
+    )
+    weighed = 97 * math.exp(-3 * (1 - 0.97))
+    assert aup(table)["value"][0] == pytest.approx(1 * 100 + (2 - 1) * (100 + weighed) / 2)
+    own = 97 * math.exp(-3 * (1 - 97 / 200)), 100 * math.exp(-3 * (1 - 100 / 200))
+    assert aup(table, best=200)["value"][0] == pytest.approx(100 + sum(own) / 2)
+    assert (aup(table)["low"] <= aup(table)["value"]).all()

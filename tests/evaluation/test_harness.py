@@ -9,24 +9,36 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from orderppl.data.collate import tensors, tokenize
-from orderppl.data.tokenizers import WordTokenizer
-from orderppl.decoding import StochasticDecision, make_policy
+from orderppl.data import Examples, LoadReport, Row, TextData, exact_match
+from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer
+from orderppl.decoding import follow
 from orderppl.errors import UserError
-from orderppl.evaluation import decode_answers, path_likelihood
+from orderppl.evaluation import Arm, evaluate
 from orderppl.evaluation.harness import OrderLM, gsm8k_task
-from orderppl.inference import BatchStream
-from orderppl.models import UniformSteps
 from orderppl.models.denoisers import TransformerDenoiser, train_denoiser
+from orderppl.policies import RandomSteps, Ranked
+from orderppl.unmasking import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness and what it imports warn
 CANVAS = 7
 ROWS = [(f"{a} and {b}", f"so {a} {b} #### {a if b < 5 else b}") for a in range(8) for b in range(8)]
+
+
+class Pairs(TextData):
+    """The rows as examples."""
+
+    default_grade = staticmethod(exact_match)
+
+    def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
+        return {"train": [Row(response, prompt) for prompt, response in ROWS]}
+
+
+def examples(tokenizer: Tokenizer, **options: Any) -> Examples:
+    return Pairs(tokenizer=tokenizer, max_prompt=8, separator=True, **options).splits()["train"]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +49,8 @@ def tokenizer() -> WordTokenizer:
 @pytest.fixture(scope="module")
 def denoiser(tokenizer: WordTokenizer) -> TransformerDenoiser:
     torch.manual_seed(0)
-    rows = Dataset.from_list([{"prompt": prompt, "response": response} for prompt, response in ROWS])
-    stream = BatchStream(tensors(tokenize(rows, tokenizer, 8, CANVAS, separate=True)), batch_size=32)
     denoiser = TransformerDenoiser(tokenizer.vocab_size, tokenizer.mask_index, width=32, layers=2, heads=2)
-    train_denoiser(denoiser, stream, updates=120, lr=5e-3, progress=False)
+    train_denoiser(denoiser, examples(tokenizer).batch, updates=120, batch_size=32, lr=5e-3, progress=False)
     return denoiser
 
 
@@ -52,12 +62,18 @@ def file(tmp_path: Path) -> Path:
 
 
 def model(denoiser: TransformerDenoiser, tokenizer: WordTokenizer, **options: object) -> OrderLM:
-    settings = {"max_steps": 3, "max_new_tokens": CANVAS, "separate": True, "batch_size": 10, **options}
-    policy = settings.pop("policy", make_policy("top_prob"))
+    settings: dict[str, Any] = {
+        "max_steps": 3,
+        "max_new_tokens": CANVAS,
+        "separator": True,
+        "batch_size": 10,
+        **options,
+    }
+    policy = settings.pop("policy", Ranked("top_prob"))
     return OrderLM(denoiser, policy, tokenizer, **settings)
 
 
-def evaluate(lm: OrderLM, task: dict[str, object]) -> dict[str, Any]:
+def run(lm: OrderLM, task: dict[str, object]) -> dict[str, Any]:
     manager = TaskManager(include_defaults=False)  # the index of the built-in tasks takes a while to read
     return simple_evaluate(lm, tasks=[task], task_manager=manager, log_samples=True, bootstrap_iters=0)
 
@@ -70,29 +86,22 @@ def test_exact_match_is_that_of_our_own_evaluation(
     denoiser: TransformerDenoiser, tokenizer: WordTokenizer, file: Path
 ) -> None:
     task = gsm8k_task(file)
-    result = evaluate(model(denoiser, tokenizer), task)
-    rows = Dataset.from_list([{"prompt": prompt, "response": response} for prompt, response in ROWS])
-    batches = list(BatchStream(tensors(tokenize(rows, tokenizer, 8, CANVAS, separate=True)), 7, shuffle=False).once())
-    ours = decode_answers(
-        denoiser,
-        make_policy("top_prob"),
-        batches,
-        3,
-        decode_text=tokenizer.decode,
-        references=[response for _, response in ROWS],
-        length=CANVAS,
-    )
+    result = run(model(denoiser, tokenizer), task)
+    data = examples(tokenizer, canvas=CANVAS)
+    options: dict[str, Any] = {"metrics": ["accuracy"], "batch_size": 7, "progress": False}
+    ours = evaluate([Arm("top_prob", Ranked("top_prob"), 3)], denoiser, data, **options)["correct"]
     samples = sorted(result["samples"]["gsm8k_local"], key=lambda sample: sample["doc_id"])
-    assert [sample["resps"][0][0] for sample in samples] == ours.texts
-    assert result["results"]["gsm8k_local"]["exact_match,none"] == ours.correct.mean().item()
-    assert 0.1 < ours.correct.mean() < 1  # some right, some wrong
+    assert [sample["exact_match"] for sample in samples] == ours.tolist()
+    assert result["results"]["gsm8k_local"]["exact_match,none"] == ours.mean()
+    assert result["results"]["gsm8k_local"]["flexible_match,none"] >= ours.mean()
+    assert 0.1 < ours.mean() < 1  # some right, some wrong
 
 
 def test_the_regular_expression_of_the_harness_agrees(
     denoiser: TransformerDenoiser, tokenizer: WordTokenizer, file: Path
 ) -> None:
     task = gsm8k_task(file)
-    own = evaluate(model(denoiser, tokenizer), dict(task))
+    own = run(model(denoiser, tokenizer), dict(task))
     del task["process_results"]
     task["filter_list"] = [
         {
@@ -111,7 +120,7 @@ def test_the_regular_expression_of_the_harness_agrees(
             "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"],
         }
     ]
-    theirs = evaluate(model(denoiser, tokenizer), task)
+    theirs = run(model(denoiser, tokenizer), task)
     assert (
         theirs["results"]["gsm8k_local"]["exact_match,strict-match"]
         == own["results"]["gsm8k_local"]["exact_match,none"]
@@ -121,7 +130,7 @@ def test_the_regular_expression_of_the_harness_agrees(
 def test_answers_do_not_depend_on_what_is_asked_beside_them(
     denoiser: TransformerDenoiser, tokenizer: WordTokenizer
 ) -> None:
-    policy = StochasticDecision(UniformSteps(), "sample")
+    policy = RandomSteps()
     sampled = {"do_sample": True, "temperature": 1.0}
     requests = [request(prompt, sampled if i % 3 else {"max_gen_toks": 4}) for i, (prompt, _) in enumerate(ROWS[:20])]
     together = model(denoiser, tokenizer, policy=policy).generate_until(requests, disable_tqdm=True)
@@ -141,11 +150,11 @@ def test_generation_stops_at_a_stop_string(denoiser: TransformerDenoiser, tokeni
 def test_log_likelihood_is_that_of_the_path(denoiser: TransformerDenoiser, tokenizer: WordTokenizer) -> None:
     lm = model(denoiser, tokenizer)
     scored = lm.loglikelihood([request(*row) for row in ROWS], disable_tqdm=True)
-    rows = Dataset.from_list([{"prompt": prompt, "response": response} for prompt, response in ROWS])
-    batch = tensors(tokenize(rows, tokenizer, 8, CANVAS, separate=True, eos=False))
-    path = path_likelihood(denoiser, make_policy("top_prob"), [batch], 3)
+    batch = examples(tokenizer).batch
+    ends = batch.latent & (batch.tokens == tokenizer.eos_index)  # a continuation has none
+    path = follow(Ranked("top_prob"), denoiser, Batch(batch.tokens, batch.attention_mask & ~ends, batch.given), 3)
     torch.testing.assert_close(torch.tensor([value for value, _ in scored]).double(), -path.nats, rtol=1e-5, atol=1e-5)
-    length = int(batch["attention_mask"].sum(-1)[0])
+    length = int((batch.latent & ~ends).sum(-1)[0])
     written = lm.generate_until([request(prompt, {"max_gen_toks": length}) for prompt, _ in ROWS], disable_tqdm=True)
     assert [greedy for _, greedy in scored] == [text == row[1] for text, row in zip(written, ROWS, strict=True)]
 
@@ -154,21 +163,18 @@ def test_rolling_likelihood_counts_every_token_once(denoiser: TransformerDenoise
     text = " ".join(response for _, response in ROWS[:3])
     ids = tokenizer.encode(text)
     # Without a prompt all hidden positions look alike to rotary attention: confidence would rank them by rounding.
-    policy = make_policy("left_to_right")
-    lm = model(denoiser, tokenizer, separate=False, policy=policy)
+    policy = Ranked("left_to_right")
+    lm = model(denoiser, tokenizer, separator=False, policy=policy)
     chunks = [ids[start : start + CANVAS] for start in range(0, len(ids), CANVAS)]
     expected = 0.0
     for index, chunk in enumerate(chunks):
         before = [token for earlier in chunks[:index] for token in earlier]
-        batch = {
-            "tokens": torch.tensor([chunk]),
-            "context": torch.tensor([before], dtype=torch.int64).reshape(1, -1),
-        }
-        expected -= float(path_likelihood(denoiser, policy, [batch], 3).nats)
-    assert lm.loglikelihood_rolling([request(text)], disable_tqdm=True)[0] == pytest.approx(expected, rel=1e-5)
+        given = torch.tensor([[True] * len(before) + [False] * len(chunk)])
+        expected += float(follow(policy, denoiser, Batch(torch.tensor([[*before, *chunk]]), given=given), 3).nats)
+    assert lm.loglikelihood_rolling([request(text)], disable_tqdm=True)[0] == pytest.approx(-expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("field", ["max_new_tokens", "max_context", "batch_size"])
+@pytest.mark.parametrize("field", ["max_new_tokens", "max_prompt", "batch_size"])
 def test_bad_sizes(denoiser: TransformerDenoiser, tokenizer: WordTokenizer, field: str) -> None:
     with pytest.raises(UserError, match=field):
         model(denoiser, tokenizer, **{field: 0})
@@ -182,3 +188,32 @@ def test_bad_requests(denoiser: TransformerDenoiser, tokenizer: WordTokenizer, t
         lm.loglikelihood([request("1 and 2", "")])
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         gsm8k_task(tmp_path / "absent.jsonl")
+
+
+def test_long_prompts_lose_their_beginning(denoiser: TransformerDenoiser, tokenizer: WordTokenizer) -> None:
+    long, short = request(f"{ROWS[5][0]} and {ROWS[9][0]}", {}), request(ROWS[9][0], {})
+    size = len(tokenizer.encode(ROWS[9][0])) + 1  # with its end
+    lm = model(denoiser, tokenizer, max_prompt=size)
+    assert lm.generate_until([long]) == lm.generate_until([short])
+
+
+def test_chat_templates_are_those_of_the_tokeniser(denoiser: TransformerDenoiser, tokenizer: WordTokenizer) -> None:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<mask>", "<eos>", "<user>", "<bot>", "one", "two"]
+    fast = Fast(models.WordLevel({word: place for place, word in enumerate(words)}, "<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", mask_token="<mask>", eos_token="<eos>", name_or_path="tiny"
+    )
+    theirs.chat_template = (
+        "{% for m in messages %}<user> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    lm = model(denoiser, tokenizer=PretrainedTokenizer(theirs))  # type: ignore[arg-type]
+    assert lm.apply_chat_template([{"role": "user", "content": "one two"}]) == "<user> one two <bot>"
+    assert lm.chat_template(True) == theirs.chat_template
+    assert lm.tokenizer_name == "tiny"
+    with pytest.raises(UserError, match="no chat template"):
+        model(denoiser, tokenizer).apply_chat_template([])

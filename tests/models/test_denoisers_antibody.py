@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderppl.denoising import Canvas, Denoiser
+from orderppl.config import build, describe
 from orderppl.errors import UserError
-from orderppl.models.denoisers.antibody import MASK, RESIDUES, AntibodyDenoiser
+from orderppl.models.denoisers import AntibodyDenoiser
+from orderppl.models.denoisers.antibody import RESIDUES
+from orderppl.unmasking import Denoiser, SplitDenoiser
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "antibodies" / "heavy.csv"
+MASK = 24
 # Variable domain of the heavy chain of adalimumab (public sequence).
 DOMAIN = (
     "EVQLVESGGGLVQPGRSLRLSCAASGFTFDDYAMHWVRQAPGKGLEWVSAITWNSGHIDYADSVEGRFTISRDNAKNSLYLQMNSLRAEDTAVYYCAKVSYLS"
@@ -26,7 +29,7 @@ except importlib.metadata.PackageNotFoundError:
 
 @pytest.fixture(scope="module")
 def denoiser() -> AntibodyDenoiser:
-    return AntibodyDenoiser.from_wheel("H")
+    return AntibodyDenoiser("H")
 
 
 def padded(sequences: list[str]) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,7 @@ def padded(sequences: list[str]) -> tuple[Tensor, Tensor]:
     tokens = torch.full((len(sequences), width), 1)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = torch.tensor(AntibodyDenoiser.encode(sequence))
+        tokens[row, : len(sequence)] = torch.tensor([4 + RESIDUES.index(residue) for residue in sequence])
         mask[row, : len(sequence)] = True
     return tokens, mask
 
@@ -43,7 +46,10 @@ def padded(sequences: list[str]) -> tuple[Tensor, Tensor]:
 def test_known_outputs(denoiser: AntibodyDenoiser) -> None:
     """Pinned after the checks on real sequences below; guards every later change of the forward."""
     assert isinstance(denoiser, Denoiser)
-    assert sum(p.numel() for p in denoiser.parameters()) == 568_857
+    assert isinstance(denoiser, SplitDenoiser)
+    assert denoiser.mask_index == MASK
+    # those of the checkpoint, and the embedding of the one segment that transformers wants to have
+    assert sum(p.numel() for p in denoiser.parameters()) == 568_857 + 128
     tokens, mask = padded([DOMAIN])
     hidden = torch.arange(tokens.shape[1]) % 3 == 0
     log_probs = denoiser(torch.where(hidden, MASK, tokens), mask).log_softmax(-1)[0]
@@ -98,50 +104,62 @@ def test_padding_and_other_rows_change_nothing(denoiser: AntibodyDenoiser) -> No
 @torch.no_grad()
 def test_only_residues_are_possible(denoiser: AntibodyDenoiser) -> None:
     tokens, mask = padded([DOMAIN])
-    logits = Canvas(denoiser, mask).logits(torch.full_like(tokens, MASK))
-    assert logits.shape[-1] == 25
+    logits = denoiser(torch.full_like(tokens, MASK), mask)
+    assert logits.shape[-1] == denoiser.vocab_size == 25
     assert (logits[..., [0, 1, 2, 3, MASK]] == -torch.inf).all()
     assert logits[..., 4:24].isfinite().all()
 
 
-def test_every_parameter_that_can_gets_gradient() -> None:
-    denoiser = AntibodyDenoiser(max_residues=30, width=16, layers=2, heads=2, mlp=32)
-    tokens = torch.randint(4, 24, (3, 10))
-    logits = denoiser(torch.where(torch.rand(3, 10) < 0.5, MASK, tokens), torch.ones(3, 10, dtype=torch.bool))
+def test_is_frozen_until_it_is_trained_and_stays_in_evaluation_mode(denoiser: AntibodyDenoiser) -> None:
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+    trained = copy.deepcopy(denoiser).requires_grad_(True).train()
+    assert not any(module.training for module in trained.network.modules())
+    tokens = torch.randint(4, 24, (3, 10), generator=torch.Generator().manual_seed(0))
+    logits = trained(torch.where(tokens < 14, MASK, tokens), torch.ones(3, 10, dtype=torch.bool))
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
-    for name, parameter in denoiser.named_parameters():
+    for name, parameter in trained.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        if not name.endswith("k_proj.bias"):  # cancels in the softmax
+        if not name.endswith("key.bias"):  # cancels in the softmax
             assert parameter.grad.abs().sum() > 0, name
 
 
+def test_is_described_by_its_arguments(denoiser: AntibodyDenoiser) -> None:
+    spec = describe(AntibodyDenoiser("L"))
+    assert spec == {"class_path": "orderppl.models.denoisers.AntibodyDenoiser", "init_args": {"chain": "L"}}
+    tokens, mask = padded([DOMAIN[:20]])
+    again = build(describe(denoiser))
+    assert torch.equal(again(tokens, mask), denoiser(tokens, mask))
+
+
 def test_light_chain_has_its_own_weights(denoiser: AntibodyDenoiser) -> None:
-    light = AntibodyDenoiser.from_wheel("L")
-    assert light.max_residues < denoiser.max_residues
-    assert not torch.equal(light.bias, denoiser.bias)
+    light = AntibodyDenoiser("L")
+    assert light.max_length is not None
+    assert denoiser.max_length is not None
+    assert light.max_length < denoiser.max_length
+    assert not torch.equal(light.head.bias, denoiser.head.bias)  # type: ignore[arg-type]
 
 
-def test_letters_and_ids() -> None:
-    ids = AntibodyDenoiser.encode(RESIDUES)
-    assert ids == list(range(4, 24))
-    assert AntibodyDenoiser.decode(torch.tensor([*ids, MASK])) == RESIDUES + "-"
-    assert AntibodyDenoiser.decode(torch.tensor([4, 5, 1]), torch.tensor([True, True, False])) == "AC"
-    with pytest.raises(UserError, match="'X' at position 3 is no residue"):
-        AntibodyDenoiser.encode("ACXD")
+def test_letters_and_ids(denoiser: AntibodyDenoiser) -> None:
+    tokenizer = denoiser.tokenizer
+    assert tokenizer is not None
+    assert (tokenizer.pad_index, tokenizer.mask_index, tokenizer.eos_index, tokenizer.vocab_size) == (1, MASK, 2, 25)
+    assert tokenizer.encode(RESIDUES) == list(range(4, 24))
+    assert tokenizer.decode(range(4, 24)) == RESIDUES
+    assert tokenizer.frame == ((), ())  # the denoiser puts it around
 
 
 def test_refuses_long_domains_other_chains_and_a_missing_package(
     denoiser: AntibodyDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="a canvas of 200 residues exceeds the antibody model's 142"):
+    with pytest.raises(UserError, match="a canvas of 200 tokens exceeds the model's 142"):
         denoiser(torch.full((1, 200), 4), torch.ones(1, 200, dtype=torch.bool))
     with pytest.raises(UserError, match="unknown antibody chain 'K'"):
-        AntibodyDenoiser.from_wheel("K")  # type: ignore[arg-type]
+        AntibodyDenoiser("K")  # type: ignore[arg-type]
 
     def missing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(UserError, match=r"is missing; run: pip install --no-deps sapiens==1\.0\.5"):
-        AntibodyDenoiser.from_wheel("H")
+        AntibodyDenoiser("H")

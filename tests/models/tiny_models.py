@@ -12,53 +12,150 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from orderppl.models.denoisers.smdm import SmdmConfig, SmdmDenoiser
+from orderppl.models.denoisers.smdm import SmdmDenoiser
 
 WORDS = [str(number) for number in range(21)] + [*"+-*/=#<>().,?|%", "<<", ">>", "####"]
-MASKED_LM: dict[str, dict[str, Any]] = {
-    "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
-    "roberta": {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "pad_token_id": 1,
-        "max_position_embeddings": 130,
-    },
-    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
-    "modernbert": {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "pad_token_id": 0,
-        "local_attention": 8,
-        "reference_compile": False,
-    },
+SPECIAL = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]  # of all masked models
+VOCABULARY = len(SPECIAL + WORDS)
+
+# ---- every architecture that transformers loads as a masked language model
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 130,
+    "pad_token_id": 1,
 }
-KINDS = (*MASKED_LM, "smdm", "llada", "Dream")
+_TEXT_AND_IMAGE = {
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "image_token_id": VOCABULARY - 1,
+}
+_XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2}
+MASKED_LM: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 16},
+    "bart": {"d_model": 16},
+    "bert": {},
+    "big_bird": {},
+    "camembert": {},
+    "convbert": {"embedding_size": 16},
+    "data2vec-text": {},
+    "deberta": {},
+    "deberta-v2": {},
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "electra": {"embedding_size": 16},
+    "ernie": {},
+    "esm": {
+        "mask_token_id": SPECIAL.index("[MASK]"),
+        "position_embedding_type": "rotary",
+        "token_dropout": True,
+        "emb_layer_norm_before": False,
+    },
+    "esmc": {},
+    "eurobert": {},
+    "flaubert": _XLM,
+    "fnet": {},
+    "funnel": {
+        "block_sizes": [1, 1],
+        "num_decoder_layers": 1,
+        "d_model": 16,
+        "n_head": 2,
+        "d_head": 8,
+        "d_inner": 32,
+        "num_hidden_layers": ...,  # left out
+    },
+    "gte": {},
+    "ibert": {},
+    "jina_embeddings_v3": {},
+    "layoutlm": {},
+    "longformer": {"attention_window": 8},
+    "luke": {"entity_vocab_size": 20, "entity_emb_size": 8},
+    "mbart": {"d_model": 16},
+    "megatron-bert": {},
+    "mobilebert": {"embedding_size": 8, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+    "modernbert": {"local_attention": 8, "reference_compile": False},
+    "modernvbert": {
+        "text_config": {"model_type": "modernbert", "vocab_size": VOCABULARY, **SIZES, "local_attention": 8},
+        **_TEXT_AND_IMAGE,
+    },
+    "mpnet": {},
+    "mra": {},
+    "mvp": {"d_model": 16},
+    "neomme": {"num_key_value_heads": 1, "embedding_rank": 8, "head_dim": 16},
+    "nomic_bert": {},
+    "nystromformer": {},
+    "perceiver": {
+        "d_model": 16,
+        "d_latents": 16,
+        "num_latents": 8,
+        "num_self_attends_per_block": 1,
+        "num_self_attention_heads": 2,
+        "num_cross_attention_heads": 2,
+    },
+    "reformer": {
+        "axial_pos_embds": False,
+        "is_decoder": False,
+        "attention_head_size": 8,
+        "feed_forward_size": 32,
+        "attn_layers": ["local", "lsh"],
+        "num_hidden_layers": 2,
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+    },
+    "rembert": {"input_embedding_size": 16, "output_embedding_size": 16},
+    "roberta": {},
+    "roberta-prelayernorm": {},
+    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
+    "roformer": {},
+    "squeezebert": {
+        "embedding_size": 16,
+        **{f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")},
+    },
+    "tapas": {},
+    "ultrabert": {"sliding_window": 8},
+    "ultravbert": {
+        "text_config": {"model_type": "ultrabert", "vocab_size": VOCABULARY, **SIZES, "sliding_window": 8},
+        **_TEXT_AND_IMAGE,
+    },
+    "xlm": _XLM,
+    "xlm-roberta": {},
+    "xlm-roberta-xl": {},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "yoso": {},
+}
+"""Kind -> settings of a tiny one, beside or instead of `SIZES`."""
+KINDS = ("bert", "roberta", "distilbert", "modernbert", "esm", "smdm", "llada", "Dream")
 
 
 def write_model(folder: Path, kind: str, **settings: Any) -> Path:
-    """A checkpoint of a kind in `KINDS`, with its tokeniser, in a new folder; the same for the same torch seed."""
+    """A checkpoint of a kind in `KINDS` or `MASKED_LM` with its tokeniser, in a new folder; fixed by the torch seed."""
     folder.mkdir(parents=True, exist_ok=True)
     if kind in MASKED_LM:
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        if kind == "roberta":
-            special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
-        names = {f"{name.strip('[]').lower()}_token": name for name in special}
-        size = write_tokenizer(folder, special, **names)
-        config = AutoConfig.for_model(kind, vocab_size=size, **{**MASKED_LM[kind], **settings})
+        names = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}
+        write_tokenizer(folder, SPECIAL, frame=True, **names)
+        chosen = {"vocab_size": VOCABULARY, **SIZES, **MASKED_LM[kind], **settings}
+        config = AutoConfig.for_model(kind, **{key: value for key, value in chosen.items() if value is not ...})
         network = AutoModelForMaskedLM.from_config(config)
         loud(network)
         network.save_pretrained(folder)
     elif kind == "smdm":
-        size = write_tokenizer(folder, ["<unk>", "<s>", "</s>"], unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        size = write_tokenizer(folder, ["<unk>", "<s>", "</s>"], **names)
         sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "intermediate_size": 24, "vocab_size": size} | settings
-        denoiser = SmdmDenoiser(SmdmConfig(**sizes))
+        denoiser = SmdmDenoiser(**sizes)
         loud(denoiser)
         denoiser.save_pretrained(folder)
     else:
@@ -73,12 +170,15 @@ def loud(network: nn.Module) -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
 
 
-def write_tokenizer(folder: Path, special: list[str], **names: str) -> int:
-    """Words and numerals behind some special tokens; the number of tokens."""
+def write_tokenizer(folder: Path, special: list[str], frame: bool = False, **names: str) -> int:
+    """Words and numerals behind some special tokens, framed by the first and the third or not; the number of tokens."""
     vocabulary = {word: index for index, word in enumerate(special + WORDS)}
     unknown = next((word for word in special if "unk" in word.lower()), special[0])
     raw = RawTokenizer(WordLevel(vocabulary, unk_token=unknown))
     raw.pre_tokenizer = Whitespace()
+    if frame:
+        ends = [(special[place], place) for place in (0, 2)]
+        raw.post_processor = TemplateProcessing(single=f"{special[0]} $A {special[2]}", special_tokens=ends)
     PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
     return len(vocabulary)
 

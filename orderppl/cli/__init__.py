@@ -1,0 +1,1 @@
+"""The `orderppl` command: one file per subcommand."""

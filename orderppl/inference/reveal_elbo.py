@@ -1,0 +1,242 @@
+"""The evidence lower bound of an unmasking program, with a low-variance gradient."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceGraph_ELBO
+from pyro.infer.tracegraph_elbo import TrackNonReparam
+from pyro.infer.util import is_validation_enabled
+from pyro.ops.provenance import detach_provenance
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from orderppl.distributions import OrderDistribution, PolicyOrder, RevealedTokens
+from orderppl.distributions.order_distribution import kl_by_step
+from orderppl.errors import UserError
+from orderppl.inference.objective import Objective
+from orderppl.inference.programs import RevealSites, order_metrics, reveal_sites
+from orderppl.unmasking import Trajectory
+
+
+class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
+    """TraceGraph_ELBO for unmasking programs.
+
+    With R(r) = log p(x | r) plus further factors of the model, KL_t = KL(q_t || p_t) of the set distributions at step
+    t, and weight w of the KL,
+
+        ELBO = E_q[ R(r) ] - w E_q[ sum_t KL_t ]
+
+    (the whole KL(q || p) where that has a closed form). For K orders of one sequence,
+
+        surrogate = 1/K sum_k [ R(r^k) - w sum_t KL_t^k + sum_t stop(A_t^k) log q(z_t^k | M_t^k) ]
+        A_t^k     = (C_t^k - mean_{j != k} C_t^j) - c_t^k (v_t^k - mean_{j != k} v_t^j)
+        C_t       = R(r) - w sum_{u > t} KL_u
+
+    v_t is the log-likelihood if everything left were revealed at step t: known before z_t is drawn, and so a control
+    variate that costs nothing. Its coefficient c_t^k is the slope of C_t on v_t among the *other* orders of the
+    sequence, within [0, 1]; r^k has no part in it, so the gradient is unbiased. With less than three orders it is 0.
+
+    What has no closed form stands in as it was drawn: log q_t - log p_t for KL_t, with the score of the step's own set
+    as well. A likelihood with outliers puts its function of the whole sequence around R and v_t; where only an answer
+    is wanted, both are over what is observed (see `RevealedTokens`). Any other pair of programs goes through Pyro's own
+    `TraceGraph_ELBO`.
+
+    Args:
+        num_particles: orders drawn per sequence, K.
+        max_plate_nesting: 1 for the programs of this library (the batch plate).
+        vectorize_particles: draw them in one call, along a new leftmost dimension; the baselines need it.
+        kl_weight: weight of the KL (or of log q - log p) in the objective; 1 is the ELBO, less is a tempered bound.
+        control_variate: coefficient of v_t: "fitted", or a fixed one: 0 is the plain leave-one-out estimator, and with
+            1 each set is credited with what it made easier.
+
+    Attributes:
+        metrics: detached 0-dim tensors of the last call on an unmasking program, per sequence: `elbo` (untempered),
+            `log_likelihood` (with further factors), `kl` (nats) and `steps`, the mean number of steps used.
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 8,
+        max_plate_nesting: int = 1,
+        vectorize_particles: bool = True,
+        *,
+        kl_weight: float = 1.0,
+        control_variate: Literal["fitted"] | float = "fitted",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles, kl_weight=kl_weight, **kwargs)
+        if isinstance(control_variate, str) and control_variate != "fitted":
+            raise UserError("control_variate", f"{control_variate!r}", 'use "fitted", or a number such as 0')
+        self.control_variate = control_variate
+
+    def value_and_surrogate(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """See `Objective`."""
+        elbo, surrogate_loss = self._loss_and_surrogate_loss(model, guide, args, kwargs)
+        return elbo, -surrogate_loss
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        """Run guide and model; densities of the sites only where they are used, or validated."""
+        if isinstance(poutine.unwrap(guide), Messenger):
+            return super()._get_trace(model, guide, args, kwargs)
+        with TrackNonReparam():
+            guide_trace = poutine.trace(guide, graph_type="dense").get_trace(*args, **kwargs)
+            replayed = poutine.replay(model, trace=guide_trace)
+            model_trace = poutine.trace(replayed, graph_type="dense").get_trace(*args, **kwargs)
+            if is_validation_enabled():
+                check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+            guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+            if reveal_sites(model_trace, guide_trace) is None or is_validation_enabled():
+                model_trace.compute_log_prob()
+                guide_trace.compute_score_parts()
+        if is_validation_enabled():
+            check_if_enumerated(guide_trace)
+            for site in (*model_trace.nodes.values(), *guide_trace.nodes.values()):
+                if site["type"] == "sample":
+                    check_site_shape(site, self.max_plate_nesting)
+        return model_trace, guide_trace
+
+    def _loss_and_surrogate_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+        sites = reveal_sites(model_trace, guide_trace)
+        if sites is None:
+            return super()._loss_and_surrogate_loss_particle(model_trace, guide_trace)
+        return self._by_step(sites)
+
+    def _by_step(self, sites: RevealSites) -> tuple[Tensor, Tensor]:
+        q, p, likelihood = sites.guide["fn"], sites.prior["fn"], sites.tokens["fn"]
+        order = detach_provenance(sites.guide["value"])  # [*, S]
+        trajectory = Trajectory(likelihood.path, order, sites.guide["infer"].get("met"))
+        reward, baseline = self._rewards(sites, likelihood, trajectory)  # R [*], v_t [T, *]
+        log_q, kl, kl_to_come = self._order_terms(q, p, trajectory)  # [P, *] each; P = T, or 1 for a whole order
+
+        def scaled(values: Tensor) -> Tensor:
+            return scale_and_mask(values, sites.guide["scale"], sites.guide["mask"])
+
+        kl, kl_to_come = scaled(kl), scaled(kl_to_come)
+        if len(log_q) == 1:
+            baseline = baseline[:1]
+        advantage = self._advantage((reward - self.kl_weight * kl_to_come).detach(), baseline.detach())
+        objective = reward.sum() - self.kl_weight * kl.sum()
+        surrogate = objective + (advantage * log_q).sum()
+        self.metrics = order_metrics(reward.sum(), kl.sum(), order)
+        return objective.detach(), -surrogate
+
+    def _rewards(
+        self, sites: RevealSites, likelihood: RevealedTokens, trajectory: Trajectory
+    ) -> tuple[Tensor, Tensor]:
+        """R of every order, float [*], and v_t: R if everything left were revealed at step t, float [T, *]."""
+
+        def scored(log_likelihood: Tensor) -> Tensor:
+            robust = likelihood.robust(log_likelihood)
+            return scale_and_mask(robust, sites.tokens["scale"], sites.tokens["mask"])
+
+        tokens = detach_provenance(sites.tokens["value"])
+        hidden = trajectory.token_log_prob(tokens, likelihood.temperature)  # l_i(s_t), [T, *, S]
+        by_step = likelihood.observed(hidden, trajectory.revealed, trajectory.masked)  # log p(x_{z_t} | s_t), [T, *]
+        with torch.no_grad():
+            at_once = likelihood.observed(hidden, trajectory.masked, trajectory.masked)
+            before = by_step.cumsum(0) - by_step
+            baseline = scored(before + at_once)
+        reward = scored(by_step.sum(0))
+        for site in sites.factors:
+            log_factor = scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+            reward = reward + detach_provenance(log_factor)
+        return reward, baseline
+
+    def _order_terms(
+        self, q: OrderDistribution, p: OrderDistribution, trajectory: Trajectory
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of every part of the order, KL of every part, and KL that its choice has a part in.
+
+        Returns:
+            float [P, *] each; the second may have P = 1 and a broader shape.
+        """
+        order, steps = trajectory.order, trajectory.num_steps
+        if not (q.has_steps and p.has_steps):  # whole orders
+            return self._whole_order_terms(q, p, order)
+        met = q.met_sets() if isinstance(q, PolicyOrder) and trajectory.met else None
+        q_sets = q.sets(order, trajectory) if met is None else met
+        log_q = q_sets.log_prob(trajectory.revealed)  # [T, *]
+        try:
+            whole = kl_divergence(q, p)  # [*], whatever order was drawn
+            return log_q, whole.expand(order.shape[:-1]).unsqueeze(0), torch.zeros_like(log_q)
+        except NotImplementedError:
+            p_sets = p.sets(order, trajectory)
+        try:
+            kl = kl_by_step(q_sets, p_sets, steps)  # [T, *]
+            own = kl
+        except NotImplementedError:
+            kl = log_q.detach() - p_sets.log_prob(trajectory.revealed)
+            own = torch.zeros_like(kl)  # a log-ratio depends on the step's own set as well
+        return log_q, kl, kl.flip(0).cumsum(0).flip(0) - own
+
+    def _whole_order_terms(
+        self, q: OrderDistribution, p: OrderDistribution, order: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_order_terms` with P = 1."""
+        log_q = q.log_prob(order).unsqueeze(0)
+        try:
+            whole = kl_divergence(q, p).expand(order.shape[:-1]).unsqueeze(0)
+            return log_q, whole, torch.zeros_like(log_q)
+        except NotImplementedError:
+            ratio = log_q.detach() - p.log_prob(order).unsqueeze(0)
+            return log_q, ratio, ratio
+
+    def _advantage(self, cost: Tensor, baseline: Tensor) -> Tensor:
+        """A_t^k, float [T, *], from C_t and v_t, float [T, *] each."""
+        count = self.num_particles
+        if not (self.vectorize_particles and count > 1):
+            return cost
+        cost, baseline = (_centred(x) for x in torch.broadcast_tensors(cost, baseline))
+        if self.control_variate != "fitted":
+            return cost - self.control_variate * baseline
+        # With x^k - mean of the others = K / (K - 1) (x^k - mean of all), the sums of squares and products without the
+        # k-th order are those of all less a share of its own.
+        share = (count - 1) / count
+        products = share**2 * (cost * baseline).sum(1, keepdim=True) - share * cost * baseline
+        squares = share**2 * baseline.square().sum(1, keepdim=True) - share * baseline.square()
+        enough = squares > 1e-6 * baseline.square().sum(1, keepdim=True)  # fewer than two others that differ: no slope
+        slope = torch.where(enough, products / squares.masked_fill(~enough, 1.0), 0.0).clamp(0.0, 1.0)
+        return cost - slope * baseline
+
+    def explain(self, model: Any, guide: Any, *args: Any) -> str | None:
+        """Why the bound of a batch is not finite, where that can be told."""
+        with torch.no_grad():
+            model_trace, guide_trace = self._get_trace(model, guide, args, {})
+            sites = reveal_sites(model_trace, guide_trace)
+            if sites is None:
+                return None
+            likelihood, order = sites.tokens["fn"], detach_provenance(sites.guide["value"])
+            batch, trajectory = likelihood.path.batch, Trajectory(likelihood.path, order)
+            mask_index = likelihood.path.denoiser.mask_index
+            if bool(((batch.tokens == mask_index) & batch.latent).any()):
+                return "the MASK token is among the tokens to reveal"
+            said = trajectory.token_log_prob(None, likelihood.temperature)
+            if bool(said.isnan().any()):
+                return "the denoiser gives NaN"
+            impossible = (said.isneginf() & trajectory.revealed).nonzero()
+            if len(impossible):
+                row, place = impossible[0, -2:].tolist()
+                token = int(batch.tokens[row, place])
+                return f"token {token} at position {place} of row {row} has probability 0"
+            _, kl, _ = self._order_terms(sites.guide["fn"], sites.prior["fn"], trajectory)
+            if bool(kl.isnan().any()):
+                return "the guide or the model's policy gives NaN"
+            if bool(kl.isposinf().any()):
+                return "the guide reveals sets that the model's policy forbids, such as none at all"
+        return None
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Subtract the mean over the other orders: float [T, K, ..]."""
+    count = values.shape[1]
+    return (values - values.mean(1, keepdim=True)) * (count / (count - 1))

@@ -1,0 +1,49 @@
+"""Policies that rank by the true tokens: upper bounds, never deployable."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orderppl.errors import UserError
+from orderppl.policies.ranked import Ranked
+from orderppl.policies.schedules import SetSizes
+from orderppl.unmasking import State
+
+
+class Oracle(Ranked):
+    """The K positions of largest log p(x_i), or p(x_i) - max over other tokens of p (arXiv 2602.09501).
+
+    Args:
+        kind: "greedy" or "margin".
+        sizes: see `Ranked`.
+        temperature: see `Ranked`.
+
+    Raises:
+        UserError: another kind; when asked, a state whose true tokens are not known.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["greedy", "margin"] = "greedy",
+        sizes: SetSizes | Literal["uniform", "cosine"] | float = "uniform",
+        temperature: float = 0.0,
+    ) -> None:
+        super().__init__("top_prob", sizes, temperature)
+        if kind not in ("greedy", "margin"):
+            raise UserError("kind", f"unknown oracle {kind!r}", "use greedy or margin")
+        self.kind = kind
+
+    def scores(self, state: State) -> Tensor:
+        """What ranks the positions, float [*, S]."""
+        if state.truth is None:
+            raise UserError("policy", "an oracle needs the true tokens", "follow known sequences; it cannot decode")
+        truth = state.truth.expand(state.shape)
+        own = state.token_log_prob(truth)
+        if self.kind == "greedy":
+            return own
+        top = state.per_position(lambda log_probs: log_probs.topk(2, -1).values.exp())  # [*, S, 2]
+        best = state.per_position(lambda log_probs: log_probs.argmax(-1))
+        return own.exp() - torch.where(best == truth, top[..., 1], top[..., 0])

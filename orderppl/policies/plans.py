@@ -1,0 +1,190 @@
+"""Plans of the whole order: decided before the first token is known, or fixed for good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from orderppl.distributions import (
+    AutoregressiveOrder,
+    DecidedSet,
+    IndependentSet,
+    OrderDistribution,
+    SetDistribution,
+    StepwiseOrder,
+)
+from orderppl.errors import UserError
+from orderppl.policies.policy import Policy
+from orderppl.unmasking import VISIBLE, Batch, Denoiser, State
+from orderppl.unmasking.trajectory import Path
+
+
+class Planned(Policy):
+    """Base of plans: a distribution over whole orders that is known at the opening, when nothing has been revealed.
+
+    A subclass defines `plan`. When decoding, one order is drawn (or its mode taken) at the first step and followed; a
+    step at which nothing is planned is skipped and not charged: each forward reveals the next non-empty set.
+    """
+
+    looks_back = True
+
+    def plan(self, opening: State) -> OrderDistribution:
+        """The distribution over whole orders, batch shape [B], event [S].
+
+        Args:
+            opening: the state before the first step.
+        """
+        raise NotImplementedError
+
+    def order(self, batch: Batch, denoiser: Denoiser, num_steps: int) -> OrderDistribution:
+        """The plan itself: nothing on the way changes it."""
+        return self.plan(Path(batch, denoiser, num_steps).opening())
+
+    def look_back(self, state: State) -> Tensor:
+        """The order that is followed, int64 [*, S]."""
+        if state.carry is not None:
+            followed: Tensor = state.carry
+            return followed
+        plan = self.plan(state)
+        return plan.mode if state.takes_mode else plan.draw(state.noise)
+
+    def forward(self, state: State) -> SetDistribution:
+        """The next set of the order that is followed."""
+        if state.carry is None:
+            raise UserError("policy", "a plan is played out from its first step on", "ask for its `order`, or decode")
+        upcoming = state.carry.masked_fill(~state.masked, torch.iinfo(torch.int64).max)
+        return DecidedSet(state.masked & (upcoming == upcoming.amin(-1, keepdim=True)), state.masked, non_empty=True)
+
+
+class Plan(Planned):
+    """A learned plan: independent steps per position, from a network that sees the opening.
+
+        r_i ~ Categorical(softmax(network(s_1)_i)),     independently
+
+    As its own guide (`PolicyGuide`) it is a mean-field guide that is deployable as it is.
+
+    Args:
+        network: opening state -> step logits, float [B, S, T]; it may read given tokens, and what the denoiser expects.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def plan(self, opening: State) -> StepwiseOrder:
+        """See `Planned`.
+
+        Raises:
+            UserError: a plan of more steps than there are.
+        """
+        logits = self.network(opening)  # [B, S, T]
+        if logits.shape[-1] > opening.num_steps:
+            problem = f"{opening.num_steps} steps for a plan of {logits.shape[-1]}"
+            raise UserError("num_steps", problem, "allow as many steps as the plan has")
+        return StepwiseOrder(logits, opening.latent)
+
+
+class ScanPlan(Planned):
+    """A learned plan whose steps depend on each other: a scan along the positions.
+
+        r_i ~ Categorical(softmax(network(context_i, r_1, .., r_{i-1})))
+
+    Deploy its draws; the most probable of a few draws stands for its mode.
+
+    Args:
+        network: a scan (see `orderppl.distributions.autoregressive_order.Scan`) with a `context` of its own: opening
+            state -> float [B, S, W].
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def plan(self, opening: State) -> AutoregressiveOrder:
+        """See `Planned`."""
+        assert isinstance(opening.num_steps, int)
+        return AutoregressiveOrder(
+            self.network, self.network.context(opening), opening.latent, opening.num_steps
+        )
+
+
+class RandomSteps(Policy):
+    """r_i independent over the steps with the probabilities of a schedule, whatever the tokens.
+
+        P(r_i = t) = alpha(t / T) - alpha((t + 1) / T)
+
+    where alpha(u) is the fraction still masked at time u: 1 - u, the usual masked diffusion schedule discretised
+    ("uniform"), or cos(pi u / 2), few positions early and many late ("cosine", MaskGIT, arXiv 2202.04200).
+
+    Args:
+        schedule: "uniform" or "cosine".
+
+    Raises:
+        UserError: another schedule.
+    """
+
+    def __init__(self, schedule: Literal["uniform", "cosine"] = "uniform") -> None:
+        super().__init__()
+        if schedule not in ("uniform", "cosine"):
+            raise UserError("schedule", f"unknown schedule {schedule!r}", "use uniform or cosine")
+        self.schedule = schedule
+
+    def _steps(self, masked: Tensor, num_steps: int) -> StepwiseOrder:
+        time = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64, device=masked.device)
+        alpha = 1 - time if self.schedule == "uniform" else torch.cos(time * math.pi / 2)
+        logits = (alpha[:-1] - alpha[1:]).log().to(torch.get_default_dtype())  # [T]
+        return StepwiseOrder(logits[None], masked)
+
+    def order(self, batch: Batch, denoiser: Denoiser, num_steps: int) -> StepwiseOrder:
+        """Closed form over orders."""
+        return self._steps(batch.latent, num_steps)
+
+    def forward(self, state: State) -> IndependentSet:
+        """Reveal by hazard P(r_i = t | r_i >= t)."""
+        if isinstance(state.num_steps, Tensor):
+            raise UserError("policy", "random steps know no blocks", "use Ranked(score='random') inside blocks")
+        return self._steps(state.masked, state.num_steps).set_at(state.masked, state.step)
+
+
+class FixedOrder(Planned):
+    """One order for all sequences, or a pattern that repeats: the positions to reveal are counted from the left.
+
+    Args:
+        steps: step of every position, from 0; positions behind the last one are revealed at the end.
+        periodic: repeat the steps as a pattern, for rows of any length.
+
+    Raises:
+        UserError: no steps, or negative ones.
+    """
+
+    def __init__(self, steps: Sequence[int], periodic: bool = False) -> None:
+        super().__init__()
+        if not len(steps) or min(steps) < 0:
+            raise UserError("steps", f"{list(steps)} is no order", "give one step of 0 or more per position")
+        self.periodic = periodic
+        self.register_buffer("steps", torch.as_tensor(list(steps), dtype=torch.int64), persistent=False)
+        self.steps: Tensor
+
+    def look_back(self, state: State) -> Any:
+        """See `Planned`."""
+        return self._order(state) if state.carry is None else state.carry
+
+    def _order(self, state: State) -> Tensor:
+        place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)
+        steps = self.steps
+        if self.periodic:
+            found = steps[place % len(steps)]
+        else:
+            found = torch.where(place < len(steps), steps[place.clamp(max=len(steps) - 1)], int(1e9))
+        return found.masked_fill(~state.latent, VISIBLE)
+
+    def plan(self, opening: State) -> StepwiseOrder:
+        """See `Planned`: nothing is left to chance."""
+        assert isinstance(opening.num_steps, int)
+        order = self._order(opening).clamp(max=opening.num_steps - 1)
+        certain = torch.nn.functional.one_hot(order.clamp(min=0), opening.num_steps)
+        return StepwiseOrder(certain.to(torch.get_default_dtype()).log(), opening.latent)

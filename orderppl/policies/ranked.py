@@ -1,0 +1,89 @@
+"""Policies that rank the masked positions and reveal as many as a schedule says."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orderppl.distributions import DecidedSet, RankedSet, SetDistribution, UniformSet
+from orderppl.errors import UserError
+from orderppl.policies.policy import LOGIT_LIMIT, LogitPolicy, Policy, check_temperature, need_temperature
+from orderppl.policies.schedules import SetSizes, make_sizes
+from orderppl.policies.scores import SCORES, reveal_rank
+from orderppl.unmasking import State
+
+Score = Literal["random", "top_prob", "margin", "entropy", "left_to_right"]
+
+
+def due_count(sizes: SetSizes, state: State) -> Tensor:
+    """Positions to reveal now: int64 [*], at least 1; a row ahead of or behind its schedule returns to it."""
+    positions = state.latent.sum(-1)
+    revealed = positions - state.num_hidden
+    return (sizes.cumulative(positions, state.step + 1, state.num_steps) - revealed).clamp(min=1)
+
+
+class Ranked(LogitPolicy):
+    """The K positions of highest score, K from a schedule.
+
+        temperature 0:  the K largest scores, the leftmost of equal ones
+        above 0:        Plackett-Luce, the K largest of score / temperature + Gumbel noise
+
+    A very small temperature breaks ties at random, and nothing else.
+
+    Args:
+        score: "random" (all sets of K alike), "top_prob" (c = max_v p(v)), "margin" (p1 - p2), "entropy" (-H) or
+            "left_to_right"; or a policy whose log-odds rank.
+        sizes: "uniform", "cosine" or a number of positions a step; or a schedule.
+        temperature: at least 0, in the unit of the score.
+
+    Raises:
+        UserError: an unknown score or schedule, or a negative temperature.
+    """
+
+    non_empty = True
+
+    def __init__(
+        self,
+        score: Score | LogitPolicy = "top_prob",
+        sizes: SetSizes | Literal["uniform", "cosine"] | float = "uniform",
+        temperature: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if isinstance(score, str) and score != "random" and score not in SCORES:
+            raise UserError("score", f"unknown score {score!r}", f"use random, {', '.join(SCORES)}, or a policy")
+        check_temperature(temperature)
+        self.score = score
+        self.sizes = make_sizes(sizes)
+        self.temperature = temperature
+
+    def scores(self, state: State) -> Tensor:
+        """What ranks the positions, high first: float [*, S]."""
+        if isinstance(self.score, Policy):
+            return self.score.logits(state)
+        if self.score == "random":
+            return torch.zeros((), device=state.masked.device).expand(state.shape)
+        return SCORES[self.score](state)
+
+    def forward(self, state: State) -> SetDistribution:
+        """As many as are due."""
+        count = due_count(self.sizes, state)
+        if self.score == "random":
+            return UniformSet(count, state.masked)
+        scores = self.scores(state)
+        if self.temperature == 0:
+            first = (reveal_rank(scores, state.masked) < count[..., None]) & state.masked
+            return DecidedSet(first, state.masked, non_empty=True)
+        return RankedSet(scores / self.temperature, count, state.masked)
+
+    def logits(self, state: State) -> Tensor:
+        """(K - 1/2 - rank_i) / temperature, the log-odds of a base to correct: float [*, S].
+
+        Raises:
+            UserError: a temperature of 0.
+        """
+        need_temperature(self, self.temperature)
+        rank = reveal_rank(self.scores(state), state.masked)
+        size = due_count(self.sizes, state)
+        return ((size.unsqueeze(-1) - 0.5 - rank) / self.temperature).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)

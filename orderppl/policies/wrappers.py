@@ -1,0 +1,202 @@
+"""Policies around others: blocks, ends predicted last, smoothed decisions, more eager ones, a price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orderppl.distributions import IndependentSet, SetDistribution
+from orderppl.errors import UserError
+from orderppl.policies.policy import Policy
+from orderppl.policies.scores import predicted_tokens
+from orderppl.unmasking import State
+
+
+class Wrapper(Policy):
+    """A policy around another.
+
+    Args:
+        policy: the other one.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.non_empty = policy.non_empty
+
+    @property
+    def looks_back(self) -> bool:  # type: ignore[override]
+        """Whether the other one does."""
+        return self.policy.looks_back
+
+    def look_back(self, state: State) -> Any:
+        """What the other one keeps of the state that it sees."""
+        return self.policy.look_back(self.view(state))
+
+    def view(self, state: State) -> State:
+        """The state as the other one sees it."""
+        return state
+
+    def forward(self, state: State) -> SetDistribution:
+        """What the other one says."""
+        sets: SetDistribution = self.policy(self.view(state))
+        return sets
+
+
+class Blocks(Wrapper):
+    """Semi-autoregressive: the policy only sees the leftmost block that is not finished.
+
+    A row of n blocks gives block b the steps up to floor((b + 1) T / n); steps a block does not use go to the next. The
+    last step of a block reveals what is left of it. Blocks are counted over the row's own positions to reveal.
+
+    Args:
+        policy: any policy; set sizes, and the steps left that a learned policy sees, are those of the block.
+        size: positions per block.
+
+    Raises:
+        UserError: a size below 1.
+    """
+
+    looks_back = True  # type: ignore[assignment]
+
+    def __init__(self, policy: Policy, size: int) -> None:
+        super().__init__(policy)
+        if size < 1:
+            raise UserError("block_size", f"{size} positions", "give 1 or more")
+        self.size = size
+
+    def _blocks(self, state: State) -> tuple[Tensor, Tensor]:
+        """Block of every position, int64 [*, S], and the one that is being revealed, int64 [*]."""
+        block = (state.latent.long().cumsum(-1) - 1).clamp(min=0) // self.size
+        return block, torch.where(state.masked, block, state.shape[-1]).amin(-1)
+
+    def look_back(self, state: State) -> tuple[Tensor, Tensor, Any]:
+        """The current block and the step at which it began, int64 [*] each, and what the policy keeps."""
+        _, current = self._blocks(state)
+        began, inner = state.step, None
+        if state.carry is not None:
+            before, before_began, inner = state.carry
+            began = torch.where(before == current, before_began, state.step)
+        if self.policy.looks_back:
+            inner = self.policy.look_back(self._view(state, current, began, inner))
+        return current, began, inner
+
+    def _view(self, state: State, current: Tensor, began: Tensor, inner: Any) -> State:
+        block, _ = self._blocks(state)
+        count = (state.latent.sum(-1) + self.size - 1) // self.size
+        end = (current + 1) * state.num_steps // count.clamp(min=1)
+        num_steps = (end - began).clamp(min=1)
+        step = (state.step - began).minimum(num_steps - 1)
+        inside = state.latent & (block == current[..., None])
+        return state.restricted(state.masked & inside, inside, carry=inner, step=step, num_steps=num_steps)
+
+    def forward(self, state: State) -> SetDistribution:
+        """The policy's set within the block."""
+        view = self._view(state, *state.carry)
+        sets: SetDistribution = self.policy(view)
+        return sets.certain(view.is_last)
+
+
+class EosAware(Wrapper):
+    """Keeps positions that are predicted to be end or padding tokens for last.
+
+    The policy sees them when nothing else is masked.
+
+    Args:
+        policy: any policy.
+        token_ids: the ids of end-of-sequence and padding tokens.
+
+    Raises:
+        UserError: no ids.
+    """
+
+    def __init__(self, policy: Policy, token_ids: Sequence[int]) -> None:
+        super().__init__(policy)
+        if not token_ids:
+            raise UserError("token_ids", "no end or padding id", "give at least one")
+        self.token_ids = list(token_ids)
+
+    def view(self, state: State) -> State:
+        """The state without the positions that come last."""
+        predicted = predicted_tokens(state)
+        other = state.masked
+        for index in self.token_ids:
+            other = other & (predicted != index)
+        return state.restricted(torch.where(other.any(-1, keepdim=True), other, state.masked))
+
+
+class Smoothed(Wrapper):
+    """The most probable set of another policy, each position's decision flipped with a small probability.
+
+        p(z_t | s_t) = prod_{i in M_t} (1 - smoothing)^[z_ti = d_ti] smoothing^[z_ti != d_ti],     d_t = mode(s_t)
+
+    divided by Z when `non_empty`. The flips keep every KL finite; the fewer, the closer to the rule.
+
+    Args:
+        policy: the other one.
+        smoothing: probability of a flip, above 0 and below 1/2.
+        non_empty: condition every set on revealing something.
+
+    Raises:
+        UserError: smoothing outside (0, 1/2).
+    """
+
+    def __init__(self, policy: Policy, smoothing: float = 0.05, non_empty: bool = True) -> None:
+        super().__init__(policy)
+        if not 0 < smoothing < 0.5:
+            raise UserError("smoothing", f"{smoothing} is not in (0, 0.5)", "give a number such as 0.05")
+        self.smoothing, self.non_empty = smoothing, non_empty
+
+    def forward(self, state: State) -> SetDistribution:
+        """Flip what the other one decides."""
+        return IndependentSet.smoothed(super().forward(state).mode, state.masked, self.smoothing, self.non_empty)
+
+
+class Eager(Wrapper):
+    """Another policy, each position `factor` times as likely to be revealed: {min(1, factor p_i)}.
+
+    Args:
+        policy: one with probabilities per position.
+        factor: above 0; above 1 reveals more than was learned for.
+
+    Raises:
+        UserError: a factor that is not positive, or a policy without such probabilities.
+    """
+
+    def __init__(self, policy: Policy, factor: float = 2.0) -> None:
+        super().__init__(policy)
+        if not factor > 0:
+            raise UserError("factor", f"{factor} is not positive", "give a number above 0")
+        self.factor = factor
+
+    def forward(self, state: State) -> SetDistribution:
+        """The other one's sets, scaled."""
+        try:
+            return super().forward(state).scaled(self.factor)
+        except NotImplementedError as error:
+            raise UserError("policy", str(error), "use a policy that decides position by position") from error
+
+
+class AtPrice(Wrapper):
+    """A policy that was learned for a range of step prices, at one of them.
+
+    Args:
+        policy: one that reads the price (see `PriceRange`).
+        price: nats per step, above 0.
+
+    Raises:
+        UserError: a price that is not positive.
+    """
+
+    def __init__(self, policy: Policy, price: float) -> None:
+        super().__init__(policy)
+        if not price > 0:
+            raise UserError("price", f"{price} is not positive", "give nats per step above 0")
+        self.price = price
+
+    def view(self, state: State) -> State:
+        """The state with its price."""
+        return state.replace(price=self.price)

@@ -1,0 +1,189 @@
+"""What the denoiser says of states: one denoiser call, worked out where and as far as somebody asks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orderppl.unmasking.denoiser import Reader
+
+_CHUNK = 2**19  # logits that a CPU works on at a time: they stay in its cache, and no temporary is as large as all
+
+Function = Callable[[Tensor], Tensor]
+"""Of the token log-probabilities of positions: float [.., V] -> [.., ..]."""
+
+
+class Predictions(ABC):
+    """The denoiser's view of states with leading shape `*`, the batch last. Whoever asks shares one denoiser call."""
+
+    was_read = True  # whether somebody has asked yet
+
+    @abstractmethod
+    def per_position(self, function: Function) -> Tensor:
+        """A function of the token log-probabilities of every position: [*, S, ..], 0 where they were not worked out."""
+
+    @abstractmethod
+    def hidden(self, function: Function) -> Tensor:
+        """A function of what the output head reads, float [.., W] -> [.., ..], at every position: [*, S, ..]."""
+
+    @abstractmethod
+    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+        """log p of given tokens (int64 [*, S] or [B, S], ids of classes) at every position: float [*, S]."""
+
+
+class Window(Predictions):
+    """At every position from the first column on that somebody has to reveal; differentiable.
+
+    Args:
+        reader: of the batch.
+        tokens: int64 [*, B, S], MASK where hidden.
+    """
+
+    def __init__(self, reader: Reader, tokens: Tensor) -> None:
+        self.reader, self.tokens = reader, tokens
+
+    @property
+    def was_read(self) -> bool:  # type: ignore[override]
+        """Whether the denoiser has been called."""
+        return "states" in self.__dict__
+
+    @cached_property
+    def states(self) -> Tensor:
+        """What the output head reads, float [*, B, S - start, W]."""
+        return self.reader.read(self.tokens)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """float [*, B, S - start, V]."""
+        return self.reader.logits(self.states)
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """Normalised `logits`, float [*, B, S - start, V]."""
+        return self.logits.log_softmax(-1)
+
+    def _whole(self, values: Tensor) -> Tensor:
+        """Put zeros before the window: [*, B, S - start, ..] -> [*, B, S, ..]."""
+        start = self.reader.start
+        if not start:
+            return values
+        extra = values.dim() - self.tokens.dim()
+        return F.pad(values, (0, 0) * extra + (start, 0))
+
+    def per_position(self, function: Function) -> Tensor:
+        """See `Predictions`."""
+        return self._whole(function(self.log_probs))
+
+    def hidden(self, function: Function) -> Tensor:
+        """See `Predictions`."""
+        return self._whole(function(self.states))
+
+    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+        """See `Predictions`."""
+        index = tokens[..., self.reader.start :].expand(self.tokens.shape[:-1] + (-1,)).unsqueeze(-1)
+        if temperature == 1 and "log_probs" in self.__dict__:
+            return self._whole(self.log_probs.gather(-1, index).squeeze(-1))
+        logits = self.logits if temperature == 1 else self.logits / temperature
+        return self._whole(logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1))
+
+
+class MaskedOnly(Predictions):
+    """At the masked positions only, for decoding; the call is made at once, the head runs where it is asked for.
+
+    Args:
+        reader: of the rows still in the batch.
+        tokens: int64 [B, S], MASK where hidden.
+        masked: bool [B, S].
+        count: number of masked positions M.
+    """
+
+    def __init__(self, reader: Reader, tokens: Tensor, masked: Tensor, count: int) -> None:
+        self.reader, self.masked, self.count = reader, masked, count
+        self.states = reader.read(tokens)  # [B, S - start, W]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Masked positions, numbered through the batch: int64 [M]."""
+        return true_places(self.masked.flatten(), self.count)
+
+    def _at(self, places: Tensor) -> Tensor:
+        """What the head reads at places int64 [N], which are in the window: float [N, W]."""
+        size = self.masked.shape[-1]
+        return self.states[places // size, places % size - self.reader.start]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """At the masked positions, float [M, V]."""
+        return self.reader.logits(self._at(self.places))
+
+    def logits_at(self, places: Tensor) -> Tensor:
+        """At some masked places int64 [N]: float [N, V]."""
+        if "logits" not in self.__dict__:
+            return self.reader.logits(self._at(places))
+        if len(places) == self.count:
+            return self.logits
+        return self.logits[(self.masked.flatten().cumsum(0) - 1)[places]]
+
+    def _unpack(self, values: Tensor) -> Tensor:
+        """[M, ..] -> [B, S, ..], 0 elsewhere."""
+        whole = values.new_zeros(self.masked.numel(), *values.shape[1:])
+        whole[self.places] = values
+        return whole.unflatten(0, self.masked.shape)
+
+    def per_position(self, function: Function) -> Tensor:
+        """See `Predictions`."""
+        logits, size = self.logits, max(1, _CHUNK // self.logits.shape[-1])
+        chunks = logits.split(size) if logits.device.type == "cpu" else (logits,)
+        found = [function(chunk.log_softmax(-1)) for chunk in chunks]
+        return self._unpack(torch.cat(found) if len(found) > 1 else found[0])
+
+    def hidden(self, function: Function) -> Tensor:
+        """See `Predictions`."""
+        return self._unpack(function(self._at(self.places)))
+
+    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+        """See `Predictions`."""
+        index = tokens.expand(self.masked.shape).flatten()[self.places]
+        log_probs = (self.logits / temperature).log_softmax(-1) if temperature != 1 else self.logits.log_softmax(-1)
+        return self._unpack(log_probs.gather(-1, index[:, None])[:, 0])
+
+
+class Views(Predictions):
+    """States put together from others, whose denoiser calls they share.
+
+    Args:
+        parts: the others.
+        join: what they give, one tensor each with the leading shape of its states, as one tensor [*, ..].
+    """
+
+    def __init__(self, parts: Sequence[Predictions], join: Callable[[list[Tensor]], Tensor]) -> None:
+        self.parts, self.join = parts, join
+
+    @property
+    def was_read(self) -> bool:  # type: ignore[override]
+        """Whether the first of the others has called the denoiser."""
+        return self.parts[0].was_read
+
+    def per_position(self, function: Function) -> Tensor:
+        """See `Predictions`."""
+        return self.join([part.per_position(function) for part in self.parts])
+
+    def hidden(self, function: Function) -> Tensor:
+        """See `Predictions`."""
+        return self.join([part.hidden(function) for part in self.parts])
+
+    def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+        """See `Predictions`."""
+        return self.join([part.token_log_prob(tokens, temperature) for part in self.parts])
+
+
+def true_places(mask: Tensor, count: int) -> Tensor:
+    """Indices of the `count` true entries of a bool [N]: int64 [count]; `nonzero` without waiting for the device."""
+    if mask.device.type == "cpu":
+        return mask.nonzero()[:, 0]
+    return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]

@@ -1,0 +1,69 @@
+"""The picture of a frontier, by what is drawn."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from measured_rows import arm, together
+
+from orderppl.errors import UserError
+from orderppl.evaluation import frontier_figure
+
+GREY = to_hex("0.8")
+
+
+def many_families(count: int = 14) -> pd.DataFrame:
+    """Heuristics each of which is the best one somewhere, two training seeds, and an oracle."""
+    parts = [
+        arm(f"h{i} {n}", family=f"h{i}", nfe=nfe, correct=0.5 + 0.03 * i + 0.01 * n, nats=4 * (2 - 0.1 * i - 0.1 * n))
+        for i in range(count)
+        for n, nfe in enumerate((1 + 0.5 * i, 2 + 0.5 * i))
+    ]
+    for seed in (0, 1):
+        parts += [
+            arm(f"l {n} #{seed}", family="l", nfe=n, correct=0.9, nats=2.0, training_seed=seed, setting=f"T={n}")
+            for n in (2, 4)
+        ]
+    return together(*parts, arm("oracle", nats=0.1, kind="oracle"))
+
+
+def test_at_most_eight_curves_have_names_and_the_rest_is_grey() -> None:
+    figure = frontier_figure(many_families(), highlight=["h0"])
+    labels = {text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()}
+    assert {"h0", "l", "best heuristic"} <= labels and len(labels) == 8
+    for axis in figure.axes:
+        curves = {to_hex(line.get_color()) for line in axis.lines if not line.get_label().startswith("_")}
+        assert GREY not in curves
+        grey = [line for line in axis.lines if to_hex(line.get_color()) == GREY]
+        assert len(grey) >= 2 * (14 + 1 - 7)  # a line and its points for each of the others
+    plt.close(figure)
+
+
+def test_curves_go_through_their_points() -> None:
+    table = together(
+        *(arm(f"h {n}", family="h", nfe=n, correct=np.full(4, n / 10)) for n in (1, 3, 5)),
+        *(arm(f"l {n}", family="l", nfe=n, correct=0.9, training_seed=0) for n in (2, 4)),
+    )
+    figure = frontier_figure(table)
+    (axis,) = figure.axes
+    lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+    x, y = lines["h"].get_data()
+    assert np.interp(4.0, x, y) == pytest.approx(0.4)
+    x, y = lines["best heuristic"].get_data()
+    assert np.interp([1.0, 5.0], x, y) == pytest.approx([0.1, 0.5])
+    assert lines["l"].get_linewidth() > lines["h"].get_linewidth()
+    assert axis.get_ylabel() == "accuracy"
+    plt.close(figure)
+
+
+def test_without_heuristics_and_without_anything() -> None:
+    learned = together(*(arm(f"l {n}", family="l", nfe=n, nats=1.0, training_seed=0) for n in (2, 4)))
+    figure = frontier_figure(learned)
+    assert [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")] == ["l"]
+    plt.close(figure)
+    with pytest.raises(UserError, match="accuracy was not measured"):
+        frontier_figure(learned, ["accuracy"])
+    plt.close("all")
