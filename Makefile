@@ -25,7 +25,7 @@ help:
 	@echo "make lint types   ruff and mypy;  make wheel-check   build the wheel and run the command from it"
 
 quickstart: $(VENV)/.installed
-	$(BIN)/orderppl quickstart --out $(OUT)
+	$(BIN)/python experiments/quickstart.py --out $(OUT)
 
 install: $(VENV)/.installed-dev
 

@@ -1,172 +1,132 @@
-"""Learn the order in which a pretrained antibody model should write a heavy variable domain.
+"""Learn the order in which a pretrained antibody model should write a heavy variable domain, or its loops.
 
-    orderppl antibodies --train heavy.csv --steps 4 --out runs/antibodies
-    orderppl antibodies --train train.fasta --test test.fasta --steps 8
-    orderppl antibodies --out runs/antibodies-drawn           # no file: sequences drawn from the model itself
+    python experiments/antibodies.py --train ../shared/data/antibodies/heavy.csv --steps 4 --out runs/antibodies
+    python experiments/antibodies.py --train heavy.csv --regions CDR1,CDR2,CDR3 --steps 4 --out runs/loops
+    python experiments/antibodies.py --out runs/drawn          # no file: sequences drawn from the model itself
 
-All residues start masked. The order is a plan: one distribution over the steps per aligned position, blind to the
-residues and therefore deployable. With many steps what has been written tells more than the position: with `overrule`
-what is certain goes first, and the plan decides about the rest. The table gives `path_nats` on held-out sequences: nats
-per residue along each arm's own order, with the same number of steps (a threshold uses as many as it needs, up to that
-budget). The oracle ranks positions by the probability of the true residue. With `--set judge=true` an independent model
-(the package antiberty, 97 MB) scores what the arms write freely. The figure shows what was learned, region by region.
+The order is a plan: one distribution over the steps per aligned position, blind to the residues that are to be written
+and therefore deployable. With `--regions` only these are written and the framework is given. The table gives
+`path_nats` on held-out sequences: nats per residue along each arm's own order, with the same number of steps (adaptive
+rules use as many as they need, up to that budget). The oracle ranks positions by the probability of the true residue.
+The figure shows what was learned, region by region.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
+import pandas as pd
 import torch
-from rich.console import Console
+from antibody_judge import AntibodyJudge
+from jsonargparse import auto_cli
+from molecules import compare, figure_of, learn_plan, mean_by_group, revealed_steps, step_shares
+from torch import Tensor
 
-from orderppl.data.antibody_regions import REGIONS, antibody_regions
-from orderppl.decoding import decode, make_policy
-from orderppl.errors import UserError
-from orderppl.experiments.antibody_judge import AntibodyJudge
-from orderppl.experiments.build import AntibodyDenoiserConfig, AntibodyTask
-from orderppl.experiments.config import setting
-from orderppl.experiments.molecules import (
-    Comparison,
-    MoleculeConfig,
-    best_heuristic,
-    learn_and_compare,
-    revealed_steps,
-    step_probabilities,
-)
-from orderppl.experiments.results import Record, results_table, save_figure
-from orderppl.inference.checkpoints import write_text
+from orderppl import Batch, decode
+from orderppl.data import Antibodies, Examples
+from orderppl.data.sequences import antibody_regions
+from orderppl.evaluation import bootstrap_mean, write_results
+from orderppl.models import PositionTable
 from orderppl.models.denoisers import AntibodyDenoiser
-from orderppl.models.denoisers.antibody import PADDING
+from orderppl.policies import Plan, Ranked
 
-CONFIG = "antibodies"
-DRAWN_FILE = "drawn.fasta"
 SHORTEST, LONGEST = 112, 128  # residues of a drawn domain, the bulk of human heavy domains
+LEFT = 98  # aligned positions counted from the left end; the others are counted from the right end
 
 
-@dataclass(frozen=True)
-class Config(MoleculeConfig):
-    """Settings of antibodies."""
-
-    train: str | None = setting(None, "FASTA or CSV file of training sequences", file=True, option="--train")
-    test: str | None = setting(None, "FASTA or CSV file of held-out sequences", file=True, option="--test")
-    draw: int = setting(90, "sequences drawn from the model when no file is given", at_least=20)
-    draw_temperature: float = setting(0.25, "of the drawn residues; at 1 the draws leave the family", above=0)
-    judge: bool = setting(False, "let an independent model score what the arms write")
-
-    def __post_init__(self) -> None:
-        """Check what belongs together."""
-        super().__post_init__()
-        if not isinstance(self.task, AntibodyTask) or not isinstance(self.denoiser, AntibodyDenoiserConfig):
-            raise UserError("task.name", f"is {self.task.name!r}", "use `orderppl fit-order` for other tasks")
-        if self.test is not None and self.train is None:
-            raise UserError("test", "given without training sequences", "give --train too")
-
-
-def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
-    """Get sequences, learn the order, compare on held-out sequences, draw the figure."""
-    assert isinstance(config.task, AntibodyTask)
-    train = config.train or config.task.train
-    source = "drawn" if train is None else "file"
-    if train is None:
-        train = str(draw_sequences(config, out / DRAWN_FILE))
-    task = replace(config.task, train=train, test=config.test or config.task.test)
-    labels = {"task": "antibodies", "sequences": source}
-    comparison = learn_and_compare(config, task, out, resume, labels, f"Antibodies ({source})")
-    records = comparison.records + region_steps(comparison)
-    if config.judge and config.rows_written:
-        records += judge_written(config, comparison)
-    plot_order(comparison, records, out / "order.png")
-    return records
-
-
-def region_steps(comparison: Comparison) -> list[Record]:
-    """`mean_step` of every region, from 0, over the held-out domains whose regions can be told."""
-    steps: dict[str, list[float]] = {name: [] for name in REGIONS}
-    for batch in comparison.test:
-        revealed = revealed_steps(comparison, batch)  # [B, L]
-        for row, attended in enumerate(batch["attention_mask"]):
-            domain = AntibodyDenoiser.decode(batch["tokens"][row], attended)
-            for region, step in zip(
-                antibody_regions(domain) or (), revealed[row][attended.cpu()].tolist(), strict=False
-            ):
-                steps[region].append(float(step))
-    found = {name: torch.tensor(values) for name, values in steps.items() if values}
-    return [comparison.record("mean_step", values, "learned", region=name) for name, values in found.items()]
-
-
-def judge_written(config: Config, comparison: Comparison) -> list[Record]:
-    """`judge_nats` of real domains, and of those that three arms write at temperature 1."""
-    try:
-        judge = AntibodyJudge()
-    except UserError as error:
-        Console().print(f"no independent judge: {error}")
-        return []
-    real = [
-        AntibodyDenoiser.decode(tokens, attended)
-        for batch in comparison.test
-        for tokens, attended in zip(batch["tokens"], batch["attention_mask"], strict=True)
-    ][: config.rows_written]
-    records = [comparison.record("judge_nats", judge.nats(real), "held-out domains")]
-    for arm in ("learned", best_heuristic(comparison.records), "random uniform"):
-        rows = comparison.written(arm, config.rows_written, config.num_steps, 1.0, config.seed)
-        domains = [AntibodyDenoiser.decode(torch.tensor(row)) for row in rows]
-        records.append(comparison.record("judge_nats", judge.nats(domains), arm))
-    title = "Written freely at temperature 1: nats per residue of an independent model"
-    Console().print(results_table(records, title=title))
-    return records
-
-
-def draw_sequences(config: Config, path: Path) -> Path:
+def draw_sequences(denoiser: AntibodyDenoiser, path: Path, count: int = 90, temperature: float = 0.25) -> Path:
     """Draw domains from the denoiser, one residue a step in random order, and keep them in a FASTA file."""
     if path.is_file():
         return path
-    generator = torch.Generator().manual_seed(config.seed)
-    lengths = torch.randint(SHORTEST, LONGEST + 1, (config.draw,), generator=generator)
-    assert isinstance(config.denoiser, AntibodyDenoiserConfig)
-    output = decode(
-        AntibodyDenoiser.from_wheel(config.denoiser.chain).to(config.device),
-        make_policy("random"),
-        length=lengths,
-        max_steps=LONGEST,
-        temperature=config.draw_temperature,
-        generator=generator,
-        device=config.device,
-        pad_token_id=PADDING,
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (count, 1), generator=generator)
+    attended = torch.arange(LONGEST) < lengths
+    canvas = Batch(torch.full(attended.shape, denoiser.mask_index), attended)
+    written = decode(
+        denoiser, Ranked("random"), canvas, max_steps=LONGEST, temperature=temperature, generator=generator
     )
-    domains = map(AntibodyDenoiser.decode, output.sequences, output.attention_mask)
-    write_text(path, "".join(f">drawn-{i}\n{domain}\n" for i, domain in enumerate(domains)))
+    rows = zip(written.sequences, attended, strict=True)
+    domains = [denoiser.tokenizer.decode(tokens[seen].tolist()) for tokens, seen in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f">drawn-{i}\n{domain}\n" for i, domain in enumerate(domains)), "utf-8")
     return path
 
 
-def plot_order(comparison: Comparison, records: Iterable[Record], path: Path) -> None:
-    """Draw P(step | position) of the longest held-out domain with its regions, and the mean step of every region."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def main(
+    train: Path | None = None,
+    steps: int = 4,
+    regions: str | None = None,
+    names: str | None = None,
+    seed: int = 0,
+    split: int = 0,
+    rows: int = 60_000,
+    lr: float = 0.2,
+    bonus: float = 0.05,
+    judged: int = 0,
+    out: Path = Path("runs/antibodies"),
+) -> None:
+    """Learn a plan and compare it on held-out domains.
 
-    row = int(comparison.test[0]["attention_mask"].sum(-1).argmax())
-    batch = {name: tensor[row : row + 1] for name, tensor in comparison.test[0].items()}
-    attended = batch["attention_mask"][0].cpu()
-    probs = step_probabilities(comparison, batch)[0][attended].numpy()  # [L, T]
-    figure, (heat, bars) = plt.subplots(2, 1, figsize=(8, 4.2), height_ratios=(2, 1), layout="constrained")
-    image = heat.imshow(probs.T, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    heat.set(xlabel="position", ylabel="step", title="P(step | position)", yticks=range(probs.shape[1]))
-    figure.colorbar(image, ax=heat)
-    regions = antibody_regions(AntibodyDenoiser.decode(batch["tokens"][0].cpu(), attended))
-    if regions is not None:
-        heat.set_title("P(step | position)", pad=16)
-        for name in REGIONS:
-            first = regions.index(name)
-            heat.axvline(first - 0.5, color="white", linewidth=0.8)
-            heat.text(first + regions.count(name) / 2 - 0.5, -0.7, name, ha="center", va="bottom", fontsize=7)
-    means = {r["region"]: r["value"] for r in records if r["metric"] == "mean_step"}
-    if means:
-        loops = ["#d55e00" if str(name).startswith("CDR") else "#0072b2" for name in means]
-        bars.bar(list(means), list(means.values()), color=loops)
-        bars.set(ylabel="mean step")
-    else:
-        bars.bar(range(probs.shape[1]), probs.sum(0), color="#0072b2")
-        bars.set(xlabel="step", ylabel="residues", xticks=range(probs.shape[1]))
-    save_figure(figure, path)
+    Args:
+        train: FASTA or CSV file; sequences are drawn from the model when left out.
+        steps: step budget T.
+        regions: what is to be written, such as CDR1,CDR2,CDR3; the whole domain when left out.
+        names: regular expression of the names to use.
+        seed: of the fit.
+        split: seed of what is held out.
+        rows: denoiser rows that the fit may spend.
+        lr: learning rate.
+        bonus: weight of the entropy bonus at the start; it fades.
+        judged: held-out domains that are also written freely and judged by an independent model (antiberty, 97 MB).
+        out: folder of run and results.
+    """
+    denoiser = AntibodyDenoiser()
+    source = draw_sequences(denoiser, out / "drawn.fasta") if train is None else train
+    data = Antibodies(str(source), regions=regions, names=names, seed=split)
+    splits = data.splits(denoiser.tokenizer)
+    plan = Plan(PositionTable(data.length, steps, split=LEFT, counts="attended"))
+    learn_plan(plan, denoiser, splits["train"], steps, rows=rows, lr=lr, bonus=bonus, seed=seed, out=out / "order")
+
+    test = splits["test"]
+    title = "Antibodies" if regions is None else f"Antibodies, {regions} to be written"
+    records = compare(plan, denoiser, test, steps, seed=seed, out=out, title=title)
+
+    regions_of = [antibody_regions(domain) for domain in domains(test)]
+    known = torch.tensor([row for row, found in enumerate(regions_of) if found is not None])
+    batch = test.batch.rows(known)
+    # the region of every residue that is to be written, row by row
+    groups = [
+        [name for name, wanted in zip(regions_of[row] or (), latent[seen].tolist(), strict=True) if wanted]
+        for row, latent, seen in zip(known.tolist(), batch.latent, batch.attention_mask, strict=True)
+    ]
+    means = mean_by_group(revealed_steps(plan, denoiser, batch, steps), groups, "region")
+    longest = test.batch.rows(test.batch.attention_mask.sum(-1).argmax().reshape(1))
+    shares = step_shares(plan, denoiser, longest, steps)[0]
+    figure_of([shares], [()], means, "region").savefig(out / "order.png", dpi=150)
+    if judged:
+        few = test.take(judged)
+        found = [judge(domains(few), "held-out domains")]
+        for arm, policy in (("learned", plan), ("random", Ranked("random")), ("entropy cosine", Ranked("entropy", "cosine"))):
+            output = decode(denoiser, policy, few.batch, max_steps=steps, mode=arm == "learned", temperature=1.0)
+            found.append(judge(domains(few, output.sequences), arm))
+        means = pd.concat([means, pd.DataFrame(found)])
+    labels = {"task": "antibodies", "sequences": "drawn" if train is None else "file", "rows": rows}
+    config = {**labels, "steps": steps, "regions": regions, "names": names, "seed": seed, "lr": lr, "bonus": bonus}
+    write_results(out, "antibodies", config, pd.concat([records, means]).assign(**labels))
+
+
+def domains(examples: Examples, written: Tensor | None = None) -> list[str]:
+    """The sequences of the rows, or what was written in their place; given residues included."""
+    batch, tokenizer = examples.batch, examples.tokenizer
+    assert tokenizer is not None
+    rows = zip(batch.tokens if written is None else written, batch.attention_mask, strict=True)
+    return [tokenizer.decode(tokens[seen].tolist()) for tokens, seen in rows]
+
+
+def judge(sequences: list[str], arm: str) -> dict[str, object]:
+    """`judge_nats` of sequences: nats per residue of an independent model."""
+    nats = AntibodyJudge().nats(sequences)
+    interval = bootstrap_mean(nats)
+    return {"metric": "judge_nats", "arm": arm, "n": len(nats), **vars(interval)}
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from orderppl.models.denoisers.framing import frame
 from orderppl.models.denoisers.wheels import load_wheel_tensors, wheel_file
 
 PACKAGE, VERSION, WHAT = "antiberty", "0.1.3", "the judge of antibodies"
@@ -38,9 +38,7 @@ class AntibodyJudge:
         settings = json.loads(config.read_text(encoding="utf-8"))
         self.model = BertForMaskedLM(BertConfig(**{name: settings[name] for name in known})).eval()
         found = torch.load(weights, map_location="cpu", weights_only=True)
-        own = set(
-            self.model.state_dict()
-        )  # besides, the checkpoint has heads for species, chain and grafting, and a pooler
+        own = set(self.model.state_dict())  # the checkpoint has heads for species, chain and grafting, and a pooler, too
         used = {name: tensor for name, tensor in found.items() if name in own}
         load_wheel_tensors(self.model, used, PACKAGE, VERSION, WHAT, "judge")
 
@@ -55,15 +53,15 @@ class AntibodyJudge:
         Returns:
             float64 [N], nats per residue.
         """
-        start, end, padding, mask = (self.ids[token] for token in ("[CLS]", "[SEP]", "[PAD]", "[MASK]"))
+        start, end, mask = (self.ids[token] for token in ("[CLS]", "[SEP]", "[MASK]"))
+        special = [self.ids[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
         means = []
         for sequence in sequences:
             tokens = torch.tensor([self.ids[residue] for residue in sequence])  # [L]
             place = torch.arange(len(tokens))
             hidden = place % every == torch.arange(every)[:, None]  # [E, L]
-            framed = frame(torch.where(hidden, mask, tokens), torch.ones_like(hidden), start, end, padding)
-            logits = self.model(framed.tokens, framed.keys.long()).logits[:, 1:-1]  # [E, L, V]
-            special = [self.ids[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
+            framed = F.pad(F.pad(torch.where(hidden, mask, tokens), (1, 0), value=start), (0, 1), value=end)
+            logits = self.model(framed, torch.ones_like(framed)).logits[:, 1:-1]  # [E, L, V]
             logits[..., special] = -torch.inf
             log_prob = logits.log_softmax(-1).gather(-1, tokens.expand(every, -1)[..., None])[..., 0]
             means.append(-log_prob[place % every, place].double().mean())

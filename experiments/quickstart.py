@@ -1,46 +1,28 @@
-"""The main job, in a few minutes on two cores: learn an order twice, and compare it with the heuristics.
+"""The main job in a few minutes: learn two orders, one where the best is known and one on a real pretrained model.
 
-    orderppl quickstart --out runs/quickstart
-    orderppl quickstart --train heavy.csv          # your antibody sequences instead of drawn ones
+    make quickstart
 
-First the exact Markov chain, where the log evidence and the best fixed order are known. Then a real pretrained
-denoiser of antibody sequences; without a file of sequences, training and held-out ones are drawn from the denoiser.
+The first part is an exact Markov chain (4 states, 16 positions, 4 steps): the log evidence and the best fixed order are
+known. The second is a pretrained antibody model; without a file, sequences are drawn from it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
-from orderppl.experiments import antibodies, chain
-from orderppl.experiments.config import RunConfig, setting
-from orderppl.experiments.results import Record
-
-CONFIG = "quickstart"
+import antibodies
+import chain
+from jsonargparse import auto_cli
 
 
-@dataclass(frozen=True)
-class Config(RunConfig):
-    """Settings of quickstart."""
+def main(train: Path | None = None, out: Path = Path("runs/quickstart")) -> None:
+    """Learn both orders and compare them.
 
-    train: str | None = setting(None, "FASTA or CSV file of antibody sequences", file=True, option="--train")
-    test: str | None = setting(None, "FASTA or CSV file of held-out sequences", file=True, option="--test")
-    chain: chain.Config = setting(chain.Config, "the exact chain")
-    antibodies: antibodies.Config = setting(antibodies.Config, "the antibody model")
+    Args:
+        train: FASTA or CSV file of antibody sequences; drawn from the model when left out.
+        out: folder of runs and results.
+    """
+    chain.main(seeds=1, steps=4, out=out / "chain")
+    antibodies.main(train, steps=4, rows=25_000, out=out / "antibodies")
 
 
-def run(config: Config, out: Path) -> Iterable[Record]:
-    """Both parts, each in a folder of its own."""
-    seed, device, dtype = config.seed, config.device, config.dtype
-    console = Console()
-    console.print("\n[bold]1. An exact Markov chain[/bold]: how far is an order from the log evidence?")
-    records = list(chain.run(replace(config.chain, seed=seed, device=device, dtype=dtype), out / "chain"))
-    console.print("\n[bold]2. A pretrained antibody model[/bold]: nats per residue on held-out sequences")
-    (out / "antibodies").mkdir(exist_ok=True)
-    part = replace(config.antibodies, train=config.train, test=config.test, seed=seed, device=device, dtype=dtype)
-    records += antibodies.run(part, out / "antibodies")
-    console.print(f"\nThe learned order is drawn in {out / 'antibodies' / 'order.png'}")
-    return records
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,101 +1,31 @@
-"""Learn the order in which a pretrained reaction model should write the product, given the reactants.
+"""Learn the order in which a pretrained model should write the product of a reaction.
 
-    orderppl reactions --train reactions.csv --steps 4 --out runs/reactions
-    orderppl reactions --train train.csv --test test.csv --steps 8
+    python experiments/reactions.py --train ../shared/data/reactions/reactions.csv --steps 4 --out runs/reactions
 
-The whole product starts masked; its length is known. The order is a plan that reads the reactants: from where each
-token stands and from what the denoiser expects there before anything is revealed, which is the first forward of any
-decoding. The table gives `path_nats` on held-out reactions: nats per product token along each arm's own order. The
-oracle ranks positions by the probability of the true token. Written freely, token by token the most likely one, the
-arms are compared by `valid` (well-formed SMILES) and `exact` (the product itself). Everything but the last table looks
-at training rows; validation rows are for tuning: `--set task.held_out=...`, `orderppl evaluate --split validation`.
+The reactants are given, the product is to be written. The order is a plan that reads what the denoiser expects while
+the whole product is hidden, so the reactants through it. The table gives `path_nats` on held-out reactions: nats per
+token along each arm's own order with the same number of steps. What the arms write freely is checked: `valid` SMILES,
+`exact` products. The figure shows what was learned, token by token.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
-import torch
+import pandas as pd
+from jsonargparse import auto_cli
+from molecules import compare, figure_of, learn_plan, mean_by_group, revealed_steps, step_shares
 from rich.console import Console
 
+from orderppl import Denoiser, Policy, decode
+from orderppl.data import Examples, Reactions
 from orderppl.data.smiles import smiles_problem
-from orderppl.errors import UserError
-from orderppl.experiments.build import ReactionDenoiserConfig, ReactionTask
-from orderppl.experiments.config import setting
-from orderppl.experiments.molecules import (
-    Comparison,
-    MoleculeConfig,
-    best_heuristic,
-    learn_and_compare,
-    revealed_steps,
-    step_probabilities,
-)
-from orderppl.experiments.results import Record, results_table, save_figure
-
-CONFIG = "reactions"
-KINDS = ("aliphatic C", "aromatic c", "N, O, S, P", "halogen", "bracket atom", "bond", "branch", "ring closure")
-
-
-@dataclass(frozen=True)
-class Config(MoleculeConfig):
-    """Settings of reactions."""
-
-    train: str | None = setting(None, "CSV file of training reactions", file=True, option="--train")
-    test: str | None = setting(None, "CSV file of held-out reactions", file=True, option="--test")
-
-    def __post_init__(self) -> None:
-        """Check what belongs together."""
-        super().__post_init__()
-        if not isinstance(self.task, ReactionTask) or not isinstance(self.denoiser, ReactionDenoiserConfig):
-            raise UserError("task.name", f"is {self.task.name!r}", "use `orderppl fit-order` for other tasks")
-
-
-def run(config: Config, out: Path, resume: bool = False) -> Iterable[Record]:
-    """Learn the order, compare on held-out reactions, write products, draw the figure."""
-    assert isinstance(config.task, ReactionTask)
-    train = config.train or config.task.train
-    if train is None:
-        raise UserError("train", "no reactions", "give a CSV file with a column rxn: --train reactions.csv")
-    task = replace(config.task, train=train, test=config.test or config.task.test)
-    comparison = learn_and_compare(config, task, out, resume, {"task": "reactions"}, "Reactions")
-    records = list(comparison.records)
-    report = comparison.problem.task.report
-    assert report is not None
-    for file, outcome, count, example in report.table():
-        records.append({"metric": "load_rows", "value": count, "file": file, "outcome": outcome, "example": example})
-    if config.rows_written:
-        records += write_products(config, comparison)
-    records += kind_steps(comparison)
-    plot_order(comparison, records, out / "order.png")
-    return records
-
-
-def write_products(config: Config, comparison: Comparison) -> list[Record]:
-    """`valid` and `exact` shares of the products that arms write."""
-    tokenizer = comparison.problem.task.tokenizer
-    assert tokenizer is not None
-    truth = [
-        tokenizer.decode(tokens[attended].tolist())
-        for batch in comparison.test
-        for tokens, attended in zip(batch["tokens"], batch["attention_mask"].bool(), strict=True)
-    ]
-    records: list[Record] = []
-    arms = dict.fromkeys(["learned", best_heuristic(comparison.records), "random uniform", "top_prob uniform"])
-    for arm in arms:
-        rows = comparison.written(arm, config.rows_written, config.num_steps, 0.0, config.seed)
-        products = [tokenizer.decode(row) for row in rows]
-        valid = torch.tensor([smiles_problem(product) is None for product in products])
-        exact = torch.tensor([product == true for product, true in zip(products, truth, strict=False)])
-        records += [comparison.record("valid", valid.double(), arm), comparison.record("exact", exact.double(), arm)]
-    Console().print(results_table(records, title="Products written freely, most likely tokens"))
-    return records
+from orderppl.evaluation import results_table, write_results
+from orderppl.models import OpeningPlan, ScanNetwork
+from orderppl.models.denoisers import ReactionDenoiser
+from orderppl.policies import Plan, Planned, Ranked, ScanPlan
 
 
 def token_kind(token: str) -> str | None:
-    """Kind of a SMILES token, for the figure."""
+    """Kind of a SMILES token."""
     if token[0] == "[":
         return "bracket atom"
     if token in "()":
@@ -108,40 +38,78 @@ def token_kind(token: str) -> str | None:
     return named.get(token, "bond" if token in "=#-/\\" else None)
 
 
-def kind_steps(comparison: Comparison) -> list[Record]:
-    """`mean_step` of every kind of token, from 0, over the held-out products."""
-    problem = comparison.problem
-    steps: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for batch in comparison.test:
-        revealed = revealed_steps(comparison, batch)
-        attended = batch["attention_mask"].cpu().bool()
-        for token, step in zip(batch["tokens"].cpu()[attended].tolist(), revealed[attended].tolist(), strict=True):
-            kind = token_kind(problem.task.spell(token))
-            if kind is not None:
-                steps[kind].append(float(step))
-    found = {kind: torch.tensor(values) for kind, values in steps.items() if values}
-    return [comparison.record("mean_step", values, "learned", kind=kind) for kind, values in found.items()]
+def written(policy: Policy, denoiser: Denoiser, examples: Examples, steps: int, arm: str) -> list[dict[str, object]]:
+    """`valid` and `exact` shares of the products that an arm writes."""
+    output = decode(denoiser, policy, examples.batch, max_steps=steps, mode=arm == "learned")
+    products, truth = examples.texts(output.sequences), examples.texts(examples.batch.tokens)
+    valid = [smiles_problem(product) is None for product in products]
+    exact = [product == true for product, true in zip(products, truth, strict=True)]
+    shares = {"valid": sum(valid) / len(valid), "exact": sum(exact) / len(exact)}
+    return [{"metric": name, "value": share, "arm": arm, "n": len(valid)} for name, share in shares.items()]
 
 
-def plot_order(comparison: Comparison, records: Iterable[Record], path: Path) -> None:
-    """Draw P(step | position) of two held-out products, token by token, and the mean step of every kind of token."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def main(
+    train: Path,
+    steps: int = 4,
+    family: str = "scan",
+    seed: int = 0,
+    split: int = 0,
+    rows: int = 6_000,
+    lr: float = 0.01,
+    bonus: float = 0.02,
+    period: int | None = None,
+    rows_written: int = 32,
+    out: Path = Path("runs/reactions"),
+) -> None:
+    """Learn a plan and compare it on held-out reactions.
 
-    problem, size = comparison.problem, comparison.test[0]["attention_mask"].sum(-1)
-    chosen = (size - 36).abs().argsort(stable=True)[:2]
-    batch = {name: tensor[chosen] for name, tensor in comparison.test[0].items()}
-    probs, attended = step_probabilities(comparison, batch), batch["attention_mask"].cpu().bool()
-    figure, axes = plt.subplots(len(chosen) + 1, 1, figsize=(9, 5.4), layout="constrained")
-    for row, axis in enumerate(axes[:-1]):
-        image = axis.imshow(probs[row][attended[row]].T.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1)
-        names = [problem.task.spell(token) for token in batch["tokens"][row].cpu()[attended[row]].tolist()]
-        axis.set_xticks(range(len(names)), names, fontsize=7)
-        axis.set(ylabel="step", yticks=range(probs.shape[-1]))
-    axes[0].set_title("P(step | position)")
-    figure.colorbar(image, ax=list(axes[:-1]))
-    means = {str(r["kind"]): float(str(r["value"])) for r in records if r["metric"] == "mean_step"}
-    axes[-1].bar(list(means), list(means.values()), color="#0072b2")
-    axes[-1].set(ylabel="mean step")
-    axes[-1].tick_params(axis="x", labelsize=8)
-    save_figure(figure, path)
+    Args:
+        train: CSV file with a column rxn.
+        steps: step budget T.
+        family: scan (steps depend on each other) or independent.
+        seed: of the fit.
+        split: seed of what is held out.
+        rows: denoiser rows that the fit may spend.
+        lr: learning rate.
+        bonus: weight of the entropy bonus at the start; it fades.
+        period: of a repeated pattern in the plan; none when left out.
+        rows_written: held-out products that are also written freely.
+        out: folder of run and results.
+    """
+    denoiser = ReactionDenoiser()
+    data = Reactions(str(train), seed=split)
+    splits = data.splits(denoiser.tokenizer)
+    plan: Planned
+    if family == "scan":
+        plan = ScanPlan(ScanNetwork(steps, OpeningPlan(16, denoiser.vocab_size, period=period)))
+    else:
+        plan = Plan(OpeningPlan(steps, denoiser.vocab_size, period=period))
+    learn_plan(
+        plan, denoiser, splits["train"], steps, rows=rows, lr=lr, bonus=bonus, seed=seed, group=8, out=out / "order"
+    )
+    test = splits["test"]
+    records = compare(plan, denoiser, test, steps, seed=seed, out=out, title="Reactions")
+
+    few = test.take(rows_written)
+    arms: dict[str, Policy] = {"learned": plan, "random": Ranked("random"), "top_prob": Ranked("top_prob")}
+    free = [record for arm, policy in arms.items() for record in written(policy, denoiser, few, steps, arm)]
+    Console().print(results_table(free, title="Products written freely, most likely tokens"))
+
+    batch = test.batch
+    groups = [
+        [token_kind(test.spell(token)) for token in tokens[latent].tolist()]
+        for tokens, latent in zip(batch.tokens, batch.latent, strict=True)
+    ]
+    means = mean_by_group(revealed_steps(plan, denoiser, batch, steps), groups, "kind")
+    chosen = batch.rows((batch.latent.sum(-1) - 36).abs().argsort(stable=True)[:2])
+    shares = step_shares(plan, denoiser, chosen, steps)
+    seen = [own[latent] for own, latent in zip(shares, chosen.latent, strict=True)]
+    labels = [[test.spell(t) for t in tokens[latent].tolist()] for tokens, latent in zip(chosen.tokens, chosen.latent, strict=True)]
+    figure_of(seen, labels, means, "kind").savefig(out / "order.png", dpi=150)
+    label = {"task": "reactions", "family": family, "rows": rows}
+    config = {**label, "steps": steps, "seed": seed, "lr": lr, "bonus": bonus, "period": period}
+    write_results(out, "reactions", config, pd.concat([records, pd.DataFrame(free), means]).assign(**label))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,35 +1,27 @@
-"""An exact Markov field on a binary tree: a second task whose log evidence and best fixed order are known.
+"""An exact Markov field on a binary tree of 15 nodes: a second task whose log evidence and best fixed order are known.
 
-    orderppl tree --out runs/tree
-    orderppl tree --seeds 3 --steps 2 --out runs/tree-2
+    python experiments/tree.py --seeds 3 --steps 3 --out runs/tree
 
-The experiment is that of `orderppl chain`; where a chain is best revealed by bisection, a tree has other separators.
-`gap_nats` is the log evidence minus the path log-likelihood, nats per sequence: 0 is perfect, and level by level is.
+The experiment is that of chain.py; where a chain is best revealed by bisection, a tree has other separators.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from orderppl.experiments import chain
-from orderppl.experiments.build import DenoiserConfig, TaskConfig, TreeDenoiserConfig, TreeTask
-from orderppl.experiments.config import setting
-from orderppl.experiments.results import Record
-
-CONFIG = "tree"
+import chain
+from jsonargparse import auto_cli
 
 
-@dataclass(frozen=True)
-class Config(chain.Config):
-    """Settings of tree."""
+def main(seeds: int = 3, steps: int = 3, updates: int = 1500, out: Path = Path("runs/tree")) -> None:
+    """Learn on every seed and compare.
 
-    task: TaskConfig = setting(TreeTask, "data")
-    denoiser: DenoiserConfig = setting(TreeDenoiserConfig, "what fills in the tokens")
-    starts: int = setting(2, "fits per seed; the best on validation rows is kept", at_least=1)
+    Args:
+        seeds: training seeds, from 0.
+        steps: step budget T.
+        updates: SVI updates per seed.
+        out: folder of runs and results.
+    """
+    chain.main(seeds, steps, updates=updates, out=out, task="tree")
 
 
-def run(config: Config, out: Path) -> Iterable[Record]:
-    """Learn per seed, then measure every arm on the test rows."""
-    return chain.run(config, out)
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pyro
-from pyro.nn import PyroModule
 from torch import Tensor
 
-from orderppl.config import Configurable
 from orderppl.distributions import OrderDistribution
 from orderppl.errors import UserError
+from orderppl.program import PyroProgram
 from orderppl.unmasking import Batch
 
 
-class Guide(Configurable, PyroModule):
+class Guide(PyroProgram):
     """Base of a guide q(r | x); a subclass says which distribution over orders it proposes.
 
         class MyGuide(Guide):
@@ -50,7 +49,7 @@ class Guide(Configurable, PyroModule):
             The order under its site name, int64 [*, B, S]: -1 where a position is visible from the start.
         """
         batch = Batch.of(batch)
+        order = self.order(batch)  # networks are read outside of the plate, which slows them down
         with pyro.plate("batch", len(batch), dim=-1):
-            order = self.order(batch)
             # What the draw has met on its way goes along with the site, for objectives that score the order next.
             return {"reveal_step": pyro.sample("reveal_step", order, infer={"met": order.met})}

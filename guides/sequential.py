@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import pyro
-from pyro.nn import PyroModule
 from pyro.ops.provenance import detach_provenance, get_provenance
 from torch import Tensor
 
-from orderppl.config import Configurable
 from orderppl.distributions import PolicyOrder, Tracked
 from orderppl.guides.guide import Guide
+from orderppl.program import PyroProgram
 from orderppl.unmasking import Batch
 from orderppl.unmasking.trajectory import same_step
 
 
-class SequentialGuide(Configurable, PyroModule):
+class SequentialGuide(PyroProgram):
     """The same distribution of orders with a site per step, as `SequentialUnmaskingModel` has.
 
         z_t ~ q(z_t | M_t, x)        site `reveal_{t}`, bool [B, S], for t < T; the last step leaves no choice

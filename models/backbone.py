@@ -164,9 +164,7 @@ class Backbone(nn.Module):
     def _blocks(self) -> Iterator[Block]:
         return (cast(Block, block) for block in self.blocks)
 
-    def _enter(
-        self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None
-    ) -> tuple[Tensor, Rotary | None]:
+    def _enter(self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None) -> tuple[Tensor, Rotary | None]:
         """Start of the residual stream, and the tables of rotary positions if these are used."""
         if position is None:
             position = attended_positions(attention_mask)  # [N, S]

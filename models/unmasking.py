@@ -7,19 +7,18 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.nn import PyroModule
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from orderppl.config import Configurable
 from orderppl.distributions import DecidedSet, HiddenTokens, PolicyOrder, RevealedTokens, SetDistribution, Tracked
 from orderppl.errors import UserError
 from orderppl.policies import Policy, PriceRange
+from orderppl.program import PyroProgram
 from orderppl.unmasking import Batch, Denoiser, State, steps_used
 from orderppl.unmasking.trajectory import Path, same_step
 
 
-class UnmaskingModel(Configurable, PyroModule):
+class UnmaskingModel(PyroProgram):
     """The generative program of masked diffusion with the order as its latent variable, scored in one piece.
 
         r ~ policy                                 ordered partition of the positions to reveal, site `reveal_step`
@@ -87,8 +86,9 @@ class UnmaskingModel(Configurable, PyroModule):
         batch = Batch.of(batch)
         path = Path(batch, self.denoiser, self.num_steps)
         wanted = None if self.answer is None else self.answer(batch.readable, batch.latent)
+        order = self.policy.order(batch, self.denoiser, self.num_steps)
+        order = order.as_prior() if isinstance(order, PolicyOrder) else order
         with pyro.plate("batch", len(batch), dim=-1):
-            order = self.policy.order(batch, self.denoiser, self.num_steps)
             reveal_step = pyro.sample("reveal_step", order)
             likelihood = RevealedTokens(path, reveal_step, self.outlier, wanted, self.temperature)
             pyro.sample("tokens", likelihood, obs=batch.tokens)
@@ -103,7 +103,7 @@ class UnmaskingModel(Configurable, PyroModule):
         return self.step_price
 
 
-class SequentialUnmaskingModel(Configurable, PyroModule):
+class SequentialUnmaskingModel(PyroProgram):
     """The same process step by step, with a site per step; generative under `poutine.uncondition`.
 
         z_t ~ policy(s_t)               site `reveal_{t}`, bool [B, S]; observed at the last step: everything left
@@ -135,14 +135,14 @@ class SequentialUnmaskingModel(Configurable, PyroModule):
         tokens = torch.where(masked, self.denoiser.mask_index, scored)
         provenance: frozenset[str] = frozenset()  # of all that was drawn so far; the steps work on plain tensors
         carry = None
+        path, policy = Path(batch, self.denoiser, self.num_steps), self.policy
+        order = policy.order(batch, self.denoiser, self.num_steps)
         with pyro.plate("batch", len(batch), dim=-1):
-            order = self.policy.order(batch, self.denoiser, self.num_steps)
             for t in range(self.num_steps):
                 # The sampled values build the next state: they are the generated ones under uncondition.
-                seen = Path(Batch(tokens, batch.attention_mask, batch.given), self.denoiser, self.num_steps)
-                state = seen.state(masked, same_step(t, masked)).replace(carry=carry)
+                state = path.state(masked, same_step(t, masked), tokens=tokens).replace(carry=carry, truth=None)
                 if t < self.num_steps - 1:
-                    sets, carry = self._sets(order, state)
+                    sets, carry = _next_sets(policy, order, state)
                     reveal = pyro.sample(f"reveal_{t}", Tracked(sets, provenance))
                     provenance |= get_provenance(reveal)
                     reveal = detach_provenance(reveal)
@@ -155,8 +155,9 @@ class SequentialUnmaskingModel(Configurable, PyroModule):
                 masked = masked & ~reveal
         return track_provenance(tokens, provenance)
 
-    def _sets(self, order: Any, state: State) -> tuple[SetDistribution, Any]:
-        """The distribution of the next set, and what the policy keeps."""
-        if isinstance(order, PolicyOrder):
-            return self.policy.at_step(state)
-        return order.set_at(state.masked, state.step), None
+
+def _next_sets(policy: Policy, order: Any, state: State) -> tuple[SetDistribution, Any]:
+    """The distribution of the next set, and what the policy keeps."""
+    if isinstance(order, PolicyOrder):
+        return policy.at_step(state)
+    return order.set_at(state.masked, state.step), None

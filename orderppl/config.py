@@ -17,14 +17,15 @@ from orderppl.import_paths import admits_import, admits_text, import_path, locat
 
 F = TypeVar("F", bound=Callable[..., Any])
 PLACES = ("device", "dtype")  # of torch's constructors, which keep neither
+PLAIN = (bool, int, float, str)
 LARGEST_TENSOR = 4096  # values that a description can hold
 
 
 class Configurable:
     """Remembers how it was constructed, so that `describe` can write it down and `build` can make it again.
 
-    A mixin for classes of any kind: modules, Pyro modules, dataclasses. Arguments count as they were given to the
-    outermost constructor.
+    A mixin for classes of any kind: modules, Pyro modules, dataclasses. What counts are the arguments of the outermost
+    constructor, and plain defaults of those that were not given.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -59,7 +60,7 @@ def tensor(data: Any, dtype: str) -> Any:
 # ---- from objects to descriptions
 
 
-def describe(thing: Any) -> Any:
+def describe(thing: Any, *, for_call: bool = False) -> Any:
     """Write an object down as plain values: `{"class_path": "pkg.Class", "init_args": {...}}`, nested.
 
     An object that is met twice is one and the same dict, which YAML keeps by an anchor. Lists and dicts of objects are
@@ -69,16 +70,17 @@ def describe(thing: Any) -> Any:
     Args:
         thing: a `Configurable`, something made by a `recorded` function, or any object that keeps its constructor's
             arguments in attributes of the same names.
+        for_call: `thing` is to be called: a partial is described as what it calls.
 
     Raises:
         UserError: an argument that is not known any more, or that cannot be written.
     """
-    return _describe(thing, "", {})
+    return _describe(thing, "", {}, for_call)
 
 
 def _describe(value: Any, field: str, seen: dict[int, tuple[Any, dict[str, Any]]], for_call: bool = False) -> Any:
     torch = sys.modules.get("torch")
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in PLAIN:
         return value
     if isinstance(value, (str, Path)) or (torch and isinstance(value, (torch.dtype, torch.device))):
         return str(value)
@@ -129,12 +131,16 @@ def _call_of(thing: Any, field: str) -> tuple[str, dict[str, Any], Any]:
     if "_made_by" not in state:
         return import_path(type(thing), field), dict(_kept_arguments(thing, field)), type(thing)
     maker, args, kwargs = state["_made_by"]
+    signature = inspect.signature(maker)
+    given = signature.bind(*args, **kwargs).arguments
     arguments: dict[str, Any] = {}
-    for name, value in inspect.signature(maker).bind(*args, **kwargs).arguments.items():
-        kind = inspect.signature(maker).parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
+    for name, parameter in signature.parameters.items():
+        if name in given and parameter.kind is parameter.VAR_POSITIONAL:
             raise UserError(_join(field, name), f"{maker.__name__} takes any number of them", "take one list instead")
-        arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        if name in given:
+            arguments |= given[name] if parameter.kind is parameter.VAR_KEYWORD else {name: given[name]}
+        elif parameter.default is None or type(parameter.default) in PLAIN:  # another version may have others
+            arguments[name] = parameter.default
     if isinstance(arguments.get("cls"), type):  # a classmethod
         return f"{import_path(arguments.pop('cls'), field)}.{maker.__name__}", arguments, maker
     return import_path(maker, field), arguments, maker
@@ -188,12 +194,16 @@ class Builder:
         trust: see `build`.
     """
 
-    def __init__(self, known: Mapping[str, Any] | None = None, *, trust: bool = True) -> None:
-        self.known, self.trust = dict(known or {}), trust
+    def __init__(self, known: Any = None, *, trust: bool = True) -> None:
+        self.known, self.trust = ({} if known is None else known), trust
         self._made: dict[int, tuple[Any, Any]] = {}
 
+    def put(self, spec: Any, made: Any) -> None:
+        """Use an object wherever this description is met."""
+        self._made[id(spec)] = spec, made
+
     def make(self, spec: Any, field: str = "", for_call: bool = False) -> Any:
-        """Make one description, see `build`; `for_call`: something to call, with arguments that may still be missing."""
+        """Make one description, see `build`; `for_call`: to be called with the arguments that are still missing."""
         if isinstance(spec, (list, tuple)):
             return [self.make(item, f"{field}[{index}]") for index, item in enumerate(spec)]
         if not isinstance(spec, Mapping):
@@ -201,7 +211,7 @@ class Builder:
         if "class_path" not in spec:
             return {key: self.make(item, _join(field, str(key))) for key, item in spec.items()}
         if id(spec) not in self._made:
-            self._made[id(spec)] = spec, self._call(spec, field, for_call)
+            self.put(spec, self._call(spec, field, for_call))
         return self._made[id(spec)][1]
 
     def _call(self, spec: Mapping[str, Any], field: str, for_call: bool) -> Any:
@@ -232,7 +242,7 @@ class Builder:
         if maker is functools.partial:
             return functools.partial(arguments.pop("func"), **arguments)
         try:
-            return maker(**arguments)
+            made = maker(**arguments)
         except UserError as error:
             raise UserError(_join(field, error.field), error.problem or "", error.remedy) from error
         except Exception as error:
@@ -240,6 +250,9 @@ class Builder:
                 raise
             problem = f"{label} cannot be made ({type(error).__name__}: {first_line(error)})"
             raise UserError(field or label, problem, "check its arguments") from error
+        if "_made_by" not in getattr(made, "__dict__", {"_made_by": None}):
+            object.__setattr__(made, "_made_by", (maker, (), arguments))  # known even of classes that record nothing
+        return made
 
 
 def _check_arguments(

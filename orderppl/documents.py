@@ -97,4 +97,4 @@ def read_yaml(path: Path, field: str = "config") -> dict[str, Any]:
 
 def dump_yaml(value: Any) -> str:
     """Write plain values; a dict that is met twice is written once, under an anchor."""
-    return yaml.safe_dump(value, sort_keys=False, width=120, allow_unicode=True)
+    return yaml.safe_dump(value, sort_keys=False, width=120)

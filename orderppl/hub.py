@@ -10,7 +10,7 @@ from pathlib import Path
 from orderppl.errors import UserError, first_line
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.py")
-MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.yaml")
 
 
 def fetch(
@@ -35,9 +35,14 @@ def fetch(
     Raises:
         UserError: there is no such thing, or it cannot be reached, with what to do about it.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return path
+    path = Path(name_or_path)
+    try:
+        path = path.expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:
+        problem = f"{str(path)[:80]!r} can be no path ({first_line(error)[:60]})"
+        raise UserError(field, problem, "give an existing folder or owner/name") from error
     from huggingface_hub import hf_hub_download, snapshot_download  # slow to import, and seldom needed
 
     name, parts = str(name_or_path), str(name_or_path).split("/")

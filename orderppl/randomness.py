@@ -95,11 +95,14 @@ class BatchKeys:
         epoch: pass over the data set.
         rows: int64 [G], index of every sequence of the global batch in the data set; a row occurs once in an epoch.
         mine: int64 [B], places in `rows` of the sequences that this process has.
+        places: int64 [B, S], of each position in its sequence, whatever stands before it in the batch; their columns
+            when left out.
     """
 
     epoch: int
     rows: Tensor
     mine: Tensor
+    places: Tensor | None = None
 
 
 class _KeyedDraws:
@@ -108,10 +111,9 @@ class _KeyedDraws:
     def __init__(self, seed: int, keys: BatchKeys) -> None:
         self.rows = _absorb(_hashed(seed, keys.epoch, 0), keys.rows)  # [G]
         self.mine = self.rows[keys.mine]  # [B]
-        # Of draws that are no sequence's own: the same on all processes, for their batches have the same first row.
+        # Of draws that no sequence has for itself: the same on all processes, whose batches have the same first row.
         self.shared = _hashed(seed, keys.epoch, 1), keys.rows[:1]
-        self.places = keys.mine
-        self.draws = 0
+        self.keys, self.draws = keys, 0
 
     def _next(self, bits: Tensor, particles: int = 1) -> Tensor:
         """Hash the number of the draw, and those of its particles, into int64 [B]: int64 [particles, B]."""
@@ -123,22 +125,20 @@ class _KeyedDraws:
         own = len(shape) > 1 and shape[-2] == len(self.mine)
         particles = torch.Size(shape[:-2] if own else shape[:-1]).numel()
         bits = self._next(self.mine if own else _absorb(*self.shared), particles)  # [particles, B] or [particles, 1]
-        position = torch.arange(shape[-1], device=bits.device)
+        position = self.keys.places if own else None
+        if position is None or position.shape[-1] != shape[-1]:
+            position = torch.arange(shape[-1], device=bits.device)
         return _unit(_absorb(bits.unsqueeze(-1), position)).reshape(tuple(shape))  # [particles, B, L]
-
-    def row_ids(self) -> Tensor:
-        """int64 [B]; see `random_row_ids`."""
-        return self._next(self.mine)[0]
 
     def stratified(self) -> Tensor:
         """float64 [B]; see `stratified_uniform`."""
         slot = self._next(self.rows)[0].argsort()  # a permutation of the global batch, the same on all processes
-        return (slot[self.places] + _unit(self._next(self.mine)[0])) / len(self.rows)
+        return (slot[self.keys.mine] + _unit(self._next(self.mine)[0])) / len(self.rows)
 
     def even(self) -> Tensor:
         """float64 [B]; see `even_spread`. The number 0 belongs to no draw."""
         slot = _absorb(self.rows, torch.zeros_like(self.rows)).argsort()
-        return (slot.double()[self.places] + 0.5) / len(self.rows)
+        return (slot.double()[self.keys.mine] + 0.5) / len(self.rows)
 
 
 _DRAWS: ContextVar[_KeyedDraws | None] = ContextVar("orderppl_draws", default=None)
@@ -159,6 +159,12 @@ def keyed_draws(seed: int, keys: BatchKeys) -> Iterator[None]:
         yield
     finally:
         _DRAWS.reset(token)
+
+
+def _keyed(num_sequences: int) -> _KeyedDraws | None:
+    """The draws of the batch that is being fitted, if it has so many sequences here."""
+    draws = _DRAWS.get()
+    return draws if draws is not None and num_sequences == len(draws.mine) else None
 
 
 def uniform(shape: Sequence[int], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -191,19 +197,10 @@ def stratified_uniform(num_sequences: int, device: torch.device) -> Tensor:
     Returns:
         float [B] in [0, 1); float64 under `keyed_draws`.
     """
-    draws = _DRAWS.get()
-    if draws is not None and num_sequences == len(draws.mine):
+    if draws := _keyed(num_sequences):
         return draws.stratified()
     slot = uniform((num_sequences,), device).argsort()
     return (slot + uniform((num_sequences,), device)) / num_sequences
-
-
-def random_row_ids(num_sequences: int, device: torch.device) -> Tensor:
-    """Draw an identity for each sequence, from which `uniform_noise` makes as much noise as wanted: int64 [B]."""
-    draws = _DRAWS.get()
-    if draws is not None and num_sequences == len(draws.mine):
-        return draws.row_ids()
-    return (uniform((num_sequences,), device, torch.float64) * 2.0**52).long()
 
 
 def sample_categorical(log_weights: Tensor, noise: Tensor) -> Tensor:
@@ -246,7 +243,6 @@ def even_spread(num_sequences: int, device: torch.device) -> Tensor:
     Returns:
         float64 [B], a permutation of (b + 1/2) / B for b = 0..B-1.
     """
-    draws = _DRAWS.get()
-    if draws is not None and num_sequences == len(draws.mine):
+    if draws := _keyed(num_sequences):
         return draws.even()
     return (torch.arange(num_sequences, dtype=torch.float64, device=device) + 0.5) / num_sequences

@@ -1,16 +1,14 @@
 """Run folders: one kind, whoever made them. What they hold is loaded, checked and shared here.
 
-    config.yaml          class paths and arguments of everything that the run is made of
-    run.json             its kind, versions, finished updates, digests of the other two, what the denoiser is
-    weights.safetensors  what was learned
-    log.jsonl, checkpoints/, results/
+config.yaml          class paths and arguments of everything that the run is made of
+run.json             its kind, versions, finished updates, digests of the other two, what the denoiser is
+weights.safetensors  what was learned
+log.jsonl, checkpoints/, results/
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,25 +22,27 @@ import torch
 from torch import Tensor, nn
 
 from orderppl.config import Builder, describe
-from orderppl.data.tokenizers import Tokenizer, tokenizer_fingerprint
+from orderppl.data.tokenizers import Tokenizer
 from orderppl.documents import dump_yaml, read_yaml
 from orderppl.errors import UserError, first_line
 from orderppl.files import TEMPORARY, check_shapes, file_digest, read_tensors, write_tensors, write_text
 from orderppl.hub import fetch
+from orderppl.identity import check_denoiser, identity_of, is_loaded, tensors_of
 
-CONFIG, INFO, WEIGHTS, CARD = "config.yaml", "run.json", "weights.safetensors", "README.md"
+CONFIG, INFO, WEIGHTS = "config.yaml", "run.json", "weights.safetensors"
 DENOISER = "denoiser"  # folder in a shared order: the denoiser, where nothing else could name it
 FORMAT = 1
 FREE = ("updates", "accumulate", "device", "log_every", "validate_every", "checkpoint_every", "progress", "bfloat16")
 """Settings of a fit that may be others when it goes on."""
 Kind = Literal["order", "denoiser", "policy"]
-PARTS = ("denoiser", "model", "guide", "policy")  # that have weights
 
 
 # ---- writing
 
 
-def start_run(folder: Path, kind: Kind, parts: Mapping[str, Any], *, resume: bool = False) -> None:
+def start_run(
+    folder: Path, kind: Kind, parts: Mapping[str, Any], *, resume: bool = False, info: Mapping[str, Any] | None = None
+) -> None:
     """Write what a run is made of, before it begins. Call it under the lock of the folder.
 
     Args:
@@ -51,6 +51,7 @@ def start_run(folder: Path, kind: Kind, parts: Mapping[str, Any], *, resume: boo
             `fit`; "policy", of `policy`, `num_steps`, `mode`, `denoiser`.
         parts: the objects. Data that no config can describe, such as tensors, are left out of it.
         resume: go on with the run in the folder, which must be made of the same; start one when there is none.
+        info: more for run.json, JSON values.
 
     Raises:
         UserError: an object that cannot be described, or another run to resume.
@@ -59,40 +60,42 @@ def start_run(folder: Path, kind: Kind, parts: Mapping[str, Any], *, resume: boo
     for left in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"*/{TEMPORARY}*")):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     data = parts.get("data")
-    described = {name: part for name, part in parts.items() if name != "data" or "_made_by" in getattr(part, "__dict__", {})}
-    config = {"data": None, **describe(described)} if "data" in parts else describe(described)
+    plain = {} if data is None or "_made_by" in getattr(data, "__dict__", {}) else {"data": None}
+    config = describe({**parts, **plain})
     if "fit" in config:
-        config["fit"] = config["fit"].get("init_args", {})
+        config["fit"] = (config["fit"] or {}).get("init_args", {})
+    if kind == "denoiser":
+        config["denoiser"] = _trained_from(config["denoiser"])
+    updates = 0
     if resume and (folder / CONFIG).is_file():
         _check_same(read_yaml(folder / CONFIG, CONFIG), config, "")
+        updates = _read_info(folder)["updates"]
+    else:
+        (folder / WEIGHTS).unlink(missing_ok=True)
     denoiser = parts["denoiser"] if "denoiser" in parts else getattr(parts["model"], "denoiser", None)
-    info = {
-        "kind": kind,
-        "updates": 0,
-        "denoiser": None if denoiser is None else identity_of(denoiser),
-        "response": {name: getattr(data, name, None) for name in ("length", "prompt_length", "separator_index")},
-    }
+    response = {name: getattr(data, name, None) for name in ("length", "prompt_length", "separator_index")}
     write_text(folder / CONFIG, dump_yaml(config))
-    (folder / WEIGHTS).unlink(missing_ok=True)
-    _write_info(folder, info)
+    identity = None if denoiser is None else identity_of(denoiser)
+    if identity is not None and kind == "denoiser":  # it is kept here
+        identity |= {"name": None, "weights": None}
+    about = {"kind": kind, "updates": updates, "denoiser": identity, "response": response}
+    _write_info(folder, {**about, **(info or {})})
 
 
-def finish_run(folder: Path, parts: Mapping[str, Any], updates: int = 0, **info: Any) -> None:
+def finish_run(folder: Path, parts: Mapping[str, Any], updates: int = 0) -> None:
     """Write what a run has learned.
 
     Args:
         folder: of `start_run`.
         parts: the same objects.
         updates: number of finished updates.
-        **info: more for run.json, JSON values.
     """
-    before = _read_info(folder)
-    trained = bool(getattr(parts.get("fit"), "train_denoiser", False))
-    state = learned_state(parts, trained)
+    state = learned_state(parts, bool(getattr(parts.get("fit"), "train_denoiser", False)))
     floats = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     dtype = str(floats[0] if floats else torch.get_default_dtype()).removeprefix("torch.")
+    info = _read_info(folder)
     write_tensors(folder / WEIGHTS, state)
-    _write_info(folder, {**before, **info, "updates": updates, "dtype": dtype})
+    _write_info(folder, {**info, "updates": updates, "dtype": dtype})
 
 
 def _write_info(folder: Path, info: Mapping[str, Any]) -> None:
@@ -111,86 +114,32 @@ def _check_same(before: Any, now: Any, path: str) -> None:
             if path != "fit" or key not in FREE:
                 _check_same(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
     elif before != now:
-        field = path.replace(".init_args", "").replace(".class_path", "")
-        raise UserError(field, f"is {now!r}, the interrupted run has {before!r}", "resume with the same settings")
+        place = path.replace(".init_args", "").replace(".class_path", "")
+        raise UserError(place, f"is {now!r}, the interrupted run has {before!r}", "resume with the same settings")
 
 
-def learned_state(parts: Mapping[str, Any], trained: bool = False) -> dict[str, Tensor]:
-    """Parameters and buffers of a run's modules by their names.
+def _trained_from(spec: dict[str, Any]) -> dict[str, Any]:
+    """The class of a denoiser that is trained on, where a run folder names it: the new run does without the old one."""
+    source = Path(str(spec.get("init_args", {}).get("name_or_path")))
+    if spec["class_path"].endswith("load_denoiser") and (source / INFO).is_file():
+        return dict(read_yaml(source / CONFIG, CONFIG)["denoiser"])
+    return spec
+
+
+def learned_state(parts: Mapping[str, Any], train_denoiser: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers of what a run learns, by their names.
 
     Args:
         parts: the objects.
-        trained: keep those of the denoiser; they are left out otherwise when its description loads them.
+        train_denoiser: a denoiser that is loaded from elsewhere is trained, too; it is left out otherwise.
     """
-    own = {f"{name}.{key}": tensor for name in PARTS for key, tensor in _tensors(parts.get(name))}
-    denoiser = getattr(parts.get("model"), "denoiser", parts.get("denoiser") if "policy" in parts else None)
-    if trained or not _is_loaded(denoiser):
+    names = ("policy",) if "policy" in parts else ("model", "guide") if "model" in parts else ("denoiser",)
+    own = {f"{name}.{key}": tensor for name in names for key, tensor in tensors_of(parts[name])}
+    denoiser = getattr(parts.get("model"), "denoiser", None)
+    if train_denoiser or not is_loaded(denoiser):
         return own
-    frozen = {id(tensor) for _, tensor in _tensors(denoiser)}
+    frozen = {id(tensor) for _, tensor in tensors_of(denoiser)}
     return {name: tensor for name, tensor in own.items() if id(tensor) not in frozen}
-
-
-def _tensors(thing: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(thing, nn.Module):
-        yield from thing.state_dict(keep_vars=True).items()
-
-
-def _is_loaded(denoiser: Any) -> bool:
-    """Whether a function has loaded it, by whose call it is described: its weights are kept elsewhere."""
-    maker = getattr(denoiser, "__dict__", {}).get("_made_by", (type(denoiser),))[0]
-    return not isinstance(maker, type)
-
-
-# ---- denoisers
-
-
-def identity_of(denoiser: Any) -> dict[str, Any]:
-    """What must be the same of a denoiser that an order is used with: vocabulary, MASK, tokens; and its weights."""
-    tokenizer = getattr(denoiser, "tokenizer", None)
-    arguments = getattr(denoiser, "__dict__", {}).get("_made_by", (None, (), {}))[1:]
-    name = next(iter(arguments[0]), None) if _is_loaded(denoiser) else None
-    return {
-        "name": None if name is None else str(name),
-        "vocab_size": int(denoiser.vocab_size),
-        "mask_index": int(denoiser.mask_index),
-        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        "weights": weights_digest(denoiser) if _is_loaded(denoiser) else None,
-    }
-
-
-def weights_digest(module: Any) -> str:
-    """Sixteen hexadecimal digits that tell other weights apart: of the sums of the bit patterns, on any device."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = {
-        name: int(tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
-        for name, tensor in _tensors(module)
-    }
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_denoiser(known: Mapping[str, Any] | None, denoiser: Any, source: object, weights: bool = True) -> None:
-    """Refuse another denoiser than a run was learned for.
-
-    Args:
-        known: the run's `identity_of` it.
-        denoiser: what is there.
-        source: the run, for messages.
-        weights: compare the weights too.
-
-    Raises:
-        UserError: another vocabulary, MASK or tokeniser, or other weights.
-    """
-    if known is None:
-        return
-    found = identity_of(denoiser)
-    words = {"vocab_size": "token classes", "mask_index": "as MASK", "tokenizer": "as fingerprint of its tokens"}
-    remedy = f"use {known['name'] or 'the one it was learned for'}, or learn an order for this one"
-    for name, word in words.items():
-        if known[name] is not None and found[name] is not None and known[name] != found[name]:
-            problem = f"has {found[name]} {word}, {source} was learned for {known[name]}"
-            raise UserError("denoiser", problem, remedy)
-    if weights and known["weights"] is not None and found["weights"] != known["weights"]:
-        raise UserError("denoiser", f"its weights are not those that {source} was learned with", remedy)
 
 
 # ---- reading
@@ -270,7 +219,9 @@ def load_run(folder: str | Path, *, denoiser: Any = None, trust: bool | None = N
     """
     folder = Path(folder)
     if not (folder / INFO).is_file():
-        raise UserError("run", f"{folder} holds no {INFO}", "give a folder that fit-order, fit(..., out=...) or share made")
+        raise UserError(
+            "run", f"{folder} holds no {INFO}", "give a folder that fit-order, fit(..., out=...) or share made"
+        )
     info = _read_info(folder)
     kind = info["kind"]
     for name in (CONFIG, WEIGHTS):
@@ -283,9 +234,12 @@ def load_run(folder: str | Path, *, denoiser: Any = None, trust: bool | None = N
     trust = kind != "policy" and not _is_downloaded(folder) if trust is None else trust
     run = Run(folder, kind, config, info, builder=Builder(trust=trust))
     dtype = getattr(torch, info.get("dtype", "float32"))
-    with _default_dtype(dtype):
-        _make(run, denoiser)
-    parts = {name: getattr(run, name) for name in PARTS if name in config}
+    with default_dtype(dtype):
+        try:
+            parts = _make(run, denoiser)
+        except (KeyError, TypeError, AttributeError) as error:
+            problem = f"{folder / CONFIG} does not describe a run ({type(error).__name__}: {first_line(error)})"
+            raise UserError("run", problem, "restore it, or run again") from error
     wanted = learned_state(parts, bool(config.get("fit", {}).get("train_denoiser", False)))
     saved = read_tensors(folder / WEIGHTS)
     shapes = [{name: list(tensor.shape) for name, tensor in state.items()} for state in (saved, wanted)]
@@ -301,24 +255,27 @@ def load_run(folder: str | Path, *, denoiser: Any = None, trust: bool | None = N
     return run
 
 
-def _make(run: Run, denoiser: Any) -> None:
-    """Make the objects of a run, without their weights."""
+def _make(run: Run, denoiser: Any) -> dict[str, Any]:
+    """Make the objects of a run, without their weights; those that have some of their own, by their names."""
     config, builder = run.config, run.builder
-    spec = config["model"]["init_args"].get("denoiser") if run.kind == "order" else config.get("denoiser")
-    if denoiser is not None:
-        check_denoiser(run.info["denoiser"], denoiser, run.folder, weights=False)
-        builder.put(spec, denoiser)
-    elif run.kind == "policy" and (run.folder / DENOISER / INFO).is_file():
-        denoiser = load_run(run.folder / DENOISER, trust=builder.trust).denoiser
-        builder.put(spec, denoiser)
+    spec = config["model"].get("init_args", {}).get("denoiser") if run.kind == "order" else config.get("denoiser")
+    given = denoiser
+    if given is None and (run.folder / DENOISER / INFO).is_file():
+        given = load_run(run.folder / DENOISER, trust=builder.trust).denoiser
+    if given is not None:
+        check_denoiser(run.info["denoiser"], given, run.folder, weights=False)
+        builder.put(spec, given)
     if run.kind == "order":
         run.model, run.guide = builder.make(config["model"], "model"), builder.make(config["guide"], "guide")
         run.denoiser, run.policy = getattr(run.model, "denoiser", None), policy_of(run.model, run.guide, config)
+        parts = {"model": run.model, "guide": run.guide}
     else:
-        run.denoiser = builder.make(spec, "denoiser")
+        run.denoiser = given if spec is None else builder.make(spec, "denoiser")
         run.policy = builder.make(config.get("policy"), "policy")
-    if denoiser is None and run.kind != "denoiser":
+        parts = {"denoiser": run.denoiser} if run.kind == "denoiser" else {"policy": run.policy}
+    if given is None and run.denoiser is not None:
         check_denoiser(run.info["denoiser"], run.denoiser, run.folder)
+    return parts
 
 
 def policy_of(model: Any, guide: Any, config: Mapping[str, Any] | None = None) -> Any:
@@ -330,7 +287,9 @@ def policy_of(model: Any, guide: Any, config: Mapping[str, Any] | None = None) -
         config: their descriptions, if they are known.
     """
     own, other = getattr(model, "policy", None), getattr(guide, "policy", None)
-    if other is None or other is own or any(True for _ in own.parameters()):
+    if own is None or other is None or other is own:
+        return other if own is None else own
+    if any(True for _ in own.parameters()):
         return own
     described = describe(other) if config is None else config["guide"]
     return own if _holds(described, "sees_truth") else other
@@ -348,12 +307,19 @@ def _read_info(folder: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         if info["format"] != FORMAT:
-            raise UserError("run", f"{path} has format {info['format']}, this version reads {FORMAT}", "update orderppl")
+            raise UserError(
+                "run", f"{path} has format {info['format']}, this version reads {FORMAT}", "update orderppl"
+            )
         if info["kind"] not in ("order", "denoiser", "policy") or not isinstance(info["digests"], dict):
             raise ValueError("unknown kind")
         if not isinstance(info["denoiser"], dict | None):
             raise ValueError("no denoiser")
-        if getattr(torch, info.get("dtype", "float32")) not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        if getattr(torch, info.get("dtype", "float32")) not in (
+            torch.float32,
+            torch.float64,
+            torch.bfloat16,
+            torch.float16,
+        ):
             raise ValueError("unknown dtype")
     except UserError:
         raise
@@ -370,7 +336,8 @@ def _is_downloaded(folder: Path) -> bool:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new modules of this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -379,44 +346,30 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-# ---- sharing
+def load_order(
+    name_or_path: str | Path,
+    denoiser: Any = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+) -> Run:
+    """Load a learned order, of the hub or of a folder: one that was shared, or a whole run.
 
-
-def share_run(
-    run: Run, folder: str | Path, *, policy: Any = None, mode: bool = True, results: Mapping[str, Any] | None = None
-) -> Path:
-    """Make what decodes of a run a folder to publish: the policy alone, its config and a card; no data, no guide.
-
-    A denoiser that was trained here goes along, in a folder inside; one that others have published is named.
+        order = load_order("OWNER/NAME")
+        decode(order.denoiser, order.policy, batch, max_steps=order.num_steps, mode=order.mode)
 
     Args:
-        run: a fit.
-        folder: a new one.
-        policy: the run's own when left out; or a wrapper of it, such as `AtPrice(run.policy, 0.1)`.
-        mode: decode by the most probable sets, not by draws.
-        results: what it was measured to do, JSON values.
+        name_or_path: a folder or a hub name.
+        denoiser: to use it with; that which it was learned for when left out.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: make objects of classes outside orderppl and torch.nn, and run code that comes with the
+            denoiser.
+        device: where policy and denoiser go.
 
     Raises:
-        UserError: the folder exists, or there is no policy to share.
+        UserError: there is no such order, it is damaged, not trusted, or was learned for another denoiser.
     """
-    folder = Path(folder)
-    policy = run.policy if policy is None else policy
-    if folder.exists():
-        raise UserError("out", f"{folder} exists", "give a new folder")
-    if policy is None:
-        raise UserError("run", f"{run.folder} holds no order", "share a run of fit-order")
-    making = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
-    shutil.rmtree(making, ignore_errors=True)
-    try:
-        parts = {"policy": policy, "num_steps": run.num_steps, "mode": mode, "denoiser": run.denoiser}
-        own = run.denoiser is not None and not _is_published(run)
-        if own:
-            parts["denoiser"] = None
-            trained = {"denoiser": _unloaded(run.denoiser), "fit": None}
-        start_run(making, "policy", parts)
-        ...
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
-    os.replace(making, folder)
-    return folder
+    files = (CONFIG, INFO, WEIGHTS, *(f"{DENOISER}/{name}" for name in (CONFIG, INFO, WEIGHTS)))
+    folder = fetch(name_or_path, revision, files=files, field="order")
+    return load_run(folder, denoiser=denoiser, trust=True if trust_remote_code else None, device=device)

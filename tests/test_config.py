@@ -4,7 +4,6 @@ import copy
 import functools
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from orderppl.config import Builder, build, describe
 from orderppl.errors import UserError
 from orderppl.import_paths import import_path, locate
 
-sys.path.insert(0, str(Path(__file__).parent))
 import config_objects as own
 
 
@@ -28,9 +26,11 @@ def round_trip(thing: object) -> object:
 
 
 def test_a_description_is_the_class_path_with_the_arguments_given() -> None:
-    assert describe(own.Network(4)) == {"class_path": "config_objects.Network", "init_args": {"width": 4}}
+    init_args = {"width": 4, "activation": "torch.nn.Tanh", "inner": None}
+    assert describe(own.Network(4, nn.Tanh)) == {"class_path": "config_objects.Network", "init_args": init_args}
     assert describe(own.NoArguments()) == {"class_path": "config_objects.NoArguments"}
-    assert describe(own.Options(names=("a", "b")))["init_args"] == {"names": ["a", "b"]}
+    given = {"low": 0.5, "names": ["a", "b"], "length": None}  # plain defaults too, which may change
+    assert describe(own.Options(names=("a", "b")))["init_args"] == given
 
 
 def test_the_outermost_constructor_counts() -> None:
@@ -84,7 +84,7 @@ def test_a_deep_copy_shares_nothing_with_the_original() -> None:
 
 def test_functions_and_classes_are_named_by_their_path() -> None:
     graded = own.Graded(own.grade, "exact")
-    assert describe(graded)["init_args"] == {"grade": "config_objects.grade", "either": "exact"}
+    assert describe(graded)["init_args"] == {"grade": "config_objects.grade", "either": "exact", "loose": None}
     made = round_trip(graded)
     assert made.grade is own.grade
     assert made.either == "exact"

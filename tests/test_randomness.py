@@ -129,6 +129,18 @@ def test_keyed_draws_do_not_see_the_batch_the_process_or_the_generator():
     assert not torch.isin(shared, whole[0]).any()
 
 
+def test_keyed_draws_of_a_position_do_not_see_what_stands_before_it():
+    rows = torch.tensor([7, 3])
+    places = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 1, 2, 3]])  # two columns of padding before the first row
+    with keyed_draws(9, BatchKeys(0, rows, torch.arange(2), places)):
+        padded, other_width = uniform((3, 2, 5), CPU), uniform((3, 2, 4), CPU)
+    with keyed_draws(9, BatchKeys(0, rows, torch.arange(2))):
+        plain, plain_width = uniform((3, 2, 5), CPU), uniform((3, 2, 4), CPU)
+    assert torch.equal(padded[:, 0, 2:], plain[:, 0, :3])
+    assert torch.equal(padded[:, 1], plain[:, 1, places[1]])
+    assert torch.equal(other_width, plain_width)
+
+
 def test_uniform_is_torch_s_outside_of_keyed_draws():
     torch.manual_seed(5)
     drawn = uniform((3, 4), CPU)

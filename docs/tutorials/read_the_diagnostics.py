@@ -3,31 +3,25 @@
 #
 # A learned order raises two questions. What is it like? And can it be trusted as a posterior, or is it a plan that
 # was made to be followed? This script fits the same exact chain twice, once as a posterior and once as a plan, and
-# reads the diagnostics of both side by side. `orderppl diagnose RUN` writes the same numbers and figures for a run of
-# the command line, and `orderppl report RUN` shows them beside a replay of decoding.
+# reads the diagnostics of both side by side. `orderppl diagnose RUN` (or `diagnose(load_run(RUN), examples, out)`)
+# writes the same numbers and figures for a run, and `orderppl report RUN` shows them beside a replay of decoding.
 #
 # Run it: `python docs/tutorials/read_the_diagnostics.py`.
 
 # %%
+from functools import partial
+
 import pyro
 import torch
 
-from orderppl import RevealTraceGraph_ELBO, fit
-from orderppl.data.chains import sample_chains
-from orderppl.data.collate import tensors
-from orderppl.diagnostics import (
-    add_order_statistics,
-    alarms,
-    bound_curve,
-    importance_report,
-    summarise,
-    to_inference_data,
-)
-from orderppl.guides import MeanFieldGuide, RandomGuide
-from orderppl.inference import BatchStream, all_orders, exact_evidence
-from orderppl.models import UniformSteps, UnmaskingModel
+from orderppl import Batch, RevealTraceGraph_ELBO, fit
+from orderppl.data import Chains
+from orderppl.diagnostics import alarms, bound_curve, importance_report, summarise, to_inference_data
+from orderppl.guides import MeanFieldGuide
+from orderppl.inference import all_orders, exact_evidence
+from orderppl.models import PositionTable, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser
-from orderppl.models.networks import PositionTable
+from orderppl.policies import RandomSteps
 
 # %% [markdown]
 # A chain of 6 tokens in 3 steps: small enough that the evidence can be summed over all 3^6 = 729 orders, so that
@@ -35,38 +29,39 @@ from orderppl.models.networks import PositionTable
 
 # %%
 NUM_STEPS, LENGTH, DRAWS = 3, 6, 300
+data = Chains(length=LENGTH, train=500, test=4)
 denoiser = MarkovChainDenoiser(num_states=4, stay=0.85, length=LENGTH)
-model = UnmaskingModel(denoiser, UniformSteps(), NUM_STEPS)
-held_out = {"tokens": tensors(sample_chains(4, length=LENGTH, seed=1))["tokens"]}
-evidence = exact_evidence(model, all_orders(RandomGuide(NUM_STEPS), **held_out), **held_out)  # [B]
+model = UnmaskingModel(denoiser, RandomSteps(), NUM_STEPS)
+held_out = data.splits()["test"].batch
 
 
 def learn(kl_weight: float) -> MeanFieldGuide:
     """A guide over positions; with the KL it goes for the posterior, without it for the best order."""
     pyro.set_rng_seed(0)
-    guide = MeanFieldGuide(PositionTable(LENGTH, NUM_STEPS, noise=0.1), NUM_STEPS, sees_tokens=False)
+    guide = MeanFieldGuide(PositionTable(LENGTH, NUM_STEPS, noise=0.1), NUM_STEPS)
     fit(
         model,
         guide,
-        BatchStream(tensors(sample_chains(500, length=LENGTH, seed=0)), batch_size=16),
-        elbo=RevealTraceGraph_ELBO(num_particles=8, kl_weight=kl_weight),
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.15),
+        data.splits()["train"],
+        objective=RevealTraceGraph_ELBO(num_particles=8, kl_weight=kl_weight),
+        optimizer=partial(torch.optim.Adam, lr=0.15),
         updates=100,
+        batch_size=16,
+        progress=False,
     )
     return guide
 
 
-def diagnose(guide: MeanFieldGuide):
-    """Draw orders for the held-out sequences, and add the statistics of order to them."""
-    return add_order_statistics(to_inference_data(model, guide, held_out, num_samples=DRAWS, num_state_draws=4))
-
-
-posterior, plan = diagnose(learn(kl_weight=1.0)), diagnose(learn(kl_weight=0.0))
+guides = {"posterior": learn(kl_weight=1.0), "plan": learn(kl_weight=0.0)}
+posterior, plan = (
+    to_inference_data(model, guide, held_out, num_samples=DRAWS, num_state_draws=4) for guide in guides.values()
+)
+evidence = exact_evidence(model, all_orders(guides["plan"], held_out), held_out)  # [B]
 
 # %% [markdown]
 # ## The numbers
 #
-# `draws` is an arviz `InferenceData`: `posterior.reveal_step` holds the drawn orders, `sample_stats.log_weight` the
+# Each is an arviz `InferenceData`: `posterior.reveal_step` holds the drawn orders, `sample_stats.log_weight` the
 # log-weights log p(x, r) / q(r | x) whose mean is the ELBO. `summarise` makes the table of a report; every number
 # names the variables that it is made of.
 
@@ -143,6 +138,24 @@ for kind, curve in curves.items():
     )
     print(f"{kind}: gap to the evidence {gaps}")
 assert float(curves["posterior"]["mean_gap"].sel(K=100)) < 0.1 < float(curves["plan"]["mean_gap"].sel(K=100))
+
+# %% [markdown]
+# ## Some positions given
+#
+# Given positions are no part of an order: their step is missing, as that of padding is. With the first token and the
+# fourth given, four are left to reveal; all numbers are about these.
+
+# %%
+given = torch.zeros_like(held_out.latent)
+given[:, [0, 3]] = True
+filled = to_inference_data(
+    model, guides["posterior"], Batch(held_out.tokens, given=given), num_samples=DRAWS, num_state_draws=4
+)
+steps = filled["posterior"]["reveal_step"]
+print(f"orders of {int(steps.isel(chain=0, draw=0, sequence=0).notnull().sum())} tokens, given: 0 and 3")
+assert steps.isel(position=[0, 3]).isnull().all()
+assert steps.isel(position=[1, 2, 4, 5]).notnull().all()
+assert summarise(filled)["log_likelihood"]["value"] > value["posterior"]["log_likelihood"]  # fewer to guess
 
 # %% [markdown]
 # ## Look at it

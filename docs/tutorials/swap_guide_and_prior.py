@@ -1,26 +1,26 @@
 # %% [markdown]
 # # Swap a guide and a prior
 #
-# An order is learned by a pair of Pyro programs: a model, whose prior says what orders are like before the tokens are
-# seen, and a guide, which proposes orders. Both are chosen by one constructor argument. This script learns the order
-# of an exact Markov chain with several pairs, and measures each by what matters when decoding.
+# An order is learned by a pair of Pyro programs: a model, whose policy is the prior of the order, and a guide, which
+# proposes orders. Both are chosen by one constructor argument. This script learns the order of an exact Markov chain
+# with several pairs, and measures each by what matters when decoding.
 #
 # Run it: `python docs/tutorials/swap_guide_and_prior.py`.
 
 # %%
+from functools import partial
+
 import pyro
 import torch
 
-from orderppl import RevealTraceGraph_ELBO, fit, follow, make_policy
-from orderppl.data.chains import sample_chains
-from orderppl.data.collate import tensors
-from orderppl.decoding import NetworkPlan, PlannedOrder, StochasticDecision
-from orderppl.denoising import Canvas
-from orderppl.guides import MeanFieldGuide, PolicyGuide
-from orderppl.inference import Anneal, BatchStream
-from orderppl.models import CosineSteps, LearnedPolicy, LearnedSteps, UniformSteps, UnmaskingModel
+from orderppl import Policy, RevealTraceGraph_ELBO, State, fit, follow
+from orderppl.data import Chains
+from orderppl.distributions import DecidedSet, SetDistribution
+from orderppl.guides import Guide, MeanFieldGuide, PolicyGuide
+from orderppl.inference import Anneal
+from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser
-from orderppl.models.networks import PolicyNetwork, PositionTable
+from orderppl.policies import Plan, RandomSteps, Ranked
 
 # %% [markdown]
 # The problem: chains of 12 tokens that repeat their state with probability 0.85, to be written in 3 parallel steps.
@@ -29,101 +29,128 @@ from orderppl.models.networks import PolicyNetwork, PositionTable
 
 # %%
 NUM_STEPS, LENGTH = 3, 12
+data = Chains(length=LENGTH, train=1000, test=500)
 denoiser = MarkovChainDenoiser(num_states=4, stay=0.85, length=LENGTH)
-held_out = tensors(sample_chains(500, length=LENGTH, seed=1))["tokens"]
-canvas = Canvas(denoiser, torch.ones_like(held_out, dtype=torch.bool))
-evidence = denoiser.log_evidence(held_out)  # [B]
+held_out = data.splits()["test"].batch
+evidence = denoiser.log_evidence(held_out.tokens)  # [B]
 
 
-def gap(policy) -> float:
+def gap(policy: Policy, mode: bool = False) -> float:
     """Log evidence minus the log-likelihood along the policy's own order, nats per sequence; 0 is perfect."""
-    return float((follow(policy, canvas, held_out, NUM_STEPS).nats + evidence).mean())
+    return float((follow(policy, denoiser, held_out, NUM_STEPS, mode=mode).nats + evidence).mean())
 
 
-def learn(prior, guide, updates: int = 80, lr: float = 0.1, kl_weight=None):
+def learn(policy: Policy, guide: Guide, updates: int = 80, lr: float = 0.1, anneal: dict[str, Anneal] | None = None):
     """Fit one pair; the training data, the bound and the optimiser are the same for all."""
-    model = UnmaskingModel(denoiser, prior, NUM_STEPS)
     return fit(
-        model,
+        UnmaskingModel(denoiser, policy, NUM_STEPS),
         guide,
-        BatchStream(tensors(sample_chains(1000, length=LENGTH, seed=0)), batch_size=16),
-        elbo=RevealTraceGraph_ELBO(num_particles=4),
-        kl_weight=kl_weight,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=lr),
+        data,
+        objective=RevealTraceGraph_ELBO(num_particles=4),
+        optimizer=partial(torch.optim.Adam, lr=lr),
         updates=updates,
+        batch_size=16,
+        anneal=anneal,
+        progress=False,
     )
 
 
-gaps = {name: gap(make_policy(name)) for name in ("random", "left_to_right")}
+gaps = {name: gap(Ranked(name)) for name in ("random", "left_to_right")}
 
 # %% [markdown]
 # ## One guide, two priors
 #
-# `MeanFieldGuide` gives every position a step of its own. With `sees_tokens=False` it knows positions only; such a
-# guide is a plan that a decoder can follow. The prior asks for set sizes: `UniformSteps` for equal ones,
-# `CosineSteps` for few positions early and many late. `kl_weight` falls to 0: the prior spreads the plan out while it
-# is young, and then lets go of it.
+# `Plan` gives every position a step of its own, from what is known at the start; over a table of positions it knows
+# nothing else. `PolicyGuide` makes it a guide, and it decodes as it is. The model's policy asks for set sizes:
+# `RandomSteps("uniform")` for equal ones, `RandomSteps("cosine")` for few positions early and many late. The weight of
+# the KL falls to 0: the prior spreads the plan out while it is young, and then lets go of it.
 
 # %%
-FADING = Anneal(0.1, 0.0, updates=40)
+FADING = {"objective.kl_weight": Anneal(0.1, 0.0, updates=40)}
 
-for prior in (UniformSteps(), CosineSteps()):
+for schedule in ("uniform", "cosine"):
     pyro.set_rng_seed(0)
-    guide = MeanFieldGuide(PositionTable(LENGTH, NUM_STEPS), NUM_STEPS, sees_tokens=False)
-    learn(prior, guide, kl_weight=FADING)
-    plan = PlannedOrder(NetworkPlan(guide.network), decision="mode")
-    gaps[f"{type(prior).__name__} and a plan"] = gap(plan)
+    plan = Plan(PositionTable(LENGTH, NUM_STEPS))
+    learn(RandomSteps(schedule), PolicyGuide(plan, denoiser, NUM_STEPS), anneal=FADING)
+    gaps[f"a plan, {schedule} steps as prior"] = gap(plan, mode=True)
 
 # %% [markdown]
 # ## The prior learns too
 #
-# `LearnedSteps` is a prior with the plan inside. Sharing one network between prior and guide ties the two: the KL is
-# 0 in value and gradient, and the bound is the expected log-likelihood along the plan.
+# Give one plan to both programs, and the KL is 0 in value and gradient: the bound is the expected log-likelihood along
+# the plan.
 
 # %%
 pyro.set_rng_seed(0)
-network = PositionTable(LENGTH, NUM_STEPS, noise=0.1)
-tied = MeanFieldGuide(network, NUM_STEPS, sees_tokens=False)
-result = learn(LearnedSteps(network), tied)
-gaps["LearnedSteps, tied"] = gap(PlannedOrder(NetworkPlan(network), decision="mode"))
+plan = Plan(PositionTable(LENGTH, NUM_STEPS, noise=0.1))
+result = learn(plan, PolicyGuide(plan, denoiser, NUM_STEPS))
+gaps["a plan, its own prior"] = gap(plan, mode=True)
 assert result.losses[-1] < result.losses[0]
 
 # %% [markdown]
-# ## A policy instead of a plan
+# ## A policy that looks at what is visible
 #
-# `LearnedPolicy` looks at what is visible, at every step. Its guide is itself (`PolicyGuide`), played out along the
-# true tokens. Nothing else changes: the same bound, the same loop. A policy has a network to train and needs many
-# more updates than a plan of 36 numbers: 25 of them show the swap, not what it can become.
+# `LearnedPolicy` reads the state before every step. It is its own guide too, played out along the true tokens. Nothing
+# else changes: the same bound, the same loop. A policy has a network to train and needs many more updates than a plan
+# of 36 numbers: 25 of them show the swap, not what it can become.
 
 # %%
 pyro.set_rng_seed(0)
 policy = LearnedPolicy(PolicyNetwork(5, width=16, layers=1, heads=2, bias=-1.0))
 learn(policy, PolicyGuide(policy, denoiser, NUM_STEPS), updates=25, lr=0.03)
-gaps["LearnedPolicy, its own guide"] = gap(StochasticDecision(policy, "sample"))
+gaps["a learned policy, its own guide"] = gap(policy)
+
+# %% [markdown]
+# ## A policy of your own
+#
+# A policy is one class with one method: from a state to a distribution over the next reveal set. This one always
+# reveals every third of the positions that are left, so that no two neighbours go together while others can. It is a
+# rule, so its distribution is a point mass. It decodes, and takes part in every comparison (`orderppl evaluate RUN
+# --heuristics '[{policy: my_module.Apart, stride: [2, 3]}]'`). With a smooth distribution, such as that of a
+# `LogitPolicy`, it could be a prior as well.
+
+
+# %%
+class Apart(Policy):
+    """Every `stride`-th of the masked positions, from the left."""
+
+    non_empty = True
+
+    def __init__(self, stride: int = 3) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, state: State) -> SetDistribution:
+        """The positions of this step."""
+        place = state.masked.cumsum(-1) - 1  # [*, S], among the masked ones
+        return DecidedSet(state.masked & (place % self.stride == 0), state.masked, non_empty=True)
+
+
+gaps["my own policy"] = gap(Apart())
+assert gaps["my own policy"] < gaps["random"]
 
 # %% [markdown]
 # ## A pair that does not fit
 #
 # A guide must stay inside the support of its prior. `LearnedPolicy` never reveals an empty set; a mean-field guide
-# may leave a step empty, so the KL between them is infinite. The bound says so at once.
+# may leave a step empty, so the KL between them is infinite. A fit refuses the pair at its first update, and says why.
 
 # %%
 model = UnmaskingModel(denoiser, policy, NUM_STEPS)
 wanders = MeanFieldGuide(PositionTable(LENGTH, NUM_STEPS), NUM_STEPS)
 elbo = RevealTraceGraph_ELBO(num_particles=64)
-with torch.no_grad():
-    elbo(model, wanders)(held_out[:8])
+elbo.loss(model, wanders, held_out.rows(slice(8)))
 assert elbo.metrics["elbo"] == -torch.inf
-print(f"a guide outside the prior's support has a bound of {float(elbo.metrics['elbo'])} nats")
+print(f"a bound of {float(elbo.metrics['elbo'])} nats: {elbo.explain(model, wanders, held_out.rows(slice(8)))}")
 
 # %% [markdown]
 # ## What came out
 #
-# The same swaps are one line of YAML or of the command line, where a pair that does not fit is refused before it
-# runs:
+# The same swaps are options of the command line, or lines of YAML. In the config `chain` the guide plays a plan of its
+# own; `--guide.policy null` takes that out, and it plays the model's policy:
 #
-#     orderppl fit-order --config chain --set prior=cosine_steps
-#     orderppl fit-order --config chain --set prior=learned_steps --set guide.tied=true
+#     orderppl fit-order --config chain --policy RandomSteps --policy.schedule cosine
+#     orderppl fit-order --config chain --guide.policy null --policy LearnedPolicy --policy.network PolicyNetwork
 
 # %%
 for name, value in sorted(gaps.items(), key=lambda item: item[1]):

@@ -26,8 +26,8 @@ from orderppl.models.denoisers.transformer import TransformerDenoiser
 
 LOGIT_SHIFT = {"llada": 0, "Dream": 1}
 """Kinds with remote code that are known: `model_type` -> by how many positions their logits lag behind."""
-BLOCKWISE = ("bd3lm", "fast_dllm", "fast_dllm_v2", "llada2_moe", "sdar", "sdar_moe")
-"""Kinds that read one block after another, each by an attention mask of their own sampler."""
+BLOCKWISE = ("bd3lm", "Fast_dLLM", "llada2", "sdar")
+"""How the names of kinds begin that read one block after another, each by an attention mask of their own sampler."""
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 Kind = Literal["smdm", "masked_lm", "remote"]
@@ -53,7 +53,8 @@ def load_denoiser(
             `nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors` on the hub; or a run folder.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run the code that comes with LLaDA or Dream.
-        dtype: of the parameters, by its name in torch.
+        dtype: of the parameters, by its name in torch. A row alone and the same row in a batch agree to rounding: some
+            1e-6 of the largest logit in float32, 1e-2 in bfloat16, where texts may come out differently.
         tokenizer_from: folder or hub name of another tokeniser than its own.
         read_up_to: longest canvas, tokens, of a run with rotary positions; as it was trained when left out.
 
@@ -68,33 +69,30 @@ def load_denoiser(
         raise UserError("dtype", f"unknown dtype {wanted!r}", f"use one of {', '.join(DTYPES)}")
     path = fetch(name_or_path, revision, field="denoiser")
     try:
-        denoiser = _load(path, name_or_path, getattr(torch, wanted), trust_remote_code, tokenizer_from, read_up_to)
+        denoiser = _load(path, name_or_path, getattr(torch, wanted), trust_remote_code, tokenizer_from)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         problem = f"{name_or_path} in {wanted} does not fit into memory"
         raise UserError("memory", problem, "use dtype bfloat16, or a smaller model") from error
+    if read_up_to is not None:
+        if not isinstance(denoiser, TransformerDenoiser):
+            raise UserError("read_up_to", "a public model knows its longest canvas", "leave it out")
+        denoiser.read_up_to(read_up_to)
     denoiser.requires_grad_(False)
     return denoiser.eval()
 
 
 def _load(
-    path: Path,
-    name: str | Path,
-    dtype: torch.dtype,
-    trust: bool,
-    tokenizer_from: str | Path | None,
-    read_up_to: int | None,
+    path: Path, name: str | Path, dtype: torch.dtype, trust: bool, tokenizer_from: str | Path | None
 ) -> PretrainedDenoiser | SmdmDenoiser | TransformerDenoiser:
     if (path / "run.json").is_file():
         from orderppl.runs import load_run  # which builds what this module is part of
 
-        denoiser: Any = load_run(path).denoiser
-        if read_up_to is not None:
-            denoiser.read_up_to(read_up_to)
-        return denoiser.to(dtype)  # type: ignore[no-any-return]
-    if read_up_to is not None:
-        raise UserError("read_up_to", f"{name} knows its longest canvas", "leave it out")
+        denoiser: Any = load_run(path, trust=trust or None).denoiser
+        if not isinstance(denoiser, nn.Module):
+            raise UserError("denoiser", f"{name} is a run without a denoiser", "give one of train-denoiser")
+        return denoiser.to(dtype)  # type: ignore[return-value]
     if (path / ADAPTER).is_file():
         return _load_adapter(path, dtype, trust, tokenizer_from)
     config = {} if path.is_file() else _read_config(path, name)
@@ -104,8 +102,9 @@ def _load(
         own = path if path.is_dir() and any(path.glob("tokenizer*")) else smdm.TOKENIZER
         classes = denoiser.vocab_size
         try:
-            denoiser.tokenizer = load_tokenizer(tokenizer_from or own, mask_index=classes, num_classes=classes)
-        except UserError:
+            with _without_reports():
+                denoiser.tokenizer = load_tokenizer(tokenizer_from or own, mask_index=classes, num_classes=classes)
+        except UserError:  # of one that nobody named: texts need it, token ids do not
             if tokenizer_from or own == path:
                 raise
         return denoiser
@@ -130,7 +129,7 @@ def _kind(config: dict[str, Any], name: str | Path, trust: bool) -> Kind:
     kind, auto_map = str(config.get("model_type", "")), config.get("auto_map") or {}
     if kind == smdm.MODEL_TYPE:
         return "smdm"
-    if kind in BLOCKWISE:
+    if kind.startswith(BLOCKWISE):
         problem = f"{name} ({kind}) reads one block after another under an attention mask of its own sampler"
         raise UserError("denoiser", problem, "use a model that reads the whole canvas, such as LLaDA or Dream")
     if config.get("is_encoder_decoder"):
@@ -279,20 +278,22 @@ def add_lora(network: nn.Module, folder: Path) -> None:
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     special = [key for key in ("use_dora", "fan_in_fan_out", "alpha_pattern", "rank_pattern") if settings.get(key)]
     special += [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    special += ["lora_alpha"] * (not isinstance(settings.get("lora_alpha"), int | float))
     if settings.get("peft_type") != "LORA" or special:
         what = special[0] if special else settings.get("peft_type")
         remedy = "merge it: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         raise UserError("denoiser", f"the adapter {folder} is more than low-rank products ({what})", remedy)
-    for name, first in tensors.items():
-        if name.endswith(".lora_B.weight"):
-            continue
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    for name in (name for name in tensors if name.endswith(".lora_A.weight")):
         place = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        second = tensors.get(name.replace(".lora_A.", ".lora_B."))
-        layer = dict(network.named_modules()).get(place)
-        fits = isinstance(layer, nn.Linear) and second is not None
-        if not fits or (len(second), first.shape[1]) != layer.weight.shape or len(first) != second.shape[1]:
+        layer, first, second = layers.get(place), tensors[name], tensors.get(name.replace(".lora_A.", ".lora_B."))
+        if layer is None or second is None or first.shape[0] != second.shape[1]:
             problem = f"the adapter {folder} changes {place!r}, which the model does not have"
             raise UserError("denoiser", problem, "load it with the model that it was trained on")
         rank = math.sqrt(len(first)) if settings.get("use_rslora") else len(first)
         change = settings["lora_alpha"] / rank * (second.double() @ first.double())
+        if change.shape != layer.weight.shape:
+            shapes = f"{list(change.shape)}, the model has {list(layer.weight.shape)}"
+            problem = f"the adapter {folder} changes {place!r} of shape {shapes}"
+            raise UserError("denoiser", problem, "load it with the model that it was trained on")
         layer.weight += change.to(layer.weight)

@@ -119,7 +119,8 @@ class PretrainedDenoiser(nn.Module):
         tokens = tokens.scatter(1, torch.where(attended, column, width), state)
         if self.frame is not None:
             tokens = tokens.scatter(1, count + 1, self.frame[1])
-            tokens[:, 0], count = self.frame[0], count + 2
+            tokens[:, 0] = self.frame[0]
+            count = count + 2
         keys = torch.arange(width, device=state.device) < count.clamp(min=1)  # no softmax over nothing
         return tokens[:, :width], keys
 

@@ -205,7 +205,8 @@ def load_smdm(path: Path, dtype: torch.dtype = torch.float32) -> SmdmDenoiser:
 def _recognise(shapes: Mapping[str, list[int]], layers: int, source: Path) -> dict[str, Any]:
     """The published size that tensors of these shapes have; shapes do not tell the number of heads."""
     for size in SIZES.values():
-        if layers == size["n_layer"] and shapes.get("transformer.wte.weight") == [32_001, size["n_embd"]]:
+        embedding = [size.get("vocab_size", 32_000) + 1, size["n_embd"]]
+        if (layers, embedding) == (size["n_layer"], shapes.get("transformer.wte.weight")):
             return size
     problem = f"{source} is no SMDM of a known size ({', '.join(SIZES)})"
     remedy = f"put it into a folder as {WEIGHTS}, beside a config.json with model_type {MODEL_TYPE} and its sizes"

@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from orderppl.inference.batches import BatchStream, Data, as_batch
-from orderppl.inference.trainer import VALIDATION_SEED, FitResult, TrainSettings, frozen, module_device, train
+from orderppl.inference.batches import BatchStream, Data, as_batch, check_tokens, training_rows
+from orderppl.inference.trainer import (
+    VALIDATION_SEED,
+    FitResult,
+    TrainSettings,
+    described,
+    frozen,
+    module_device,
+    train,
+)
 from orderppl.randomness import keyed_draws, stratified_uniform, uniform
 from orderppl.unmasking import Batch, Reader
 
@@ -45,7 +53,7 @@ def random_masking(latent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MaskedDiffusionLoss(nn.Module):
-    """Negative ELBO of a masked diffusion model.
+    """Negative ELBO of a masked diffusion model, in nats per token.
 
     Mask ratio t = m/n with m uniform on 1..n, weight 1/t, cross-entropy at hidden positions. This is the any-order form
     of the continuous-time bound and equals it in expectation (Ou et al. 2024, theorem 2; Hoogeboom et al. 2021),
@@ -53,13 +61,13 @@ class MaskedDiffusionLoss(nn.Module):
 
     Args:
         denoiser: what is trained.
-        tokens_per_sequence: mean number of positions to reveal; the loss is in nats per token when it is given.
     """
 
-    def __init__(self, denoiser: nn.Module, tokens_per_sequence: float = 1.0) -> None:
+    per_token = True
+
+    def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
-        self.denoiser, self.tokens_per_sequence = denoiser, tokens_per_sequence
-        self.metrics: dict[str, Tensor] = {}
+        self.denoiser = denoiser
 
     def nelbo(self, batch: Batch) -> Tensor:
         """One-sample estimate of the negative ELBO of every row: float [B], nats."""
@@ -72,19 +80,14 @@ class MaskedDiffusionLoss(nn.Module):
         return weight * torch.where(masked, loss.view_as(masked), 0.0).sum(-1)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Mean over the sequences of a batch, in the units that `tokens_per_sequence` says: a 0-dim tensor."""
-        nelbo = self.nelbo(batch).mean()
-        self.metrics = {"nelbo": nelbo.detach()}
-        return nelbo / self.tokens_per_sequence
+        """Mean over the positions to reveal: a 0-dim tensor."""
+        return self.nelbo(batch).sum() / batch.latent.sum().clamp(min=1)
 
     def explain(self, batch: Batch) -> str | None:
         """Why the loss of a batch is not finite, where that can be told."""
         reader = Reader(self.denoiser, batch)  # type: ignore[arg-type]
-        mask = reader.denoiser.mask_index
-        if bool((batch.tokens == mask)[batch.latent].any()):
-            return f"MASK (id {mask}) is among the tokens to learn"
-        state = batch.readable.masked_fill(batch.latent, mask)
-        return "the denoiser returns NaN" if bool(reader.read(state).isnan().any()) else None
+        logits = reader.logits(reader.read(batch.readable.masked_fill(batch.latent, reader.denoiser.mask_index)))
+        return "the denoiser gives NaN" if bool(logits.isnan().any()) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +124,9 @@ def train_denoiser(
     Args:
         denoiser: module behind the `Denoiser` protocol; it stays in the mode (training or evaluation) it is in.
         data: see `orderppl.inference.fit`.
-        validation: held-out sequences; their bound is logged as `nelbo` and `nats_per_token`.
-        out: folder of the log and the checkpoints.
+        validation: held-out sequences, the validation split where the data have splits; their bound is logged as
+            `nelbo` and `nats_per_token`.
+        out: folder of the run, which every command reads: config, log, checkpoints, weights.
         resume: continue from the newest checkpoint in `out`; from the start when there is none.
         **settings: fields of `DenoiserSettings`: `updates`, `batch_size`, `lr`, `warmup`, `ema_decay`, ...
 
@@ -132,12 +136,24 @@ def train_denoiser(
     Raises:
         UserError: see `orderppl.inference.trainer.train`.
     """
-    chosen, folder = DenoiserSettings(**settings), None if out is None else Path(out)
-    train_on = as_batch(data)
-    loss = MaskedDiffusionLoss(denoiser, float(train_on.latent.sum()) / len(train_on))
-    held = None if validation is None else partial(masked_diffusion_nelbo, denoiser, validation, chosen.batch_size)
+    chosen = DenoiserSettings(**settings)
+    rows, held = training_rows(data, denoiser)
+    if validation is None and chosen.validate_every is not None:
+        validation = held
+    batch = as_batch(rows)
+    check_tokens(batch, denoiser)
+    measure = partial(masked_diffusion_nelbo, denoiser, validation, chosen.batch_size)
     with frozen(denoiser, unless=True):
-        return train(loss, train_on, chosen, validate=held, out=folder, resume=resume, description="denoiser")
+        return train(
+            MaskedDiffusionLoss(denoiser),
+            batch,
+            chosen,
+            validate=None if validation is None else measure,
+            out=None if out is None else Path(out),
+            resume=resume,
+            description="denoiser",
+            parts={"denoiser": denoiser, "data": described(data), "fit": chosen},
+        )
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,9 +47,7 @@ class TransformerDenoiser(Configurable, nn.Module):
         width: size of the hidden vectors.
         layers: number of blocks.
         heads: attention heads.
-        mlp: width of the feed-forward networks; 4 x `width` when left out.
         max_length: longest canvas, tokens; 256 when left out.
-        tied: share the embedding with the output head.
         positions: `rotary` or `learned`; counted over attended tokens.
         tokenizer: of the texts, if there is one.
         number_features: start the embeddings of number tokens as Fourier features of their values, so that arithmetic
@@ -74,9 +73,7 @@ class TransformerDenoiser(Configurable, nn.Module):
         width: int = 128,
         layers: int = 3,
         heads: int = 4,
-        mlp: int | None = None,
         max_length: int | None = None,
-        tied: bool = True,
         positions: Positions = "rotary",
         tokenizer: Tokenizer | None = None,
         number_features: bool = True,
@@ -93,13 +90,10 @@ class TransformerDenoiser(Configurable, nn.Module):
         self.prompt_room, self.max_length = prompt_room or 64, max_length or 256
         self.embed = nn.Embedding(max(vocab_size, mask_index + 1), width)
         room = 0 if separator_index is None else self.prompt_room
-        self.backbone = Backbone(width, layers, heads, mlp, positions, self.max_length + room)
+        self.backbone = Backbone(width, layers, heads, positions=positions, max_length=self.max_length + room)
         self.response = None if separator_index is None else nn.Parameter(0.02 * torch.randn(width))
-        self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         nn.init.normal_(self.embed.weight, std=0.02)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=0.02)
         if tokenizer is not None and number_features:
             self._initialise_numbers(tokenizer.number_values())
 
@@ -123,8 +117,6 @@ class TransformerDenoiser(Configurable, nn.Module):
         features = number_features(values[rows].float(), self.embed.embedding_dim)
         features = 0.02 * features / features.pow(2).mean(-1, keepdim=True).sqrt()  # as large as the other rows
         self.embed.weight[rows] = features
-        if self.head is not None:
-            self.head.weight[rows] = features
 
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """Score every position; see `orderppl.unmasking.Denoiser`.
@@ -143,9 +135,8 @@ class TransformerDenoiser(Configurable, nn.Module):
         return self._read(self.embed(state), state, attention_mask, start)
 
     def output_logits(self, hidden: Tensor) -> Tensor:
-        """The output head: float [.., W] -> [.., V]."""
-        weight = self.embed.weight[: self.vocab_size] if self.head is None else self.head.weight
-        return F.linear(hidden, weight, self.bias)
+        """The output head, which shares the embedding: float [.., W] -> [.., V]."""
+        return F.linear(hidden, self.embed.weight[: self.vocab_size], self.bias)
 
     def encode_prompt(self, prompt: Tensor, attention_mask: Tensor) -> Tensor | None:
         """Keys and values of prompts; see `orderppl.unmasking.PromptDenoiser`.

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import abc
-import collections.abc
 import dataclasses
 import functools
 import inspect
 import json
 import re
 import traceback
-import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn, Optional, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 
+from orderppl.cli.hints import relaxed
+from orderppl.config import describe
 from orderppl.documents import dump_yaml, parse_yaml, read_yaml
-from orderppl.errors import UserError, first_line
-from orderppl.import_paths import HOMES, import_path, locate, parameters_of, suggest
+from orderppl.errors import UserError
+from orderppl.import_paths import locate, parameters_of, suggest
 
-KNOWN = ("num_steps", "denoiser", "policy", "vocab_size", "mask_index", "length", "tokenizer", "data")
-"""Arguments of classes that a run fills in, see `orderppl.config.build`."""
-PLAIN = (int, float, bool, str, type(None), Path)
-MADE = (*PLAIN, list, dict, tuple, object)  # what a function may return that is no factory of objects
-VIEWED = {"dtype": str, "device": str, "Tensor": list}  # types of torch -> how they are written
+KNOWN = {"num_steps", "out", "denoiser", "policy", "vocab_size", "num_tokens", "mask_index", "length", "max_length"}
+KNOWN |= {"prompt_room", "separator_index", "tokenizer", "data", "num_states", "stay", "token_ids", "answer"}
+"""Arguments of classes that a run fills in, see `orderppl.cli.assemble`."""
 STRUCTURE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a path but")  # of its messages
 
+C = TypeVar("C")
 set_loader("orderppl", parse_yaml, exceptions=(UserError,))
 
 
@@ -38,7 +36,11 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
-def parse(kind: type, arguments: Sequence[str], command: str, config: str | None = None) -> dict[str, Any] | None:
+class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the examples of a description on lines of their own."""
+
+
+def parse(kind: type[C], arguments: Sequence[str], command: str, config: str | None = None) -> C | None:
     """Read the arguments of a command.
 
     Args:
@@ -48,8 +50,8 @@ def parse(kind: type, arguments: Sequence[str], command: str, config: str | None
         config: what --config is when it is not given; none when left out.
 
     Returns:
-        Plain values of all fields, for `orderppl.config.build`; what YAML aliases repeat is one and the same dict.
-        None where help or the config was asked for, which is printed.
+        The dataclass, with plain values for objects, for `orderppl.config.build`; what YAML aliases repeat is one and
+        the same dict. None where help or the config was asked for, which is printed.
 
     Raises:
         UserError: names the option.
@@ -58,14 +60,16 @@ def parse(kind: type, arguments: Sequence[str], command: str, config: str | None
     sources = (
         [] if config is None or any(item.split("=")[0] == "--config" for item in arguments) else ["--config", config]
     )
-    arguments, raw = _read_configs([*sources, *arguments])
-    about, _, rest = (inspect.getdoc(kind) or "").partition("\nArgs:")
+    arguments, raw = _read_configs([*sources, *_with_values(arguments, _switches(kind))])
+    about = (inspect.getdoc(kind) or "").partition("\nArgs:")[0]
     parser = Parser(
         prog=f"orderppl {command}",
+        usage="%(prog)s [options]",
         description=about,
+        formatter_class=_Formatter,
         parser_mode="orderppl",
         print_config=None,
-        usage="%(prog)s [options]",
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help=f"YAML file, or one of: {', '.join(presets())}")
     parser.add_argument("--print_config", action="store_true", help="print the complete config and stop")
@@ -84,9 +88,9 @@ def parse(kind: type, arguments: Sequence[str], command: str, config: str | None
     for document in raw:
         restore_sharing(document, values)
     if printing:
-        print(dump_yaml(values), end="")  # noqa: T201
+        print(dump_yaml(values), end="")
         return None
-    return values
+    return kind(**values)
 
 
 def _without_positional(kind: type, arguments: list[str]) -> list[str]:
@@ -98,6 +102,22 @@ def _without_positional(kind: type, arguments: list[str]) -> list[str]:
     if name is None or (count > 1 and not name.endswith("s")):
         raise UserError("arguments", f"{given[-1]!r} is no option", "options begin with two dashes, see --help")
     return [f"--{name}={json.dumps(given) if name.endswith('s') else given[0]}", *arguments[count:]]
+
+
+def _switches(kind: type, prefix: str = "--") -> set[str]:
+    """Options that are true when they are given without a value."""
+    found = set()
+    for name, hint in typing.get_type_hints(kind).items():
+        if hint is bool:
+            found.add(prefix + name)
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            found |= _switches(hint, f"{prefix}{name}.")
+    return found
+
+
+def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
+    pairs = zip(arguments, [*arguments, "--"][1:], strict=True)
+    return [f"{item}=true" if item in switches and after.startswith("--") else item for item, after in pairs]
 
 
 def _read_configs(arguments: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -113,6 +133,8 @@ def _read_configs(arguments: list[str]) -> tuple[list[str], list[dict[str, Any]]
                 raise UserError("--config", f"no file {value!r}", f"give a path, or one of: {', '.join(presets())}")
             documents.append(read_yaml(path, "--config"))
             item = f"--config={path}"
+            if not documents[-1]:
+                continue
         found.append(item)
     return found, documents
 
@@ -147,26 +169,38 @@ def _paths(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], 
         yield from _paths(item, (*path, key))
 
 
+def _written(default: Any) -> Any:
+    """A default as a config writes it; as it is where that cannot be."""
+    if isinstance(default, (tuple, type)) or type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
+        return default
+    try:
+        return describe(default, for_call=True)
+    except UserError:
+        return default
+
+
 def plain(value: Any) -> Any:
     """What jsonargparse returns, as texts, numbers, lists and dicts."""
     if isinstance(value, (Namespace, dict)):
         return {key: plain(item) for key, item in (vars(value) if isinstance(value, Namespace) else value).items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else import_path(value) if callable(value) else value
+    return describe(value, for_call=True)
 
 
 class Parser(ArgumentParser):
     """A parser of options that functions and classes declare by their signatures and docstrings."""
 
-    def _add_signature_parameter(self, container: Any, key: Any, param: Any, added: Any, *args: Any, **kw: Any) -> Any:
+    def _add_signature_parameter(  # type: ignore[override]
+        self, container: Any, nested_key: Any, param: Any, added_args: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         hint, default = relaxed(param.annotation), param.default
         if param.name in KNOWN and default is inspect.Parameter.empty:  # filled in when it is not given
             hint, default = (Any if hint is inspect.Parameter.empty else Optional[hint]), None  # noqa: UP045
-        if hint is str and type(default).__module__ == "torch":
-            default = str(default)
+        if default is not inspect.Parameter.empty and not dataclasses.is_dataclass(default):
+            default = _written(default)
         param = dataclasses.replace(param, annotation=hint, default=default)
-        return super()._add_signature_parameter(container, key, param, added, *args, **kw)
+        return super()._add_signature_parameter(container, nested_key, param, added_args, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong in one line.
@@ -177,24 +211,26 @@ class Parser(ArgumentParser):
         if getattr(self, "_inner_parser", False):  # the outer one knows where it stands
             super().error(message, ex)
         keys: list[str] = []
-        made, reason = None, first_line(Exception(message))
+        leaves: list[str] = []
+        made = value = None
         for line in message.splitlines():
             line = line.strip().removeprefix("- ")
             if found := re.match(r'Parser key "(.+?)"(?: element \d+)?:?\s*(.*)', line):
-                keys.append(found[1])
+                keys += [] if leaves else [found[1]]
                 line = found[2]
             elif found := re.match(r"Problem with given class_path '(.+?)':?\s*(.*)", line):
-                made, line = found[1], found[2]
+                made, line = (made if leaves else found[1]), found[2]
+            elif found := re.match(r"Given value: (.*)", line):
+                value = value or found[1]
             if line and not line.startswith(STRUCTURE):
-                reason = line
-                break
+                leaves.append(line)
         known = [item.dest for item in self._actions]
-        raise _told(".".join(keys).replace(".init_args", ""), made, reason, known) from ex
+        raise _told(".".join(keys).replace(".init_args", ""), made, leaves or ["is wrong"], value, known) from ex
 
 
-def _told(field: str, made: str | None, reason: str, known: Sequence[str]) -> UserError:
+def _told(field: str, made: str | None, leaves: list[str], value: str | None, known: Sequence[str]) -> UserError:
     """What jsonargparse says, as a field, a problem and a remedy."""
-    prefix = f"{field}." if field else ""
+    prefix, reason = f"{field}." if field else "", leaves[0]
     if made is not None:
         try:
             known = list(parameters_of(locate(made, field=field)))
@@ -206,15 +242,23 @@ def _told(field: str, made: str | None, reason: str, known: Sequence[str]) -> Us
     if found := re.search(r"Option '(.+?)' is not accepted|[Uu]nrecognized arguments: (?:--)?([^ =]+)", reason):
         name = found[1] or found[2]
         return UserError(prefix + name, "no such option", suggest(name, known))
-    if found := re.match(r"Expected a (?:<class '(?:.*\.)?(\w+)'>|(.+?))\. Got value: (.*)", reason):
-        wanted = found[1] or " or ".join(re.findall(r"'(\w+)'", found[2])) or found[2]
-        return UserError(field, f"must be {wanted}, got {found[3]!r}", "see --help")
     if found := re.search(r"dot import path string: (\w+)", reason):
         try:
             locate(found[1], field=field)
         except UserError as error:
             return error
+    expected = [re.match(r"Expected an? (.+?)(?:\. Got value: (.*))?$", leaf) for leaf in leaves]
+    if first := expected[0]:
+        kinds = [_kind_of(found[1]) for found in expected if found and found[1] != "<class 'NoneType'>"]
+        return UserError(field, f"must be {' or '.join(dict.fromkeys(kinds))}, got {first[2] or value!r}", "see --help")
     return UserError(field or "arguments", reason.rstrip("."), "see --help")
+
+
+def _kind_of(text: str) -> str:
+    """A type as jsonargparse prints it, in fewer words."""
+    if "Literal" in text:
+        return " or ".join(re.findall(r"['\"](.*?)['\"]", text))
+    return re.sub(r"<class '(?:.*?\.)?(\w+)'>", r"\1", text).removeprefix("typing.").removeprefix("collections.abc.")
 
 
 def _of_import(error: Exception) -> Exception:
@@ -226,72 +270,3 @@ def _of_import(error: Exception) -> Exception:
             except UserError as known:
                 return known
     return error
-
-
-# ---- what arguments may be
-
-
-def relaxed(hint: Any) -> Any:
-    """An annotation as jsonargparse should check it: plain values strictly, objects by any class path."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint in (inspect.Parameter.empty, Any, type) or isinstance(hint, (str, typing.ForwardRef)) or hint in PLAIN:
-        return hint
-    if origin in (typing.Union, types.UnionType):
-        return typing.Union[tuple(relaxed(item) for item in arguments)]  # noqa: UP007
-    if origin is collections.abc.Callable or hint in (collections.abc.Callable, typing.Callable):
-        made = arguments[-1] if arguments else Any
-        is_factory = isinstance(made, type) and made not in MADE and made.__name__ not in VIEWED
-        return Callable[..., any_class(made)] if is_factory else Callable
-    if origin in (type, typing.Literal, typing.Annotated):
-        return hint
-    abstract = {collections.abc.Mapping: dict, collections.abc.Sequence: list, collections.abc.Iterable: list}
-    if (kind := abstract.get(origin, origin)) in (list, tuple, dict, set):
-        return kind[tuple(item if item is ... else relaxed(item) for item in arguments)]
-    if not isinstance(hint, type):
-        return Any
-    if hint in (list, tuple, dict) or dataclasses.is_dataclass(hint):
-        return hint
-    return VIEWED.get(hint.__name__) or any_class(hint)
-
-
-class _AnyClass(abc.ABCMeta):
-    """Metaclass of types that any class may stand for: what does not fit, its constructor or its user refuses."""
-
-    kind: Any
-
-    def __subclasscheck__(cls, other: type) -> bool:
-        return True
-
-    def __instancecheck__(cls, thing: object) -> bool:
-        return False
-
-    def __repr__(cls) -> str:
-        return f"<class '{cls.__name__}'>"
-
-    def __subclasses__(cls) -> list[Any]:
-        """What orderppl and torch.optim offer, for help and for names without a path."""
-        found: dict[str, Any] = {}
-        for home in HOMES:
-            module = import_module(home)
-            for name in getattr(module, "__all__", ()):
-                thing = getattr(module, name)
-                if name not in found and _offered(thing, cls.kind, home):
-                    found[name] = thing
-        return list(found.values())
-
-
-def _offered(thing: Any, kind: Any, home: str) -> bool:
-    if getattr(kind, "_is_protocol", False):
-        is_denoiser = kind.__name__.endswith("Denoiser")
-        return home.endswith("denoisers") and hasattr(thing, "__doc__") if is_denoiser else isinstance(thing, type)
-    return isinstance(thing, type) and isinstance(kind, type) and issubclass(thing, kind)
-
-
-@functools.cache
-def any_class(kind: Any) -> Any:
-    """A type for which jsonargparse takes any class path; `kind` is what help calls it and whose classes it offers; abstract,
-    so that help leaves it out.
-    """
-    return _AnyClass(
-        getattr(kind, "__name__", str(kind)), (), {"kind": kind, "hidden": abc.abstractmethod(lambda self: None)}
-    )

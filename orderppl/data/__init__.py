@@ -8,7 +8,7 @@ from orderppl.data.exact import Chains, Trees
 from orderppl.data.gsm8k import Gsm8k
 from orderppl.data.prompts import prompt_batch, template_batch
 from orderppl.data.reactions import Reactions
-from orderppl.data.report import LoadReport
+from orderppl.data.report import BadRow, LoadReport
 from orderppl.data.sequences import Antibodies, Fasta
 from orderppl.data.sudoku import Sudoku
 from orderppl.data.tables import CsvFile, HubDataset, JsonLines
@@ -18,6 +18,7 @@ __all__ = [
     "AnswerTokens",
     "Antibodies",
     "Arithmetic",
+    "BadRow",
     "Chains",
     "CsvFile",
     "DataSet",

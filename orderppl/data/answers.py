@@ -63,14 +63,7 @@ def answers_match(prediction: str, reference: str, flexible: bool = False) -> bo
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str], flexible: bool = False) -> Tensor:
-    """Compare the answers of predictions and references as numbers.
-
-    Returns:
-        float64 [N], 1 where the numbers are equal.
-
-    Raises:
-        UserError: for lists of different lengths, or a reference without an answer.
-    """
+    """Compare the answers of predictions and references as numbers: float64 [N], 1 where they are equal."""
     return graded(predictions, references, lambda text, reference: answers_match(text, reference, flexible))
 
 
@@ -85,11 +78,7 @@ def same_text(predictions: Sequence[str], references: Sequence[str]) -> Tensor:
 
 
 def graded(texts: Sequence[str], references: Sequence[str], is_right: Callable[[str, str], bool]) -> Tensor:
-    """Judge texts one by one: float64 [N], 1 where one is right.
-
-    Raises:
-        UserError: for lists of different lengths.
-    """
+    """Judge texts one by one: float64 [N], 1 where one is right; refuses lists of different lengths."""
     if len(texts) != len(references):
         problem = f"{len(texts)} predictions for {len(references)} references"
         raise UserError("predictions", problem, "give one prediction per reference")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from orderppl.data.answers import exact_match
-from orderppl.data.dataset import SPLITS, Row, TextData, at_least, one_of
+from orderppl.data.dataset import SPLITS, Row, TextData, at_least, one_of, texts_of
 from orderppl.data.report import LoadReport
 from orderppl.data.tokenizers import Tokenizer, WordTokenizer
 from orderppl.errors import UserError
@@ -49,11 +49,11 @@ class Arithmetic(TextData):
         options: see `TextData`.
 
     Raises:
-        UserError: a setting is out of range.
+        UserError: a setting is out of range, or there are not that many different problems.
     """
 
-    default_grade = staticmethod(exact_match)
-    default_on_bad = "report"
+    usual_grade = staticmethod(exact_match)
+    usual_on_bad = "report"
 
     def __init__(
         self,
@@ -76,15 +76,10 @@ class Arithmetic(TextData):
 
     def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:
         """One token per number."""
-        texts = (text for row in rows for text in (row.prompt, row.text) if text is not None)
-        return WordTokenizer.build(texts, "numbers", max(self.limit, MODULUS))
+        return WordTokenizer.build(texts_of(rows), "numbers", max(self.limit, MODULUS))
 
     def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
-        """Draw the problems.
-
-        Raises:
-            UserError: there are not that many different ones.
-        """
+        """Draw the problems."""
         rng = np.random.default_rng(self.seed)
         total = sum(self.sizes.values())
         seen: set[tuple[int, tuple[Operation, ...]]] = set()

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from orderppl.config import Configurable
 from orderppl.data.answers import Grade, same_text
-from orderppl.data.reading import Record
-from orderppl.data.report import BadRowError, LoadReport
+from orderppl.data.report import BadRow, LoadReport, Record
 from orderppl.data.tokenizers import Span, Tokenizer, WordTokenizer, load_tokenizer
 from orderppl.errors import UserError
 from orderppl.unmasking import Batch
 
-OnBad = Literal["error", "report"]
 SPLITS = ("train", "validation", "test")
 
 
@@ -57,18 +55,14 @@ class Examples:
     @cached_property
     def references(self) -> list[str] | None:
         """What texts are compared with: the answers of the rows, else their own texts; None for numbers."""
-        if self.answers is None and self.tokenizer is not None:
-            return self.texts(self.batch.tokens)
-        return self.answers
+        own = self.answers is None and self.tokenizer is not None
+        return self.texts(self.batch.tokens) if own else self.answers
 
     def rows(self, index: Tensor | slice | Sequence[int]) -> Examples:
         """Some of the rows, by their numbers, a slice or bool [N]."""
         numbers = torch.arange(len(self))[index if isinstance(index, slice | Tensor) else list(index)]
-
-        def of(values: list[Any] | None) -> list[Any] | None:
-            return None if values is None else [values[number] for number in numbers.tolist()]
-
-        kept = {name: of(getattr(self, name)) for name in ("answers", "names", "lines")}
+        columns = {name: getattr(self, name) for name in ("answers", "names", "lines")}
+        kept: dict[str, Any] = {name: v and [v[number] for number in numbers.tolist()] for name, v in columns.items()}
         return replace(self, batch=self.batch.rows(numbers), **kept)
 
     def take(self, n: int) -> Examples:
@@ -89,13 +83,12 @@ class Examples:
         if tokens.shape != batch.tokens.shape:
             problem = f"{list(tokens.shape)} for rows of {list(batch.tokens.shape)}"
             raise UserError("tokens", problem, "give the canvases of these rows, or the batch that was decoded")
-        shown = (batch.attention_mask if self.whole else batch.latent).tolist()
-        skip = len(self.tokenizer.frame[0]) if self.whole and self.tokenizer is not None else 0
-        rows = zip(tokens.tolist(), shown, strict=True)
-        return [self._text([token for token, is_shown in zip(*row, strict=True) if is_shown][skip:]) for row in rows]
-
-    def _text(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
+        shown = batch.attention_mask if self.whole else batch.latent
+        rows = [row[kept].tolist() for row, kept in zip(tokens.cpu(), shown.cpu(), strict=True)]
+        if self.tokenizer is None:
+            return [" ".join(map(str, ids)) for ids in rows]
+        skip = len(self.tokenizer.frame[0]) if self.whole else 0  # the frame may begin with an end token
+        return [self.tokenizer.decode(ids[skip:]) for ids in rows]
 
     def spell(self, token: int) -> str:
         """One token as text."""
@@ -103,22 +96,26 @@ class Examples:
 
 
 class DataSet(Configurable):
-    """What every data set is; a subclass says how its splits are made.
+    """What every data set is; a subclass defines `make_splits`, and `vocab_size` and `mask_index` without a tokeniser.
 
     Which rows a split has depends on the arguments of the constructor alone, never on a seed of training.
+
+    Attributes:
+        tokenizer: that was asked for; None: that of the denoiser, or one built from training rows.
     """
 
+    tokenizer: Any = None
     _splits: dict[str, Examples] | None = None
     _report: LoadReport
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show the options that a constructor passes on in its signature, where configs and `--help` look for them."""
+        """Show the options that a constructor passes on in its signature, where configs look for them."""
         super().__init_subclass__(**kwargs)
         shown: dict[str, inspect.Parameter] = {}
         for owner in cls.__mro__:
             if "__init__" in vars(owner):
-                own = list(inspect.signature(owner.__init__).parameters.values())[1:]
-                shown = shown | {p.name: p for p in own if p.name not in shown and p.kind is not p.VAR_KEYWORD}
+                own = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+                shown |= {p.name: p for p in own if p.name not in shown and p.kind is not p.VAR_KEYWORD}
                 if all(p.kind is not p.VAR_KEYWORD for p in own):
                     break
         cls.__signature__ = inspect.Signature(sorted(shown.values(), key=lambda p: p.kind))  # type: ignore[attr-defined]
@@ -148,29 +145,16 @@ class DataSet(Configurable):
             report.kept.update({name: len(rows) for name, rows in self._splits.items()})
         return self._splits
 
-    @property
-    def _first(self) -> Examples:
-        return next(iter(self.splits().values()))
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The one that was asked for; None: that of the denoiser, or one built from training rows."""
-        return None
-
-    @property
-    def report(self) -> LoadReport:
-        """What was left out."""
-        self.splits()
-        return self._report
-
     def grade(self, texts: Sequence[str], references: Sequence[str]) -> Tensor:
         """Which texts are right: float64 [N]."""
         return self._first.grade(texts, references)
 
-    @property
-    def end_index(self) -> int | None:
-        """Id that ends a response; None where its length is known."""
-        return self._first.end_index
+    _first = property(lambda self: next(iter(self.splits().values())))
+    report = property(lambda self: self.splits() and self._report, doc="`LoadReport` of what was left out.")
+    end_index = property(lambda self: self._first.end_index, doc="See `Examples`.")
+    vocab_size = property(lambda self: self._first.tokenizer.vocab_size, doc="Number of token ids, MASK included.")
+    mask_index = property(lambda self: self._first.tokenizer.mask_index, doc="Id of MASK.")
+    separator_index = property(lambda self: None, doc="Id of the token that ends every prompt, if one does.")
 
     @property
     def length(self) -> int:
@@ -179,25 +163,8 @@ class DataSet(Configurable):
 
     @property
     def prompt_length(self) -> int:
-        """Longest prompt of any split, tokens: responses begin at this column."""
-        return 0
-
-    @property
-    def separator_index(self) -> int | None:
-        """Id of the token that ends every prompt, if one does."""
-        return None
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, MASK included."""
-        assert self._first.tokenizer is not None
-        return self._first.tokenizer.vocab_size
-
-    @property
-    def mask_index(self) -> int:
-        """Id of MASK."""
-        assert self._first.tokenizer is not None
-        return self._first.tokenizer.mask_index
+        """Columns before the first one that any row has to reveal."""
+        return min(rows.batch.prefix for rows in self.splits().values())
 
 
 class Row(NamedTuple):
@@ -214,55 +181,56 @@ class Row(NamedTuple):
 
     text: str
     prompt: str | None = None
-    hidden: tuple[Span, ...] | None = None
+    hidden: Sequence[Span] | None = None
     answer: str | None = None
     line: int = 0
     name: str = ""
 
 
 class TextData(DataSet):
-    """Rows of text; a subclass says where they come from.
+    """Rows of text; a subclass defines `make_rows`.
 
     Args:
-        tokenizer: name of a Hugging Face tokeniser or a saved one (.json), for a denoiser that is yet to be trained;
-            that of a trained denoiser goes first. Built from the training rows when left out.
+        tokenizer_from: folder or hub name of a Hugging Face tokeniser, for a denoiser that is yet to be trained; that
+            of a trained denoiser goes first. Built from training rows when left out.
         max_prompt: longest prompt, tokens, its separator included.
         max_length: longest response (or text with holes), tokens, its end included.
         canvas: fill responses up to so many positions with ends.
-        separator: end every prompt with an end token, which tells a denoiser where the response begins.
-        grade: function of texts and references that says what is right, such as `exact_match`, `flexible_match`,
-            `same_text` or `my_module.my_function`.
-        on_bad: a bad row stops the run ("error"), or is left out and counted ("report").
+        separator: end every prompt with an end token, which tells a denoiser where the response begins; None: as is
+            usual for the data.
+        grade: says what is right, such as `exact_match`, `flexible_match`, `same_text` or `my_module.my_function`,
+            called with texts and references; None: as is usual for the data.
+        on_bad: a bad row stops the run ("error"), or is left out and counted ("report"); None: as is usual for it.
 
     Raises:
         UserError: a setting out of range.
     """
 
-    default_grade: ClassVar[Grade] = staticmethod(same_text)
-    default_on_bad: ClassVar[OnBad] = "error"
+    usual_grade: ClassVar[Any] = staticmethod(same_text)
+    usual_separator = False
+    usual_on_bad: Literal["error", "report"] = "error"
     ends = True  # responses end with a token of their own: their length is not known
-    _prompt_length = 0
 
     def __init__(
         self,
         *,
-        tokenizer: str | Tokenizer | None = None,
+        tokenizer_from: str | None = None,
         max_prompt: int | None = None,
         max_length: int | None = None,
         canvas: int | None = None,
-        separator: bool = False,
-        grade: Callable[..., Tensor] | None = None,
-        on_bad: OnBad | None = None,
+        separator: bool | None = None,
+        grade: Callable[..., Any] | None = None,
+        on_bad: Literal["error", "report"] | None = None,
     ) -> None:
         at_least(1, max_prompt=max_prompt, max_length=max_length, canvas=canvas)
         if canvas is not None and not self.ends:
             raise UserError("canvas", "the rows have no ends to fill it up with", "leave it out")
         if grade is not None and not callable(grade):
             raise UserError("grade", f"{grade!r} is no function", "give one, such as orderppl.data.exact_match")
-        self.on_bad = one_of("on_bad", on_bad or self.default_on_bad, "error", "report")
-        self.max_prompt, self.max_length, self.canvas, self.separator = max_prompt, max_length, canvas, separator
-        self._grade: Grade = grade or self.default_grade
-        self._tokenizer = tokenizer
+        self.on_bad = one_of("on_bad", on_bad or self.usual_on_bad, "error", "report")
+        self.separator = self.usual_separator if separator is None else separator
+        self.max_prompt, self.max_length, self.canvas = max_prompt, max_length, canvas
+        self._grade, self.tokenizer_from = grade or self.usual_grade, tokenizer_from
 
     def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
         """The rows of every split."""
@@ -270,7 +238,7 @@ class TextData(DataSet):
 
     def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:
         """A small vocabulary from training rows."""
-        return WordTokenizer.build(text for row in rows for text in (row.prompt, row.text) if text is not None)
+        return WordTokenizer.build(texts_of(rows))
 
     def spelling(self, row: Row, tokenizer: Tokenizer) -> Row:
         """The row as a tokeniser wants it to be written."""
@@ -280,52 +248,35 @@ class TextData(DataSet):
         """Where the rows of a split come from, for messages."""
         return split
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The one that was asked for; None: that of the denoiser, or one built from training rows."""
-        if isinstance(self._tokenizer, str | Path):
-            self._tokenizer = load_tokenizer(self._tokenizer)
-        return self._tokenizer
+        """The one that was asked for."""
+        return None if self.tokenizer_from is None else load_tokenizer(self.tokenizer_from)
 
-    @property
-    def prompt_length(self) -> int:
-        """Longest prompt of any split, tokens: responses begin at this column."""
-        self.splits()
-        return self._prompt_length
-
-    @property
-    def separator_index(self) -> int | None:
-        """Id of the token that ends every prompt, if one does."""
-        tokenizer = self._first.tokenizer
-        return tokenizer.eos_index if self.separator and tokenizer is not None else None
+    separator_index = property(
+        lambda self: self._first.tokenizer.eos_index if self.separator else None,
+        doc="Id of the token that ends every prompt, if one does.",
+    )
 
     def make_splits(self, tokenizer: Tokenizer | None, report: LoadReport) -> dict[str, Examples]:
         """Turn the rows into tokens; see `DataSet`."""
         rows = self.make_rows(report)
-        if tokenizer is None:
-            tokenizer = self.tokenizer or self.build_tokenizer(next(iter(rows.values())))
-        encoded = {split: list(self._encoded(split, rows[split], tokenizer, report)) for split in rows}
+        reader = tokenizer or self.tokenizer or self.build_tokenizer(next(iter(rows.values())))
+        encoded = {split: list(self._encoded(split, rows[split], reader, report)) for split in rows}
         for split, sequences in encoded.items():
             if not sequences:
                 raise UserError(split, f"no row is left ({report.worst()})", "raise max_prompt or max_length")
-        self._prompt_length = max(len(sequence.left) for part in encoded.values() for sequence in part)
-        return {split: self._examples(part, tokenizer) for split, part in encoded.items()}
+        width = max(len(sequence.left) for part in encoded.values() for sequence in part)
+        return {split: self._examples(part, width, reader) for split, part in encoded.items()}
 
-    def _encoded(
-        self, split: str, rows: Iterable[Row], tokenizer: Tokenizer, report: LoadReport
-    ) -> Iterator[_Sequence]:
+    def _encoded(self, split: str, rows: list[Row], tokenizer: Tokenizer, report: LoadReport) -> Iterator[_Sequence]:
         for number, row in enumerate(rows, 1):
             try:
                 yield self._encode(self.spelling(row, tokenizer), tokenizer)
-            except BadRowError as bad:
-                settle(bad, self.on_bad, self.source_of(split), row.line or number, report)
+            except BadRow as bad:
+                report.reject(bad.at(self.source_of(split), row.line or number), self.on_bad)
 
     def _encode(self, row: Row, tokenizer: Tokenizer) -> _Sequence:
-        """Tokens of a row, with the frame that the tokeniser's model expects.
-
-        Raises:
-            BadRowError: it is too long, or empty.
-        """
         begin, close = tokenizer.frame
         if row.hidden is None:
             ids = tokenizer.encode(row.text)
@@ -338,49 +289,48 @@ class TextData(DataSet):
         left = [] if row.prompt is None else tokenizer.encode(row.prompt)
         if left and self.separator:
             left.append(tokenizer.eos_index)
-        for name, part, limit in (("response", ids, self.max_length), ("prompt", left, self.max_prompt)):
-            text, option = (row.text, "max_length") if name == "response" else (row.prompt, "max_prompt")
+        parts = ("response", ids, row.text, "max_length"), ("prompt", left, row.prompt, "max_prompt")
+        for name, part, text, option in parts:
+            limit = getattr(self, option)
             if limit is not None and len(part) > limit:
-                detail = f"{len(part)} tokens, limit {limit}: {text}"
                 remedy = f"raise {option}, or leave such rows out by on_bad=report"
-                raise BadRowError(f"{name} is longer than the canvas", detail, remedy)
+                detail = f"{len(part)} tokens, limit {limit}: {text}"
+                raise BadRow(f"{name} is longer than the canvas", detail, remedy)
             if not part and text is not None:
-                raise BadRowError(f"{name} is empty", repr(text), "remove the row")
+                raise BadRow(f"{name} is empty", repr(text), "remove the row")
         if not any(latent):
-            raise BadRowError("nothing is to be revealed", row.text)
+            raise BadRow("nothing is to be revealed", row.text)
         return _Sequence([*begin, *left], [*ids, *close], latent + bytes(len(close)), row)
 
-    def _examples(self, sequences: Sequence[_Sequence], tokenizer: Tokenizer) -> Examples:
-        pad, rows = tokenizer.pad_index, [sequence.row for sequence in sequences]
-        left, has_left = padded([s.left for s in sequences], pad, self._prompt_length)
-        right, has_right = padded([s.right for s in sequences], pad)
+    def _examples(self, sequences: Sequence[_Sequence], width: int, tokenizer: Tokenizer) -> Examples:
+        left, has_left = padded([s.left for s in sequences], tokenizer.pad_index, width)
+        right, has_right = padded([s.right for s in sequences], tokenizer.pad_index)
         latent, _ = padded([s.latent for s in sequences], 0)
-        batch = Batch(
-            torch.cat([left, right], 1),
-            torch.cat([has_left, has_right], 1),
-            torch.cat([has_left, has_right & ~latent.bool()], 1),
-        )
+        given = torch.cat([has_left, has_right & ~latent.bool()], 1)
+        batch = Batch(torch.cat([left, right], 1), torch.cat([has_left, has_right], 1), given)
+        rows = [sequence.row for sequence in sequences]
+        has_holes = rows[0].hidden is not None
         return Examples(
             batch,
             tokenizer,
             self._grade,
-            tokenizer.eos_index if self.ends and rows[0].hidden is None else None,
+            tokenizer.eos_index if self.ends and not has_holes else None,
             answers=[str(row.answer) for row in rows] if rows[0].answer is not None else None,
             names=[row.name for row in rows] if rows[0].name else None,
             lines=[row.line for row in rows] if rows[0].line else None,
-            whole=rows[0].hidden is not None,
+            whole=has_holes,
         )
 
 
 class RowData(TextData):
-    """Rows of text from files or the hub; a subclass says how one is read.
+    """Rows of text from files or the hub; a subclass defines `read` and `row`.
 
     Args:
         train: file of training rows.
         validation: file of validation rows; None: a share of the training rows.
         test: file of held-out rows; None: a share of the training rows.
         seed: of the draw of shares, by a hash of the row: equal rows fall together.
-        test_share: share of the training rows held out without a test file; 0: none.
+        test_share: share of the training rows held out without a test file; 0: none; None: as is usual for the data.
         validation_share: the same for validation.
         options: see `TextData`.
 
@@ -389,16 +339,17 @@ class RowData(TextData):
     """
 
     what = "rows"
+    usual_shares = (0.1, 0.1)
 
     def __init__(
         self,
         train: str | None = None,
+        *,
         validation: str | None = None,
         test: str | None = None,
-        *,
         seed: int = 0,
-        test_share: float = 0.1,
-        validation_share: float = 0.1,
+        test_share: float | None = None,
+        validation_share: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -406,17 +357,19 @@ class RowData(TextData):
         self.sources = {split: str(source) for split, source in given if source is not None}
         if not self.sources:
             raise UserError("train", f"no file of {self.what}", "give one")
-        for name, share, room in (("test_share", test_share, 1.0), ("validation_share", validation_share, 1 - test_share)):
+        self.seed, self.shares, room = seed, dict[str, float](), 1.0
+        for split, share, usual in zip(SPLITS[:0:-1], (test_share, validation_share), self.usual_shares, strict=True):
+            share = usual if share is None else share
             if not 0 <= share < room:
-                raise UserError(name, f"{share} is not in [0, {room:g})", "leave rows to train on")
-        self.seed, self.shares = seed, {"test": test_share, "validation": validation_share}
+                raise UserError(f"{split}_share", f"{share} is not in [0, {room:g})", "leave rows to train on")
+            self.shares[split], room = share, room - share
 
     def read(self, source: str) -> Iterable[Record]:
         """What stands in a file, row by row."""
         raise NotImplementedError
 
     def row(self, record: Mapping[str, Any]) -> Row:
-        """One row, or `BadRowError`."""
+        """One row; raises `BadRow` where it is none."""
         raise NotImplementedError
 
     def source_of(self, split: str) -> str:
@@ -431,16 +384,16 @@ class RowData(TextData):
         """Read the files, and draw what they do not hold; no two splits share a row."""
         report.source = ", ".join(self.sources.values())
         parts = {split: list(self._read(source, report)) for split, source in self.sources.items()}
-        for held_out, others in (("test", ("train", "validation")), ("validation", ("train",))):
+        for held_out, split in (("test", "train"), ("test", "validation"), ("validation", "train")):
             taken = {self.key(row) for row in parts.get(held_out, ())}
-            for split in [other for other in others if taken and other in parts]:
-                for row in parts[split]:
-                    if self.key(row) in taken:
-                        bad = BadRowError(f"also in the {held_out} split", row.name or self.key(row))
-                        report.reject(Path(self.sources[split]).name, row.line, bad)
+            for row in parts.get(split, ()):
+                if self.key(row) in taken:
+                    bad = BadRow(f"also in the {held_out} split", row.name or self.key(row))
+                    report.reject(bad.at(self.sources[split], row.line))
+            if split in parts:
                 parts[split] = [row for row in parts[split] if self.key(row) not in taken]
         shares = {split: share for split, share in self.shares.items() if share and split not in parts}
-        if "train" in parts and shares:
+        if "train" in parts:
             bounds = list(zip(shares, accumulate(shares.values()), strict=True))
             drawn: dict[str, list[Row]] = {split: [] for split in ("train", *shares)}
             for row in parts["train"]:
@@ -454,15 +407,14 @@ class RowData(TextData):
         return {split: parts[split] for split in SPLITS if split in parts}
 
     def _read(self, source: str, report: LoadReport) -> Iterator[Row]:
-        file = Path(source).name
         for line, record in self.read(source):
-            report.read[file] += 1
+            report.read[Path(source).name] += 1
             try:
-                if isinstance(record, BadRowError):
+                if isinstance(record, BadRow):
                     raise record
                 yield self.row(record)._replace(line=line)
-            except BadRowError as bad:
-                settle(bad, self.on_bad, source, line, report)
+            except BadRow as bad:
+                report.reject(bad.at(source, line), self.on_bad)
 
 
 class _Sequence(NamedTuple):
@@ -472,15 +424,9 @@ class _Sequence(NamedTuple):
     row: Row
 
 
-def settle(bad: BadRowError, on_bad: OnBad, source: str, line: int, report: LoadReport) -> None:
-    """Stop the run for a bad row, or leave it out and count it.
-
-    Raises:
-        UserError: names file and line.
-    """
-    if on_bad == "error" and bad.wanted:
-        raise UserError(f"{source}:{line}", f"{bad.reason}: {bad.detail}", bad.remedy) from bad
-    report.reject(Path(source).name, line, bad)
+def texts_of(rows: Iterable[Row]) -> Iterator[str]:
+    """Prompts and texts."""
+    return (text for row in rows for text in (row.prompt, row.text) if text is not None)
 
 
 def hash_fraction(text: str, seed: int = 0) -> float:
@@ -489,22 +435,14 @@ def hash_fraction(text: str, seed: int = 0) -> float:
 
 
 def at_least(least: float, **settings: float | None) -> None:
-    """Refuse numbers that are too small; None passes.
-
-    Raises:
-        UserError: names the setting.
-    """
+    """Refuse numbers that are too small; None passes."""
     for name, value in settings.items():
         if value is not None and value < least:
             raise UserError(name, f"{value} is too small", f"give at least {least}")
 
 
 def one_of(name: str, value: Any, *known: Any) -> Any:
-    """The value, if it is one of those known.
-
-    Raises:
-        UserError: it is not.
-    """
+    """The value, if it is one of those known."""
     if value not in known:
         raise UserError(name, f"{value!r} is unknown", f"use {', '.join(map(str, known[:-1]))} or {known[-1]}")
     return value

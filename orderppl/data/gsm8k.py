@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from orderppl.data.answers import exact_match
-from orderppl.data.dataset import SPLITS, OnBad, Row, RowData, at_least, one_of
-from orderppl.data.reading import Record, hub_rows, json_lines, text_lines, text_of
-from orderppl.data.report import BadRowError, LoadReport
+from orderppl.data.dataset import SPLITS, Row, RowData, at_least, one_of, texts_of
+from orderppl.data.reading import hub_data, json_lines, text_lines, text_of
+from orderppl.data.report import BadRow, LoadReport, Record
 from orderppl.data.tokenizers import Tokenizer, WordTokenizer
 from orderppl.errors import UserError
 
@@ -52,18 +52,16 @@ class Gsm8k(RowData):
         max_equations: programs: most equations.
         augment: programs: training rows made with constants drawn again.
         min_count: words seen less often in training become unknown.
-        validation_share: share of the training prompts held out, where the source brings no validation rows.
-        separator: see `TextData`.
-        max_prompt: see `TextData`.
-        max_length: see `TextData`.
-        on_bad: see `TextData`.
         options: see `RowData`.
 
     Raises:
         UserError: the source cannot be read, or a setting is wrong.
     """
 
-    default_grade = staticmethod(exact_match)
+    usual_grade = staticmethod(exact_match)
+    usual_on_bad = "report"
+    usual_separator = True
+    usual_shares = (0.1, 0.05)
     what = "problems"
 
     def __init__(
@@ -74,15 +72,8 @@ class Gsm8k(RowData):
         max_equations: int = 4,
         augment: int = 0,
         min_count: int = 1,
-        validation_share: float = 0.05,
-        separator: bool = True,
-        max_prompt: int | None = 128,
-        max_length: int | None = 96,
-        on_bad: OnBad = "report",
         **options: Any,
     ) -> None:
-        options |= {"validation_share": validation_share, "separator": separator, "on_bad": on_bad}
-        options |= {"max_prompt": max_prompt, "max_length": max_length}
         super().__init__(source, **options)
         self.source, self.form = str(source), one_of("form", form, "full", "equations", "programs")
         at_least(1, max_number=max_number, max_equations=max_equations)
@@ -92,8 +83,7 @@ class Gsm8k(RowData):
 
     def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:
         """One token per number."""
-        texts = (text for row in rows for text in (row.prompt, row.text) if text is not None)
-        return WordTokenizer.build(texts, "numbers", max(self.max_number, 9), self.min_count)
+        return WordTokenizer.build(texts_of(rows), "numbers", max(self.max_number, 9), self.min_count)
 
     def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
         """Read the rows, and make more of them."""
@@ -102,8 +92,8 @@ class Gsm8k(RowData):
         report.source = self.source
         if self.augment and self.form == "programs":
             held_out = [row for split in rows if split != "train" for row in rows[split]]
-            options = {"held_out": held_out, "max_number": self.max_number}
-            rows["train"] += augment_programs(rows["train"], self.augment, self.seed, **options)
+            made = augment_programs(rows["train"], self.augment, self.seed, held_out, self.max_number)
+            rows["train"] = [*rows["train"], *made]
         return rows
 
     def _find_sources(self) -> None:
@@ -111,7 +101,7 @@ class Gsm8k(RowData):
         self._hub = not path.exists()
         if self._hub:
             subset = "main" if path.name == "gsm8k" else None
-            self._splits_on_hub = hub_rows(self.source, subset, None)
+            self._splits_on_hub = hub_data(self.source, subset, None)
             self.sources = {split: split for split in SPLITS if split in self._splits_on_hub}
         elif path.is_file():
             self.sources = {next((s for s in ("test", "validation") if path.stem.startswith(s)), "train"): self.source}
@@ -142,12 +132,12 @@ class Gsm8k(RowData):
         _, mark, tail = text.rpartition("####")
         answer = tail.strip().replace(",", "")
         if not mark or not ANSWER.fullmatch(answer):
-            raise BadRowError("no number after ####", (mark + tail) or text[-60:])
+            raise BadRow("no number after ####", (mark + tail) or text[-60:])
         if self.form == "full":
             return Row(text, question, answer=answer)
         equations = [_equation(text) for text in ANNOTATION.findall(text)]
         if not equations:
-            raise BadRowError("no equations", text)
+            raise BadRow("no equations", text)
         if self.form == "equations":
             chain = " ".join(f"<<{left}={right}>>" for left, right in equations)
             return Row(f"{chain} #### {answer}", question, answer=answer)
@@ -156,7 +146,7 @@ class Gsm8k(RowData):
     def _program(self, equations: list[tuple[str, str]], answer: str) -> Row:
         """The programs form; an operand equal to an earlier result is a reference to the latest such result."""
         if len(equations) > self.max_equations:
-            raise BadRowError(f"more than {self.max_equations} equations", len(equations))
+            raise BadRow(f"more than {self.max_equations} equations", len(equations))
         prompts: list[str] = []
         executed: list[str] = []
         results: list[str] = []
@@ -164,13 +154,13 @@ class Gsm8k(RowData):
             text = f"{left}={right}"
             numerals = [*NUMERAL.findall(left), right]
             if any(not n.isdecimal() for n in numerals):
-                raise BadRowError("a number is not a whole number >= 0", text)
+                raise BadRow("a number is not a whole number >= 0", text)
             if any(int(n) > self.max_number for n in numerals):
-                raise BadRowError(f"a number is above {self.max_number}", text)
+                raise BadRow(f"a number is above {self.max_number}", text)
             if len(numerals) < 3:
-                raise BadRowError("an equation has no operator", text)
+                raise BadRow("an equation has no operator", text)
             if evaluate_expression(left) != int(right):
-                raise BadRowError("an equation is false", text)
+                raise BadRow("an equation is false", text)
             pieces = [str(int(p)) if p.isdecimal() else p for p in re.findall(r"\d+|[^\d\s]", left)]
             result = str(int(right))
             named = {value: f"r{index + 1}" for index, value in enumerate(results)}  # later results win
@@ -178,16 +168,16 @@ class Gsm8k(RowData):
             executed.append(" ".join(pieces) + " = " + result)
             results.append(result)
         if Fraction(answer) != int(results[-1]):
-            raise BadRowError("the last result is not the answer", f"{equations[-1][1]} but #### {answer}")
+            raise BadRow("the last result is not the answer", f"{equations[-1][1]} but #### {answer}")
         return Row(f"{' ; '.join(executed)} # {results[-1]}", " ; ".join(prompts), answer=answer)
 
 
 def _chain_lines(path: str) -> Iterator[Record]:
     """The lines of GSM8K-Aug."""
-    for line, text in text_lines(path, "GSM8K-Aug"):
+    for line, text in text_lines(path):
         if isinstance(text, str):
             question, mark, answer = text.partition("||")
-            yield line, {"question": question, "answer": answer} if mark else BadRowError("no question||answer", text)
+            yield line, {"question": question, "answer": answer} if mark else BadRow("no question||answer", text)
         else:
             yield line, text
 
@@ -198,9 +188,9 @@ def _equation(text: str) -> tuple[str, str]:
     try:
         evaluate_expression(left)
     except ValueError:
-        raise BadRowError("equation does not parse", text) from None
+        raise BadRow("equation does not parse", text) from None
     if not ANSWER.fullmatch(right):
-        raise BadRowError("equation does not parse", text)
+        raise BadRow("equation does not parse", text)
     return left, right
 
 
@@ -284,7 +274,7 @@ class _Structure:
 
 
 def augment_programs(
-    rows: Sequence[Row], n: int, seed: int, *, held_out: Iterable[Row] = (), max_number: int = 99
+    rows: Sequence[Row], n: int, seed: int, held_out: Sequence[Row] = (), max_number: int = 99
 ) -> list[Row]:
     """Make `n` programs with the structure of real ones and constants drawn again.
 
@@ -306,7 +296,6 @@ def augment_programs(
         UserError: no structure of `rows` can be filled.
     """
     rng = np.random.default_rng(seed)
-    held_out = list(held_out)
     prompts, responses = {row.prompt for row in held_out}, {row.text for row in held_out}
     real = [_Structure(row.prompt or "") for row in rows]
     structures: dict[str, tuple[_Structure, int]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def template_batch(templates: Sequence[str], tokenizer: Tokenizer) -> Batch:
 
 
 def _with_holes(text: str, tokenizer: Tokenizer) -> list[int]:
-    inner = getattr(tokenizer, "tokenizer", None)
+    inner: Any = getattr(tokenizer, "tokenizer", None)
     if getattr(inner, "mask_token_id", None) == tokenizer.mask_index:
         return tokenizer.encode(HOLE.sub(lambda _: str(inner.mask_token), text))  # it knows what to do about spaces
     ids: list[int] = []

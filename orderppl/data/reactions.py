@@ -6,44 +6,40 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orderppl.data.dataset import Row, RowData
-from orderppl.data.reading import Record, cell_of, csv_rows
-from orderppl.data.report import BadRowError
+from orderppl.data.reading import cell_of, csv_rows
+from orderppl.data.report import BadRow, Record
 from orderppl.data.smiles import TOKEN, SmilesTokenizer, smiles_problem
-from orderppl.data.tokenizers import Tokenizer
+from orderppl.data.tokenizers import ClosedTokenizer, Tokenizer
 
 ARROW = ">>"
 
 
 class Reactions(RowData):
-    """Reactions `reactants>>product` as SMILES; rows of another form are left out and counted.
+    """Reactions `reactants>>product` as SMILES, from CSV files (tabs in a `.tsv`); others are left out and counted.
 
     Args:
-        train: CSV file (tabs in a `.tsv`) of training reactions.
-        validation: CSV file of validation reactions; None: a share of the training reactions.
-        test: CSV file of held-out reactions; None: a share of the training reactions.
+        train: file of training reactions.
         column: of the reactions.
-        test_share: see `RowData`.
-        validation_share: see `RowData`.
-        options: see `RowData` and `TextData`.
+        max_prompt: longest reactants, tokens with the arrow.
+        max_length: longest product, tokens.
+        options: see `RowData`.
     """
 
-    default_on_bad = "report"
-    ends = False  # the model knows how long a product is
+    usual_on_bad = "report"
+    usual_shares = (0.3, 0.15)
+    ends = False  # how long a product is, is known
     what = "reactions"
 
     def __init__(
         self,
         train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
         *,
         column: str = "rxn",
-        test_share: float = 0.3,
-        validation_share: float = 0.15,
+        max_prompt: int | None = 96,
+        max_length: int | None = 64,
         **options: Any,
     ) -> None:
-        options |= {"test_share": test_share, "validation_share": validation_share}
-        super().__init__(train, validation, test, **options)
+        super().__init__(train, max_prompt=max_prompt, max_length=max_length, **options)
         self.column = column
 
     def read(self, source: str) -> Iterable[Record]:
@@ -55,18 +51,17 @@ class Reactions(RowData):
         reaction = cell_of(record, self.column)
         reactants, arrow, product = reaction.partition(ARROW)
         if not (reactants and arrow and product):
-            raise BadRowError("no reactants>>product", reaction)
+            raise BadRow("no reactants>>product", reaction)
         problem = smiles_problem(reactants) or smiles_problem(product)
         if problem is not None:
-            raise BadRowError("not readable", f"{problem}: {reaction}")
+            raise BadRow("not readable", f"{problem}: {reaction}")
         return Row(product, reactants + ARROW)
 
     def spelling(self, row: Row, tokenizer: Tokenizer) -> Row:
         """The row, if its tokens are in the vocabulary."""
-        if isinstance(tokenizer, SmilesTokenizer):
-            problem = tokenizer.problem(self.key(row))
-            if problem is not None:
-                raise BadRowError("not readable", f"{problem}: {self.key(row)}")
+        problem = tokenizer.problem(self.key(row)) if isinstance(tokenizer, ClosedTokenizer) else None
+        if problem is not None:
+            raise BadRow("not readable", f"{problem}: {self.key(row)}")
         return row
 
     def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:

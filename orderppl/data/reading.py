@@ -1,4 +1,4 @@
-"""Rows of JSON lines, CSV and FASTA files and of the hub, each with its line."""
+"""Rows of JSON lines, CSV and FASTA files and of the hub, each with its line; what cannot be read is a `UserError`."""
 
 from __future__ import annotations
 
@@ -9,115 +9,84 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orderppl.data.report import BadRowError
+from orderppl.data.report import BadRow, Record
 from orderppl.errors import UserError, first_line
 
-Record = tuple[int, "dict[str, Any] | BadRowError"]
-"""Line (from 1), and what stands there or why it cannot be read."""
 LONGEST = 2**22  # bytes of a row
 
 
-def check_file(path: str | Path, kind: str) -> Path:
-    """The path of an existing file.
-
-    Args:
-        path: as the user gave it.
-        kind: what it should be, for the message: "FASTA or CSV".
-
-    Raises:
-        UserError: there is no such file.
-    """
+def read_text(path: str | Path) -> str:
+    """Contents of a text file in UTF-8, with or without a byte-order mark."""
     try:
-        if Path(path).is_file():
-            return Path(path)
-    except (OSError, ValueError) as error:  # no name of a file at all
-        raise UserError(str(path)[:80], f"cannot be read ({first_line(error)})", f"give a {kind} file") from error
-    raise UserError(str(path), "there is no such file", f"give a {kind} file")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
-def read_text(path: str | Path, kind: str) -> str:
-    """Contents of a text file in UTF-8, with or without a byte-order mark.
-
-    Raises:
-        UserError: it is missing or not readable.
-    """
-    try:
-        return check_file(path, kind).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", f"give a {kind} file in UTF-8") from error
+def _unreadable(path: str | Path, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return UserError(str(path), "there is no such file", "give the path of a file")
+    return UserError(str(path)[:200], f"cannot be read ({first_line(error)})", "give a text file in UTF-8")
 
 
-def text_lines(path: str | Path, kind: str) -> Iterator[tuple[int, str | BadRowError]]:
+def text_lines(path: str | Path) -> Iterator[tuple[int, str | BadRow]]:
     """Lines of a text file in UTF-8, white space at both ends left out."""
     try:
-        with check_file(path, kind).open("rb") as file:
+        with Path(path).open("rb") as file:
             line = 0
             while raw := file.readline(LONGEST + 1):
                 line += 1
-                if len(raw) > LONGEST:
-                    while raw and not raw.endswith(b"\n"):
-                        raw = file.readline(LONGEST)
-                    yield line, BadRowError(f"row is longer than {LONGEST} bytes", "", "shorten it")
-                    continue
+                is_long = len(raw) > LONGEST
+                while len(raw) > LONGEST and not raw.endswith(b"\n"):
+                    raw = file.readline(LONGEST + 1)
                 try:
-                    yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                    yield line, BadRow(f"longer than {LONGEST} bytes", "", "shorten it") if is_long else text
                 except UnicodeDecodeError as error:
-                    yield line, BadRowError("not UTF-8", error.reason, "write the file in UTF-8")
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read ({first_line(error)})", f"give a {kind} file") from error
+                    yield line, BadRow("not UTF-8", error.reason, "write the file in UTF-8")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
 def json_lines(path: str | Path) -> Iterator[Record]:
     """Objects of a file of JSON lines."""
-    for line, text in text_lines(path, "JSON lines"):
+    for line, text in text_lines(path):
         yield line, _json_object(text) if isinstance(text, str) else text
 
 
-def _json_object(text: str) -> dict[str, Any] | BadRowError:
+def _json_object(text: str) -> dict[str, Any] | BadRow:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise BadRowError("a key stands twice", text)
-        return found
+        if len(dict(pairs)) < len(pairs):
+            raise BadRow("a key stands twice", text)
+        return dict(pairs)
 
     if not text:
-        return BadRowError("empty line", "", "remove it")
+        return BadRow("empty line", "", "remove it")
     try:
         row = json.loads(text, object_pairs_hook=unique)
-    except BadRowError as bad:
+    except BadRow as bad:
         return bad
-    except json.JSONDecodeError as error:
-        return BadRowError("not JSON", f"{error.msg} in {text}", "write one JSON object per line")
     except RecursionError:
-        return BadRowError("nested too deeply", text, "write one flat JSON object per line")
-    except ValueError as error:  # a number of thousands of digits
-        return BadRowError("not JSON", first_line(error))
-    return row if isinstance(row, dict) else BadRowError("not an object", text, "write one JSON object per line")
+        return BadRow("nested too deeply", text)
+    except ValueError as error:  # also for a number of thousands of digits
+        return BadRow("not JSON", f"{first_line(error)} in {text}", "write one JSON object per line")
+    return row if isinstance(row, dict) else BadRow("not an object", text, "write one JSON object per line")
 
 
 def csv_rows(path: str | Path, text: str | None = None) -> Iterator[Record]:
-    """Rows of a CSV file with a header line (tabs in a `.tsv`), each with the line it begins at.
-
-    Args:
-        path: the file.
-        text: its contents, where these are read already.
-
-    Raises:
-        UserError: it is empty or no CSV.
-    """
-    text = read_text(path, "CSV") if text is None else text
+    """Rows of a CSV file with a header line (tabs in a `.tsv`); `text` is its contents where these are read already."""
+    text = read_text(path) if text is None else text
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if str(path).lower().endswith(".tsv") else ",")
     try:
         header = [name.strip() for name in next(reader, [])]
-        if not any(header):
-            raise UserError(str(path), "the file is empty", "give CSV with a header line")
         twice = [name for index, name in enumerate(header) if name and name in header[:index]]
-        if twice:
-            raise UserError(str(path), f"the column {twice[0]!r} stands twice", "rename one of them")
+        if not any(header) or twice:
+            problem = f"the column {twice[0]!r} stands twice" if twice else "the file is empty"
+            raise UserError(str(path), problem, "give CSV with a header line")
         line = reader.line_num + 1  # a quoted value may span lines: a row is named by its first
         for row in reader:
             if any(cell.strip() for cell in row[len(header) :]):
-                yield line, BadRowError(f"more than {len(header)} cells", ",".join(row), "put quotes around commas")
+                yield line, BadRow(f"more than {len(header)} cells", ",".join(row), "put quotes around commas")
             elif row:
                 yield line, dict.fromkeys(header, "") | dict(zip(header, row, strict=False))
             line = reader.line_num + 1
@@ -138,44 +107,32 @@ def fasta_entries(text: str) -> Iterator[Record]:
             parts.append("".join(raw.split()))
 
 
-def hub_rows(name: str, subset: str | None, split: str | None, revision: str | None = None) -> Mapping[str, Any] | Any:
-    """A split of a data set that `datasets` can load, or all of them by their name.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    from datasets import load_dataset
+def hub_data(name: str, subset: str | None, split: str | None, revision: str | None = None) -> Any:
+    """A split of a data set that `datasets` can load, or all of them by their name."""
+    import datasets  # slow to import
 
     try:
-        return load_dataset(name, subset, split=split, revision=revision)
+        return datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # the hub client raises many unrelated types; all mean that the name cannot be read
         problem = f"{name!r} is no local path and cannot be loaded from the hub ({first_line(error)})"
         raise UserError("data", problem, "give a local file or folder, or a name on the hub") from error
 
 
 def text_of(record: Mapping[str, Any], key: str) -> str:
-    """A text, or a number as text, of a row.
-
-    Raises:
-        BadRowError: there is none.
-    """
+    """A text, or a number as text, of a row; raises `BadRow` where there is none."""
     value = record.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        known = f"its fields are {', '.join(map(str, record))}"
-        raise BadRowError(f"no text in {key!r}", json.dumps(dict(record), default=str), known)
+        remedy = f"its fields are {', '.join(map(str, record))}"
+        raise BadRow(f"no text in {key!r}", json.dumps(dict(record), default=str), remedy)
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise BadRowError(f"half a character in {key!r}", ascii(value))
+        raise BadRow(f"half a character in {key!r}", ascii(value))
     return value
 
 
 def cell_of(record: Mapping[str, Any], column: str) -> str:
-    """A cell of a CSV file, without white space around it.
-
-    Raises:
-        UserError: there is no such column.
-    """
+    """A cell of a CSV file, without white space around it; refuses a column that is not there."""
     if column not in record:
         raise UserError("column", f"no column {column!r}", f"its columns are {', '.join(record)}")
     return str(record[column]).strip()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from orderppl.data.dataset import Row, RowData
-from orderppl.data.reading import Record, cell_of, csv_rows, fasta_entries, read_text
-from orderppl.data.report import BadRowError
+from orderppl.data.reading import cell_of, csv_rows, fasta_entries, read_text
+from orderppl.data.report import BadRow, Record
 from orderppl.data.tokenizers import LetterTokenizer, Span, Tokenizer
 from orderppl.errors import UserError
 
@@ -41,37 +40,29 @@ class Fasta(RowData):
 
     Args:
         train: file of training sequences.
-        validation: file of validation sequences; None: a share of the training sequences.
-        test: file of held-out sequences; None: a share of the training sequences.
         column: CSV column of the sequences; None: `heavy`, else the first column that holds only sequences.
         names: regular expression that is searched for in the name of a row; others are left out and counted.
         alphabet: letters that may occur.
-        test_share: see `RowData`.
-        validation_share: see `RowData`.
-        options: see `RowData` and `TextData`.
+        options: see `RowData`.
 
     Raises:
         UserError: a setting is wrong.
     """
 
+    usual_shares = (0.2, 0.0)
     ends = False
     what = "sequences"
 
     def __init__(
         self,
         train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
         *,
         column: str | None = None,
         names: str | None = None,
         alphabet: str = AMINO_ACIDS,
-        test_share: float = 0.2,
-        validation_share: float = 0.0,
         **options: Any,
     ) -> None:
-        options |= {"test_share": test_share, "validation_share": validation_share}
-        super().__init__(train, validation, test, **options)
+        super().__init__(train, **options)
         try:
             self.names = re.compile(names or "")
         except re.error as error:
@@ -81,7 +72,7 @@ class Fasta(RowData):
 
     def read(self, source: str) -> Iterable[Record]:
         """Entries with `name` and `sequence`."""
-        text = read_text(source, "FASTA or CSV")
+        text = read_text(source)
         if text.lstrip().startswith(">"):
             return fasta_entries(text)
         records = list(csv_rows(source, text))
@@ -108,18 +99,18 @@ class Fasta(RowData):
         """A sequence, and what of it is hidden."""
         name, raw = str(record["name"]), record["sequence"].strip()
         if not self.names.search(name):
-            raise BadRowError("name not wanted", name, wanted=False)
+            raise BadRow("name not wanted", name, wanted=False)
         if not raw:
-            raise BadRowError("empty sequence", name, "fill or remove the row")
+            raise BadRow("empty sequence", name, "fill or remove the row")
         # Of other letters upper case may be two letters, or another one.
         sequence = re.sub("[a-z]", lambda letter: letter[0].upper(), raw)
         foreign = sorted(set(sequence) - set(self.alphabet))
         if foreign:
             remedy = f"only {self.alphabet} may occur: correct the row, or leave it out by on_bad=report"
-            raise BadRowError("letters outside the alphabet", f"{name}: {' '.join(foreign)}", remedy)
+            raise BadRow("letters outside the alphabet", f"{name}: {' '.join(foreign)}", remedy)
         return Row(sequence, hidden=self.hidden(sequence, name), name=name)
 
-    def hidden(self, sequence: str, name: str) -> tuple[Span, ...] | None:
+    def hidden(self, sequence: str, name: str) -> Sequence[Span] | None:
         """What of a sequence is to be revealed; None: all of it."""
         return None
 
@@ -131,7 +122,7 @@ class Fasta(RowData):
         if len(tokenizer.encode(spaced)) != len(row.text):
             problem = f"has not one token per letter of {row.text[:20]}..."
             raise UserError("tokenizer", problem, "use one of a model of such sequences")
-        hidden = None if row.hidden is None else tuple((2 * start, 2 * end - 1) for start, end in row.hidden)
+        hidden = None if row.hidden is None else [(2 * start, 2 * end - 1) for start, end in row.hidden]
         return row._replace(text=spaced, hidden=hidden)
 
     def build_tokenizer(self, rows: Iterable[Row]) -> Tokenizer:
@@ -143,30 +134,20 @@ class Antibodies(Fasta):
     """Heavy variable domains of antibodies.
 
     Args:
-        train: FASTA or CSV file of training sequences.
-        validation: file of validation sequences; None: a share of the training sequences.
-        test: file of held-out sequences; None: a share of the training sequences.
+        train: file of training sequences.
         regions: of FR1, CDR1, FR2, CDR2, FR3, CDR3 and FR4 those to write, such as `CDR1,CDR2,CDR3`; the residues of
             the others are given, and domains whose regions cannot be told are left out and counted. None: the whole
             domain is to be written.
-        test_share: see `RowData`.
         options: see `Fasta`.
 
     Raises:
         UserError: a setting is wrong.
     """
 
-    def __init__(
-        self,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        *,
-        regions: str | Sequence[str] | None = None,
-        test_share: float = 0.3,
-        **options: Any,
-    ) -> None:
-        super().__init__(train, validation, test, test_share=test_share, **options)
+    usual_shares = (0.3, 0.0)
+
+    def __init__(self, train: str | None = None, *, regions: str | Sequence[str] | None = None, **options: Any) -> None:
+        super().__init__(train, **options)
         parts = regions.split(",") if isinstance(regions, str) else regions or ()
         self.regions = tuple(part.strip().upper() for part in parts)
         unknown = [part for part in self.regions if part not in REGIONS]
@@ -174,14 +155,11 @@ class Antibodies(Fasta):
             problem = f"unknown region {unknown[0]!r}" if unknown else "names none"
             raise UserError("regions", problem, f"use some of {','.join(REGIONS)}")
 
-    def hidden(self, sequence: str, name: str) -> tuple[Span, ...] | None:
+    def hidden(self, sequence: str, name: str) -> Sequence[Span] | None:
         """The residues of the regions to write."""
         if not self.regions:
             return None
         found = antibody_regions(sequence)
         if found is None:
-            raise BadRowError("its regions cannot be told", f"{name}: {sequence}", wanted=False)
-        ends = list(accumulate(found.count(region) for region in REGIONS))
-        return tuple(
-            (end - found.count(region), end) for region, end in zip(REGIONS, ends, strict=True) if region in self.regions
-        )
+            raise BadRow("its regions cannot be told", f"{name}: {sequence}", wanted=False)
+        return [(place, place + 1) for place, region in enumerate(found) if region in self.regions]

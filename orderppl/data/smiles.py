@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from orderppl.data.tokenizers import OwnTokenizer, Span
+from orderppl.data.tokenizers import ClosedTokenizer
 from orderppl.errors import UserError
 
 # Atom-level tokens (Schwaller et al., ACS Cent. Sci. 2019): one per bracket atom, element, bond, branch, ring digit.
@@ -27,8 +27,8 @@ MAY_FOLLOW = {
 }
 
 
-class SmilesTokenizer(OwnTokenizer):
-    """Atom-level tokens of SMILES; see `Tokenizer`.
+class SmilesTokenizer(ClosedTokenizer):
+    """Atom-level tokens of SMILES.
 
     Args:
         vocabulary: the tokens by id, `[PAD]`, `[MASK]` and `[SEP]` (which ends a sequence) among them.
@@ -37,33 +37,14 @@ class SmilesTokenizer(OwnTokenizer):
         UserError: one of the three is missing.
     """
 
+    piece = TOKEN
+
     def __init__(self, vocabulary: Sequence[str]) -> None:
         super().__init__(vocabulary)
-        self.vocabulary = self.tokens
         missing = {"[PAD]", "[MASK]", "[SEP]"} - set(self._ids)
         if missing:
             raise UserError("vocabulary", f"it has no {', '.join(sorted(missing))}", "give that of a BERT-like model")
         self.pad_index, self.mask_index, self.eos_index = (self._ids[t] for t in ("[PAD]", "[MASK]", "[SEP]"))
-
-    def problem(self, text: str) -> str | None:
-        """Why a string has no tokens here; None if it has."""
-        pieces = TOKEN.findall(text)
-        if "".join(pieces) != text:
-            return "characters that are none of SMILES"
-        foreign = [piece for piece in pieces if piece not in self._ids]
-        return f"{foreign[0]} is not in the vocabulary" if foreign else None
-
-    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids of a molecule or a reaction, and the characters that each stands for.
-
-        Raises:
-            UserError: a character or an atom that the vocabulary does not have.
-        """
-        problem = self.problem(text)
-        if problem is not None:
-            raise UserError("smiles", f"{problem}: {text}", "correct or remove it")
-        found = list(TOKEN.finditer(text))
-        return [self._ids[piece[0]] for piece in found], [piece.span() for piece in found]
 
 
 def smiles_problem(text: str) -> str | None:

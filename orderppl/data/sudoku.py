@@ -37,28 +37,13 @@ def _boxes_differ(upper: Sequence[int], lower: Sequence[int]) -> bool:
 
 
 def completions(puzzle: str) -> NDArray[np.bool_]:
-    """Which of `all_grids()` agree with a puzzle: bool [288].
-
-    Args:
-        puzzle: 16 characters, row by row: 1 to 4, or `.` for a blank cell.
-    """
+    """Which of `all_grids()` agree with a puzzle of 16 characters, 1 to 4 or `.` for a blank cell: bool [288]."""
     given = np.array([0 if cell == BLANK else int(cell) for cell in puzzle])
     return np.asarray(((all_grids() == given) | (given == 0)).all(1))
 
 
 def solved(grids: Sequence[str], puzzles: Sequence[str]) -> Tensor:
-    """Whether grids are valid and agree with the clues; any completion counts.
-
-    Args:
-        grids: 16 digits each; anything else is wrong.
-        puzzles: as `completions` reads them.
-
-    Returns:
-        float64 [N], 1 where solved.
-
-    Raises:
-        UserError: for lists of different lengths.
-    """
+    """Whether grids (16 digits each) are valid and agree with the clues; any completion counts: float64 [N]."""
     valid = {"".join(map(str, grid)) for grid in all_grids()}
 
     def is_solved(grid: str, puzzle: str) -> bool:
@@ -86,10 +71,10 @@ class Sudoku(TextData):
         seed: fixes the puzzles; the division of the grids depends on nothing else.
 
     Raises:
-        UserError: a setting is out of range.
+        UserError: a setting is out of range, or there are not that many different puzzles.
     """
 
-    default_grade = staticmethod(solved)
+    usual_grade = staticmethod(solved)
     ends = False
 
     def __init__(
@@ -119,11 +104,7 @@ class Sudoku(TextData):
         return WordTokenizer.build([BLANK * CELLS, *(row.text for row in rows)], "digits", 9)
 
     def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
-        """Draw the puzzles.
-
-        Raises:
-            UserError: there are not that many different ones.
-        """
+        """Draw the puzzles."""
         shuffled = all_grids()[np.random.default_rng(self.seed).permutation(len(all_grids()))]
         parts = np.split(shuffled, np.cumsum(SHARES)[:-1])
         seen: set[str] = set()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orderppl.data.dataset import Row, RowData
 from orderppl.data.prompts import HOLE
-from orderppl.data.reading import Record, csv_rows, hub_rows, json_lines, text_of
-from orderppl.data.report import BadRowError
+from orderppl.data.reading import csv_rows, hub_data, json_lines, text_of
+from orderppl.data.report import BadRow, LoadReport, Record
 from orderppl.data.tokenizers import Span
 
 HOLES = re.compile(rf"(?:{HOLE.pattern})(?:\s*(?:{HOLE.pattern}))*")  # holes side by side are filled together
@@ -25,22 +25,18 @@ class Table(RowData):
 
     Args:
         train: file of training rows.
-        validation: file of validation rows; None: a share of the training rows.
-        test: file of held-out rows; None: a share of the training rows.
         prompt: field of the prompt; None: there is none. Not read with a template or spans.
         response: field of the response; with a template or spans, of the whole text (or the list of fillings).
         template: field of the text with `[MASK]` or `<mask>` where a hole is; None: there is none.
         spans: field of the holes of a whole text, a list of [start, end] in characters; None: there is none.
         answer: field of what responses are compared with; None: the response itself.
         ends: responses end with a token of their own, so that their length need not be known.
-        options: see `RowData` and `TextData`.
+        options: see `RowData`.
     """
 
     def __init__(
         self,
         train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
         *,
         prompt: str | None = "prompt",
         response: str = "response",
@@ -51,7 +47,7 @@ class Table(RowData):
         **options: Any,
     ) -> None:
         self.ends = ends
-        super().__init__(train, validation, test, **options)
+        super().__init__(train, **options)
         self.prompt, self.response, self.answer = prompt, response, answer
         self.template, self.spans = template, spans
 
@@ -94,8 +90,7 @@ class HubDataset(Table):
         subset: of a data set with several.
         revision: branch, tag or commit.
         train: its split of training rows; a part of one is `train[:1000]`.
-        validation: its split of validation rows; None: `validation` if there is one, else a share of the training rows.
-        test: its split of held-out rows; None: `test` if there is one, else a share of the training rows.
+            Likewise `validation` and `test`, which are splits of these names where it has them.
         options: see `Table`.
     """
 
@@ -105,34 +100,28 @@ class HubDataset(Table):
         subset: str | None = None,
         revision: str | None = None,
         train: str = "train",
-        validation: str | None = None,
-        test: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(train, validation, test, **options)
+        super().__init__(train, **options)
         self.name, self.subset, self.revision = name, subset, revision
         self._given = dict(self.sources)
 
-    def make_rows(self, report: Any) -> dict[str, list[Row]]:
+    def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
         """Find out which splits there are, and read them."""
-        known = hub_rows(self.name, self.subset, None, self.revision)
+        known = hub_data(self.name, self.subset, None, self.revision)
         self.sources = {split: split for split in ("validation", "test") if split in known} | self._given
         return super().make_rows(report)
 
     def read(self, source: str) -> Iterable[Record]:
         """Rows of a split."""
-        return enumerate(map(dict, hub_rows(self.name, self.subset, source, self.revision)), 1)
+        return enumerate(map(dict, hub_data(self.name, self.subset, source, self.revision)), 1)
 
 
-def fill(template: str, fillings: list[str]) -> tuple[str, None, tuple[Span, ...]]:
-    """Text (no prompt) and holes of a template that is filled in.
-
-    Raises:
-        BadRowError: there are more or fewer holes.
-    """
+def fill(template: str, fillings: list[str]) -> tuple[str, None, Sequence[Span]]:
+    """Text (no prompt) and holes of a template that is filled in; `BadRow` where there are more or fewer holes."""
     pieces = HOLES.split(template)
     if len(pieces) != len(fillings) + 1:
-        raise BadRowError("another number of holes than fillings", f"{len(fillings)} for {template}")
+        raise BadRow("another number of holes than fillings", f"{len(fillings)} for {template}")
     text, holes = pieces[0], list[Span]()
     for filling, piece in zip(fillings, pieces[1:], strict=True):
         holes.append((len(text), len(text) + len(filling)))
@@ -140,17 +129,13 @@ def fill(template: str, fillings: list[str]) -> tuple[str, None, tuple[Span, ...
     return text, None, tuple(holes)
 
 
-def holes_of(template: str, text: str) -> tuple[Span, ...]:
-    """Where the holes of a template are in its whole text.
-
-    Raises:
-        BadRowError: the text is another one, or fits in more than one way.
-    """
+def holes_of(template: str, text: str) -> Sequence[Span]:
+    """Where the holes of a template are in its whole text; `BadRow` where it does not fit in exactly one way."""
     pieces = HOLES.split(template)
     inner = pieces[1:-1]
     stop = len(text) - len(pieces[-1])
     if len(pieces) < 2:
-        raise BadRowError("no hole in the template", template, "mark what is to be filled in by [MASK]")
+        raise BadRow("no hole in the template", template, "mark what is to be filled in by [MASK]")
     # the leftmost way to lay the pieces out, and the rightmost: what lies between them fits in one way if they agree
     first, place = list[Span](), len(pieces[0])
     for piece in inner:
@@ -165,18 +150,18 @@ def holes_of(template: str, text: str) -> tuple[Span, ...]:
     first, last = [*first, (place, stop)], [*last, (len(pieces[0]), right)][::-1]
     fits = text.startswith(pieces[0]) and text.endswith(pieces[-1]) and all(start < end for start, end in first)
     if not fits:
-        raise BadRowError("the text does not fit the template", f"{text} / {template}")
+        raise BadRow("the text does not fit the template", f"{text} / {template}")
     if first != last:
-        raise BadRowError("the text fits the template in several ways", text, "give a list of fillings, or spans")
+        raise BadRow("the text fits the template in several ways", text, "give a list of fillings, or spans")
     return tuple(first)
 
 
-def _spans(value: Any, text: str) -> tuple[Span, ...]:
+def _spans(value: Any, text: str) -> Sequence[Span]:
     """Holes as users write them; a text is read as JSON."""
     try:
         spans = [(int(start), int(end)) for start, end in (json.loads(value) if isinstance(value, str) else value)]
     except (TypeError, ValueError, RecursionError):
-        raise BadRowError("no list of [start, end]", value) from None
+        raise BadRow("no list of [start, end]", value) from None
     if not spans or not all(0 <= start < end <= len(text) for start, end in spans):
-        raise BadRowError("a span outside the text", f"{spans} of {len(text)} characters")
+        raise BadRow("a span outside the text", f"{spans} of {len(text)} characters")
     return tuple(spans)

@@ -7,17 +7,16 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from orderppl.config import Configurable, recorded
 from orderppl.errors import UserError, first_line
-from orderppl.files import write_text
 from orderppl.hub import TOKENIZER_FILES, fetch
 
 PAD, MASK, EOS, UNK, JOIN = "<pad>", "<mask>", "<eos>", "<unk>", "<join>"
@@ -29,55 +28,22 @@ NumberMode = Literal["digits", "numbers"]
 Span = tuple[int, int]  # characters start..end - 1
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What data needs of a tokeniser.
+class Tokenizer(Configurable):
+    """Between texts and token ids.
 
     Attributes:
         pad_index: id of the padding token.
         mask_index: id of the MASK token.
         eos_index: id of the end-of-sequence token.
-        vocab_size: number of ids V.
         tokens: the V token strings, by id.
-        frame: ids that its model expects before and after every row; data gives them.
+        vocab_size: number of ids V.
+        frame: ids that a model expects before and after every row, which data put there as given tokens.
     """
 
     pad_index: int
     mask_index: int
     eos_index: int
-    vocab_size: int
-    tokens: list[str]
-    frame: tuple[tuple[int, ...], tuple[int, ...]]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
-        ...
-
-    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids, and the characters that each stands for."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` up to the first end of sequence; padding and MASK are left out."""
-        ...
-
-    def number_values(self) -> Tensor:
-        """float [V]: the number a token stands for, nan for other tokens."""
-        ...
-
-
-class OwnTokenizer(Configurable):
-    """What the tokenisers of this package share: a list of tokens, and JSON files.
-
-    Attributes:
-        KEPT: constructor arguments, which are what a file holds.
-    """
-
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    KEPT: ClassVar[tuple[str, ...]] = ("vocabulary",)
-    pad_index: int
-    mask_index: int
-    eos_index: int
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self.tokens = list(tokens)
@@ -96,26 +62,15 @@ class OwnTokenizer(Configurable):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end of sequence; padding and MASK are left out."""
-        return "".join(self._kept(ids))
+        return "".join(self.tokens[index] for index in self._kept(ids))
 
-    def _kept(self, ids: Iterable[int]) -> list[str]:
-        kept: list[str] = []
-        for index in ids:
-            if index == self.eos_index:
-                break
-            if index not in (self.pad_index, self.mask_index):
-                kept.append(self.tokens[index])
-        return kept
+    def _kept(self, ids: Iterable[int]) -> Iterator[int]:
+        before_end = takewhile(lambda index: index != self.eos_index, ids)
+        return (index for index in before_end if index not in (self.pad_index, self.mask_index))
 
     def number_values(self) -> Tensor:
-        """float [V], nan: no token is a number."""
+        """float [V]: the number a token stands for, nan for other tokens."""
         return torch.full((self.vocab_size,), float("nan"))
-
-    def save(self, path: str | Path) -> None:
-        """Write the tokeniser as JSON, for `load_tokenizer`."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        content = {"type": type(self).__name__, **{name: getattr(self, name) for name in self.KEPT}}
-        write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def _kind(piece: str) -> str:
@@ -125,7 +80,7 @@ def _kind(piece: str) -> str:
     return "a" if piece[0].isalpha() else piece
 
 
-class WordTokenizer(OwnTokenizer):
+class WordTokenizer(Tokenizer):
     """Words, operators and numbers, with a vocabulary built from training texts.
 
     The spaces between two kinds of pieces (numeral, word, each operator) are learnt as the most frequent gap in the
@@ -140,14 +95,9 @@ class WordTokenizer(OwnTokenizer):
     """
 
     pad_index, mask_index, eos_index, unk_index, join_index = range(5)
-    KEPT = ("number_mode", "max_number", "vocabulary", "gaps")
 
     def __init__(
-        self,
-        vocabulary: Sequence[str],
-        number_mode: NumberMode,
-        max_number: int,
-        gaps: Sequence[Sequence[str]],
+        self, vocabulary: Sequence[str], number_mode: NumberMode, max_number: int, gaps: Sequence[Sequence[str]]
     ) -> None:
         super().__init__([*SPECIAL, *vocabulary])
         if number_mode not in ("digits", "numbers"):
@@ -164,11 +114,7 @@ class WordTokenizer(OwnTokenizer):
 
     @classmethod
     def build(
-        cls,
-        texts: Iterable[str],
-        number_mode: NumberMode = "numbers",
-        max_number: int = 99,
-        min_count: int = 1,
+        cls, texts: Iterable[str], number_mode: NumberMode = "numbers", max_number: int = 99, min_count: int = 1
     ) -> WordTokenizer:
         """Collect the vocabulary and the usual gaps of `texts` (training texts only).
 
@@ -262,7 +208,9 @@ class WordTokenizer(OwnTokenizer):
         that a malformed number is never read as a right answer.
         """
         pieces: list[str] = []
-        for numeral, run in groupby(self._kept(ids), key=lambda piece: _kind(piece) == "0"):
+        for numeral, run in groupby(
+            (self.tokens[index] for index in self._kept(ids)), key=lambda piece: _kind(piece) == "0"
+        ):
             parts = list(run)
             if numeral and self._numeral("".join(parts)) != parts:
                 parts = [part for number in parts for part in (" ", number)][1:]
@@ -285,7 +233,29 @@ class WordTokenizer(OwnTokenizer):
         return torch.tensor([float(t) if _kind(t) == "0" else float("nan") for t in self.tokens])  # [V]
 
 
-class LetterTokenizer(OwnTokenizer):
+class ClosedTokenizer(Tokenizer):
+    """Pieces of a fixed vocabulary; a text with any other has no tokens."""
+
+    piece = re.compile(".", re.DOTALL)
+
+    def problem(self, text: str) -> str | None:
+        """Why a text has no tokens here; None if it has."""
+        pieces = self.piece.findall(text)
+        if "".join(pieces) != text:
+            return "characters that belong to no token"
+        foreign = [piece for piece in pieces if piece not in self._ids]
+        return f"{foreign[0]} is not in the vocabulary" if foreign else None
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Token ids, and the characters that each stands for; refuses a text with a problem."""
+        problem = self.problem(text)
+        if problem is not None:
+            raise UserError("text", f"{problem}: {text}", "correct or remove it")
+        found = list(self.piece.finditer(text))
+        return [self._ids[piece[0]] for piece in found], [piece.span() for piece in found]
+
+
+class LetterTokenizer(ClosedTokenizer):
     """One token per letter, such as the residues of a protein; ids as in fairseq (the antibody model has them too).
 
     Args:
@@ -293,25 +263,13 @@ class LetterTokenizer(OwnTokenizer):
     """
 
     pad_index, eos_index = 1, 2
-    KEPT = ("letters",)
 
     def __init__(self, letters: str) -> None:
         super().__init__(["<s>", PAD, "</s>", UNK, *letters, MASK])
-        self.letters, self.mask_index = letters, self.vocab_size - 1
-
-    def encode_with_spans(self, text: str) -> tuple[list[int], list[Span]]:
-        """Token ids, and the characters that each stands for.
-
-        Raises:
-            UserError: a letter that is not one of them.
-        """
-        foreign = sorted(set(text) - set(self.letters))
-        if foreign:
-            raise UserError("sequence", f"{' '.join(foreign)} in {text[:60]!r}", f"use letters of {self.letters}")
-        return [self._ids[letter] for letter in text], [(place, place + 1) for place in range(len(text))]
+        self.mask_index = self.vocab_size - 1
 
 
-class PretrainedTokenizer:
+class PretrainedTokenizer(Tokenizer):
     """A Hugging Face tokeniser behind the interface of `Tokenizer`.
 
     Args:
@@ -331,7 +289,7 @@ class PretrainedTokenizer:
         mask_index = tokenizer.mask_token_id if mask_index is None else mask_index
         for kind, index in (("mask", mask_index), ("eos", eos)):
             if index is None:
-                problem = f"{name} has no mask token" if kind == "mask" else f"{name} has neither an eos nor a sep token"
+                problem = f"{name} has {'no mask token' if kind == 'mask' else 'neither an eos nor a sep token'}"
                 remedy = f"add one by tokenizer.add_special_tokens({{'{kind}_token': '<{kind}>'}}) and save_pretrained"
                 raise UserError("tokenizer", problem, remedy)
         spelt = len(tokenizer)
@@ -340,9 +298,9 @@ class PretrainedTokenizer:
             raise UserError("tokenizer", problem, "use the tokeniser that the model was trained with")
         self.tokenizer = tokenizer
         self.pad_index, self.mask_index, self.eos_index = int(pad), int(mask_index), int(eos)
-        self.vocab_size = max(spelt, num_classes or 0, self.mask_index + 1)
-        unused = [MASK if token == self.mask_index else f"<unused{token}>" for token in range(spelt, self.vocab_size)]
-        self.tokens: list[str] = [str(t) for t in tokenizer.convert_ids_to_tokens(list(range(spelt)))] + unused
+        size = max(spelt, num_classes or 0, self.mask_index + 1)
+        unused = (MASK if token == self.mask_index else f"<unused{token}>" for token in range(spelt, size))
+        super().__init__([*map(str, tokenizer.convert_ids_to_tokens(list(range(spelt)))), *unused])
         self.frame = self._find_frame()
 
     def _find_frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -374,12 +332,7 @@ class PretrainedTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end of sequence; special tokens are left out."""
-        kept: list[int] = []
-        for index in ids:
-            if index == self.eos_index:
-                break
-            if index not in (self.pad_index, self.mask_index) and index < len(self.tokenizer):
-                kept.append(int(index))
+        kept = [int(index) for index in self._kept(ids) if index < len(self.tokenizer)]
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
     def number_values(self) -> Tensor:
@@ -396,11 +349,11 @@ def load_tokenizer(
     mask_index: int | None = None,
     num_classes: int | None = None,
     trust_remote_code: bool = False,
-) -> Tokenizer:
-    """Load a tokeniser of this package (a `.json` file) or any of Hugging Face (hub name or local folder).
+) -> PretrainedTokenizer:
+    """Load a tokeniser of Hugging Face.
 
     Args:
-        name_or_path: the file, folder or hub name.
+        name_or_path: folder or hub name.
         revision: branch, tag or commit on the hub.
         mask_index: see `PretrainedTokenizer`.
         num_classes: see `PretrainedTokenizer`.
@@ -409,9 +362,7 @@ def load_tokenizer(
     Raises:
         UserError: it cannot be loaded, or a special token is missing.
     """
-    if str(name_or_path).endswith(".json"):
-        return _load_own(Path(name_or_path))
-    from transformers import AutoTokenizer  # heavy, and not needed for the small vocabulary
+    from transformers import AutoTokenizer  # heavy, and not needed for small vocabularies
 
     folder = fetch(name_or_path, revision, files=TOKENIZER_FILES, field="tokenizer")
     try:
@@ -420,29 +371,11 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # what a wrong file leads to depends on the tokeniser
         problem = f"{name_or_path} cannot be loaded ({first_line(error)})"
-        remedy = "give a saved tokeniser (.json), or a folder or hub name with a tokeniser"
-        raise UserError("tokenizer", problem, remedy) from error
+        raise UserError("tokenizer", problem, "give a folder or hub name with a tokeniser") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # without its files transformers makes an empty one
         problem = f"{name_or_path} cannot be loaded (no vocabulary)"
         raise UserError("tokenizer", problem, "give a folder or hub name with the files of a tokeniser")
     return PretrainedTokenizer(tokenizer, mask_index, num_classes)
-
-
-def _load_own(path: Path) -> Tokenizer:
-    from orderppl.data.smiles import SmilesTokenizer
-
-    kinds = {kind.__name__: kind for kind in (WordTokenizer, LetterTokenizer, SmilesTokenizer)}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        made: Tokenizer = kinds[content.pop("type")](**content)
-        return made
-    except FileNotFoundError as error:
-        raise UserError("tokenizer", f"{path} does not exist", "give the JSON file written by save()") from error
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        problem = f"{path} is not a saved tokeniser ({first_line(error)})"
-        raise UserError("tokenizer", problem, "write it again by save()") from error
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

@@ -6,18 +6,14 @@ reveal probability, or what a heuristic ranks by) agrees with it as far as it is
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from orderppl.diagnostics.backend import InferenceData
+from orderppl.diagnostics.backend import Array, InferenceData
 from orderppl.diagnostics.order import rank_correlation
 from orderppl.errors import UserError
 
-Array = NDArray[Any]
 SCORES = ("prior_prob", "guide_prob", "top_prob", "margin", "entropy", "oracle_margin")
 DIGITS = 6  # decimals of a score that count; a symmetric denoiser ties positions up to rounding
 
@@ -39,23 +35,24 @@ def agreement(data: InferenceData) -> xr.Dataset:
     revealed = masked & (steps == _step_axis(masked))
     shape = revealed.sum(-1)
     choice = np.broadcast_to(_step_axis(masked)[..., 0] < masked.shape[-2] - 1, shape.shape)
-    found = {name: [] for name in ("auroc", "overlap", "correlation")}  # type: dict[str, list[Array]]
-    for score in scores.values():
-        found["auroc"].append(np.where(choice, auroc(score, revealed, masked), np.nan))
-        found["overlap"].append(np.where(choice, overlap(score, revealed, masked), np.nan))
-        later = np.where(masked, -steps, np.nan)
-        found["correlation"].append(np.where(choice, rank_correlation(score, later), np.nan))
+    later = np.where(masked, -steps, np.nan)
+    found = {
+        "auroc": [auroc(score, revealed, masked) for score in scores.values()],
+        "overlap": [overlap(score, revealed, masked) for score in scores.values()],
+        "correlation": [rank_correlation(score, later) for score in scores.values()],
+    }
     states = data["states"]
     dims = ("chain", "draw", "sequence", "step")
     coords = {dim: states[dim].values for dim in dims} | {"score": list(scores)}
-    result = xr.Dataset({name: (("score", *dims), np.stack(parts)) for name, parts in found.items()}, coords=coords)
+    variables = {name: (("score", *dims), np.where(choice, parts, np.nan)) for name, parts in found.items()}
+    result = xr.Dataset(variables, coords=coords)
     with np.errstate(invalid="ignore", divide="ignore"):
         chance = np.where(choice & (shape > 0), shape / masked.sum(-1), np.nan)
     return result.assign(overlap_chance=(dims, chance))
 
 
 def auroc(score: Array, revealed: Array, masked: Array) -> Array:
-    """Area under the ROC curve of a score (float [*, L]) for the revealed among the masked positions, float [*]."""
+    """Area under the ROC curve of a score (float [*, S]) for the revealed among the masked positions, float [*]."""
     ranks = rankdata(np.where(masked, score, np.nan), axis=-1, nan_policy="omit")
     positive, negative = revealed.sum(-1), (masked & ~revealed).sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -77,11 +74,12 @@ def overlap(score: Array, revealed: Array, masked: Array) -> Array:
 
 
 def _states(data: InferenceData) -> tuple[dict[str, Array], Array, Array]:
-    """Scores by name, reveal steps and masked positions of the kept draws, broadcast to [chain, draw, B, T, L]."""
+    """Scores by name, reveal steps and masked positions of the kept draws, broadcast to [chain, draw, B, T, S]."""
     if "states" not in data.groups():
         raise UserError("states", "no such group", "make it with to_inference_data(num_state_draws=...)")
     states = data["states"].transpose("chain", "draw", "sequence", "step", "position")
-    kept = data["posterior"]["reveal_step"].sel(draw=states["draw"]).transpose("chain", "draw", "sequence", "position")
+    kept = data["posterior"]["reveal_step"].sel(draw=states["draw"], chain=states["chain"])
+    kept = kept.transpose("chain", "draw", "sequence", "position")
     masked = states["masked"].values.astype(bool)
     scores = {name: states[name].values.astype(np.float64).round(DIGITS) for name in SCORES if name in states}
     return scores, np.broadcast_to(kept.values[..., None, :], masked.shape), masked

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor
 
-from orderppl.diagnostics.backend import psis
+from orderppl.diagnostics.backend import Array, psis
 from orderppl.errors import UserError
 from orderppl.inference.importance_weighted import log_mean_exp
 
-Weights = Tensor | xr.DataArray | NDArray[np.float64]
+Weights = Tensor | xr.DataArray | Array
 FEWEST = 25  # draws below which no tail can be fitted: PSIS wants five in the upper fifth
 SAME = 2e-5  # nats; log-weights closer than this differ by rounding in float32
 MISSED = 3.0  # nats of evidence that other draws may find more
@@ -27,7 +26,7 @@ def khat_threshold(num_samples: int) -> float:
 
 
 def importance_report(log_weight: Weights, reference: Weights | None = None) -> xr.Dataset:
-    """PSIS k-hat of every sequence, with a verdict in plain words.
+    """PSIS k-hat of every sequence, and whether the guide can be trusted.
 
     k is the shape of the generalised Pareto distribution fitted to the largest weights: moments of order above 1/k do
     not exist. Orders are discrete: where the largest weight occurs five times or more there is no tail to fit and k is
@@ -44,8 +43,8 @@ def importance_report(log_weight: Weights, reference: Weights | None = None) -> 
         Variables over `sequence`: `pareto_k`; `ess`, the effective number of draws 1 / sum_k w_k^2 of the normalised
         raw weights; `log_evidence`, log mean_k w_k in nats, the importance-sampling estimate of log p(x); `elbo`, the
         mean log-weight in nats; with a reference `missed`, its log-evidence minus that of the guide, nats; `trusted`:
-        k is below its threshold, nothing is missed, and where k is -inf there was a reference to say so; `verdict`.
-        Attributes: `num_samples`, `threshold`, and `summary`, one sentence.
+        k is below its threshold, nothing is missed, and where k is -inf there was a reference to say so. Attributes:
+        `num_samples`, `threshold`, and `summary`, one sentence.
 
     Raises:
         UserError: fewer than 25 draws, or weights that are not numbers.
@@ -73,33 +72,27 @@ def importance_report(log_weight: Weights, reference: Weights | None = None) -> 
             raise UserError("reference", problem, "draw them for the same batch")
         missed = found["missed"] = _log_mean(other) - log_mean
     trusted = (shape <= threshold) & ~(missed > MISSED) & ~(np.isneginf(shape) & np.isnan(missed))
-    report = xr.Dataset(
-        {name: ("sequence", values) for name, values in found.items()}
-        | {
-            "trusted": ("sequence", trusted),
-            "verdict": ("sequence", [verdict(k, size, gap) for k, gap in zip(shape, missed, strict=True)]),
-        },
-        attrs={"num_samples": size, "threshold": threshold},
+    found["trusted"] = trusted
+    summary = (
+        f"importance weights can be used for {int(trusted.sum())} of {len(shape)} sequences: k-hat is at most "
+        f"{threshold:.2f} for {int((shape <= threshold).sum())} (largest {shape.max():.2f}, {size} draws each)"
     )
-    fine, rows = int(trusted.sum()), len(shape)
-    report.attrs["summary"] = (
-        f"importance weights can be used for {fine} of {rows} sequences: k-hat is at most {threshold:.2f} for "
-        f"{int((shape <= threshold).sum())} (largest {shape.max():.2f}, {size} draws each)"
-        + ("" if reference is None else f", other draws find more evidence for {int((missed > MISSED).sum())}")
-    )
-    return report
+    if reference is not None:
+        summary += f", other draws find more evidence for {int((missed > MISSED).sum())}"
+    attrs = {"num_samples": size, "threshold": threshold, "summary": summary}
+    return xr.Dataset({name: ("sequence", values) for name, values in found.items()}, attrs=attrs)
 
 
-def pareto_k(log_weight: Weights) -> NDArray[np.float64]:
+def pareto_k(log_weight: Weights) -> Array:
     """k-hat of every sequence, float64 [B]; see `importance_report`."""
     weights = _draws_first(log_weight)
     tail = int(np.ceil(min(len(weights) / 5, 3 * len(weights) ** 0.5)))
     weights, repeats = _ties_merged(weights, 2 * tail)
-    _, shape = psis(np.ascontiguousarray(weights.T))
+    shape = psis(np.ascontiguousarray(weights.T))
     return np.where(repeats >= SEEN_OFTEN, -np.inf, shape)
 
 
-def _ties_merged(weights: NDArray[np.float64], top: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _ties_merged(weights: Array, top: int) -> tuple[Array, Array]:
     """Weights [K, B] whose `top` largest are equal where only rounding differs, and the count of the largest.
 
     Orders are discrete and are drawn again and again: exceedances made of rounding errors would pass for a heavy tail.
@@ -110,24 +103,6 @@ def _ties_merged(weights: NDArray[np.float64], top: int) -> tuple[NDArray[np.flo
         close = merged[rank] - merged[rank - 1] < SAME
         merged[rank] = np.where(close, merged[rank - 1], merged[rank])
     return merged, (merged == merged[-1]).sum(0)
-
-
-def verdict(k: float, num_samples: int, missed: float = float("nan")) -> str:
-    """What a k-hat means, in plain words; `missed` as in `importance_report`, NaN where nothing was compared."""
-    threshold = khat_threshold(num_samples)
-    if missed > MISSED:
-        return f"bad: other draws find {missed:.1f} nats more evidence; the guide misses orders the posterior wants"
-    if np.isneginf(k):
-        if np.isnan(missed):
-            return "unknown: no tail, as with the exact posterior or with a single order; compare with other draws"
-        return "good: no tail, and other draws find no more evidence"
-    if k <= 0.5:
-        return f"good: k = {k:.2f}, weights of the drawn orders have a finite variance"
-    if k <= threshold:
-        return f"usable: k = {k:.2f}, smoothed weights are reliable with {num_samples} draws"
-    if k < 1:
-        return f"poor: k = {k:.2f} is above {threshold:.2f}; weighted estimates need many more draws, or a wider guide"
-    return f"bad: k = {k:.2f}, weights have no finite mean in practice; the guide misses orders the posterior wants"
 
 
 def bound_curve(log_weight: Weights, evidence: Weights | None = None, sizes: Sequence[int] | None = None) -> xr.Dataset:
@@ -164,22 +139,16 @@ def bound_curve(log_weight: Weights, evidence: Weights | None = None, sizes: Seq
         if groups > 1:
             with np.errstate(invalid="ignore"):
                 error[index] = values.std(0, ddof=1) / groups**0.5
-    curve = xr.Dataset(
-        {
-            "bound": (("K", "sequence"), bound),
-            "standard_error": (("K", "sequence"), error),
-            "groups": ("K", [total // size for size in chosen]),
-            "mean_bound": ("K", bound.mean(1)),
-            "mean_standard_error": ("K", (error**2).sum(1) ** 0.5 / batch),
-        },
-        coords={"K": list(chosen)},
-    )
+    both = ("K", "sequence")
+    curve = xr.Dataset({"bound": (both, bound), "standard_error": (both, error)}, coords={"K": list(chosen)})
+    curve["groups"] = ("K", [total // size for size in chosen])
+    curve["mean_bound"] = ("K", bound.mean(1))
+    curve["mean_standard_error"] = ("K", (error**2).sum(1) ** 0.5 / batch)
     if evidence is not None:
         exact = np.asarray(evidence, dtype=np.float64)
         if exact.shape != (batch,):
-            raise UserError(
-                "evidence", f"has the shape {list(exact.shape)}", f"give [{batch}], one number per sequence"
-            )
+            remedy = f"give [{batch}], one number per sequence"
+            raise UserError("evidence", f"has the shape {list(exact.shape)}", remedy)
         curve["evidence"] = ("sequence", exact)
         curve["gap"] = curve["evidence"] - curve["bound"]
         curve["mean_gap"] = curve["gap"].mean("sequence")
@@ -191,11 +160,11 @@ def _sizes(total: int) -> list[int]:
     return sorted({size for size in steps if size <= total} | {total})
 
 
-def _log_mean(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _log_mean(weights: Array) -> Array:
     return np.asarray(log_mean_exp(torch.from_numpy(weights)).numpy())
 
 
-def _draws_first(log_weight: Weights) -> NDArray[np.float64]:
+def _draws_first(log_weight: Weights) -> Array:
     """Weights as float64 [K, B]."""
     if isinstance(log_weight, xr.DataArray):
         if "chain" in log_weight.dims:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from orderppl.errors import UserError
@@ -60,35 +61,17 @@ def training_trace(
     records = [record for record in log if "loss" in record]
     if not records:
         raise UserError("log", "holds no update", "give the trace of a fit that ran")
-    names = list(dict.fromkeys(name for record in records for name in record if name not in ("update", "validation")))
-    columns = {name: ("update", np.array([_number(record.get(name)) for record in records])) for name in names}
-    trace = xr.Dataset(columns, coords={"update": [int(record["update"]) for record in records]})
+    frame = pd.DataFrame(records).set_index("update").drop(columns="validation", errors="ignore")
+    trace = xr.Dataset.from_dataframe(frame.apply(pd.to_numeric, errors="coerce").astype(np.float64))
     if "grad_mean_norm" not in trace or "grad_norm" not in trace:
         return trace
-    square = np.minimum(trace["grad_norm"].values, np.inf if grad_clip is None else grad_clip) ** 2
-    mean_square, weight, weight_square = np.zeros(len(square)), 0.0, 0.0
-    total = 0.0
-    share = np.zeros(len(square))
-    for index, value in enumerate(square):
-        total = decay * total + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        weight_square = decay**2 * weight_square + (1 - decay) ** 2
-        mean_square[index], share[index] = total / weight, weight_square / weight**2
+    clip = np.inf if grad_clip is None else grad_clip
+    mean_square = (frame["grad_norm"].clip(upper=clip) ** 2).ewm(alpha=1 - decay).mean()
+    past = decay ** np.arange(1, len(frame) + 1)
+    share = (1 - decay) / (1 + decay) * (1 + past) / (1 - past)  # sum_v w_v^2 / (sum_v w_v)^2
     with np.errstate(invalid="ignore", divide="ignore"):
-        variance = np.maximum(mean_square - trace["grad_mean_norm"].values ** 2, 0) / (1 - share)
-        trace["grad_variance"] = ("update", np.where(share < 1, variance, np.nan))
+        variance = np.maximum(mean_square.to_numpy() - trace["grad_mean_norm"] ** 2, 0) / (1 - share)
+        trace["grad_variance"] = variance.where(np.arange(len(frame)) > 0)  # a single gradient has none
         trace["grad_snr"] = trace["grad_mean_norm"] / trace["grad_variance"] ** 0.5
-    trace.attrs.update(decay=decay, grad_clip=np.inf if grad_clip is None else grad_clip)
+    trace.attrs.update(decay=decay, grad_clip=clip)
     return trace
-
-
-def validation_trace(log: Iterable[Mapping[str, Any]]) -> xr.Dataset:
-    """Numbers of every validation in a log, over `update`; no variable where nothing was validated."""
-    found = [(int(record["update"]), record["validation"]) for record in log if "validation" in record]
-    names = dict.fromkeys(name for _, numbers in found for name in numbers)
-    columns = {name: ("update", np.array([_number(numbers.get(name)) for _, numbers in found])) for name in names}
-    return xr.Dataset(columns, coords={"update": [update for update, _ in found]})
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else float("nan")

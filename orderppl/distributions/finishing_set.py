@@ -24,25 +24,34 @@ class FinishingSet(SetDistribution):
     Args:
         base: the other distribution, batch shape [*].
         logit: float [*], log odds of finishing; infinite ones are a decision.
+        masked: bool [*, S], M; it may be more than the base was shown. That of the base when left out.
     """
 
-    def __init__(self, base: SetDistribution, logit: Tensor, validate_args: bool | None = None) -> None:
+    def __init__(
+        self,
+        base: SetDistribution,
+        logit: Tensor,
+        masked: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         self.base = base
         self.logit = logit.expand(base.batch_shape)
         self.non_empty = base.non_empty
-        super().__init__(base.masked, validate_args=validate_args)
+        super().__init__(base.masked if masked is None else masked, validate_args=validate_args)
 
     def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> FinishingSet:
-        return FinishingSet(self.base._rebuild(positions, rows), rows(self.logit))
+        return FinishingSet(self.base._rebuild(positions, rows), rows(self.logit), positions(self.masked))
 
-    def certain(self, where: Tensor) -> FinishingSet:
+    def certain(self, where: Tensor, masked: Tensor) -> FinishingSet:
         """See `SetDistribution`."""
-        return FinishingSet(self.base.certain(where), self.logit)
+        all_masked = torch.where(where.unsqueeze(-1), masked, self.masked)
+        return FinishingSet(self.base.certain(where, masked), self.logit, all_masked)
 
     def scaled(self, factor: float) -> FinishingSet:
         """f becomes min(1, factor f), and the base is scaled alike; see `SetDistribution`."""
         log_finish = (logsigmoid(self.logit) + math.log(factor)).clamp(max=0.0)
-        return FinishingSet(self.base.scaled(factor), log_finish - torch.log1p(-log_finish.exp()))
+        logit = log_finish - torch.log1p(-log_finish.exp())
+        return FinishingSet(self.base.scaled(factor), logit, self.masked)
 
     @property
     def probs(self) -> Tensor:

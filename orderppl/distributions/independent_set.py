@@ -114,12 +114,11 @@ class IndependentSet(SetDistribution):
     def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> IndependentSet:
         return self._copy(positions(self.log_reveal), positions(self.log_keep), positions(self.masked))
 
-    def certain(self, where: Tensor) -> IndependentSet:
+    def certain(self, where: Tensor, masked: Tensor) -> IndependentSet:
         """See `SetDistribution`."""
-        there = where.unsqueeze(-1) & self.masked
-        return self._copy(
-            self.log_reveal.masked_fill(there, 0.0), self.log_keep.masked_fill(there, -torch.inf), self.masked
-        )
+        there = where.unsqueeze(-1) & masked
+        log_reveal, log_keep = self.log_reveal.masked_fill(there, 0.0), self.log_keep.masked_fill(there, -torch.inf)
+        return self._copy(log_reveal, log_keep, self.masked | there)
 
     def scaled(self, factor: float) -> IndependentSet:
         """q_i becomes min(1, factor q_i); see `SetDistribution`."""
@@ -205,7 +204,7 @@ class IndependentSet(SetDistribution):
     def _cross(self, other: IndependentSet) -> Tensor:
         """E_self[ sum_i z_i log q_i + (1 - z_i) log(1 - q_i) ] with the log-probabilities of `other`."""
         probs = self.probs
-        keep = torch.where(self.masked, self._exclusion_probs(), torch.zeros_like(probs))
+        keep = torch.where(self.masked, self._exclusion_probs(), torch.ones_like(probs))
         return (weighted(probs, other.log_reveal) + weighted(keep, other.log_keep)).sum(-1)
 
     def _exclusion_probs(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions.kl import kl_divergence, register_kl
 
 from orderppl.distributions.set_distribution import DecidedSet, SetDistribution
-from orderppl.unmasking import VISIBLE, Trajectory
+from orderppl.unmasking import VISIBLE, State, Trajectory
 from orderppl.unmasking.trajectory import Met, Path, same_step
 
 
@@ -106,7 +106,8 @@ class OrderDistribution(dist.TorchDistribution):
         """
         steps = torch.arange(self.num_steps, device=order.device).reshape((-1,) + (1,) * (order.dim() - 1))
         step = steps.expand((self.num_steps,) + order.shape[:-1])  # [T, *]
-        return self.set_at(order >= step.unsqueeze(-1), step).certain(step == self.num_steps - 1)
+        masked = order >= step.unsqueeze(-1)
+        return self.set_at(masked, step).certain(step == self.num_steps - 1, masked)
 
     def step_log_prob(self, order: Tensor, trajectory: Trajectory | None = None) -> Tensor:
         """log p(z_t | M_t) for each step of an order, float [T, *]; arguments as of `sets`."""
@@ -165,15 +166,21 @@ class PolicyOrder(OrderDistribution):
         policy: see `orderppl.policies.Policy`.
         path: the sequences.
         batch_shape: broader than that of the path.
+        sees_truth: whether the policy may read tokens that are still hidden: in a guide, never in a prior.
     """
 
     def __init__(
-        self, policy: Any, path: Path, batch_shape: torch.Size | None = None, validate_args: bool | None = None
+        self,
+        policy: Any,
+        path: Path,
+        batch_shape: torch.Size | None = None,
+        sees_truth: bool = True,
+        validate_args: bool | None = None,
     ) -> None:
         masked = path.batch.latent
         if batch_shape is not None:
             masked = masked.expand(torch.Size(batch_shape) + masked.shape[-1:])
-        self.policy, self.path = policy, path
+        self.policy, self.path, self.sees_truth = policy, path, sees_truth
         self._met: list[Met] = []
         super().__init__(masked, path.num_steps, validate_args=validate_args)
 
@@ -184,13 +191,23 @@ class PolicyOrder(OrderDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> PolicyOrder:
         """Return the same distribution at a broader batch shape."""
-        new = PolicyOrder(self.policy, self.path, batch_shape, validate_args=self._validate_args)
+        new = PolicyOrder(self.policy, self.path, batch_shape, self.sees_truth, self._validate_args)
         new._met = self._met
         return new
 
+    def as_prior(self) -> PolicyOrder:
+        """The same distribution of a policy that may see what is visible only."""
+        return PolicyOrder(self.policy, self.path, self.batch_shape, False, self._validate_args)
+
+    def _state(self, masked: Tensor, step: Tensor) -> State:
+        return self._seen(self.path.state(masked, step))
+
+    def _seen(self, state: State) -> State:
+        return state if self.sees_truth else state.replace(truth=None)
+
     def set_at(self, masked: Tensor, step: Tensor) -> SetDistribution:
         """What the policy says of the state; not for policies that look back."""
-        sets: SetDistribution = self.policy(self.path.state(masked, step))
+        sets: SetDistribution = self.policy(self._state(masked, step))
         return sets
 
     def sets(self, order: Tensor, trajectory: Trajectory | None = None) -> SetDistribution | SetSequence:
@@ -198,13 +215,13 @@ class PolicyOrder(OrderDistribution):
         if trajectory is None:
             trajectory = Trajectory(self.path, order)
         if not self.policy.looks_back:
-            states = trajectory.states
-            stacked: SetDistribution = self.policy(states).certain(states.is_last)
+            states = self._seen(trajectory.states)
+            stacked: SetDistribution = self.policy(states).certain(states.is_last, states.masked)
             return stacked
         found: list[SetDistribution] = []
         carry = None
         for t in range(self.num_steps - 1):
-            state = self.path.state(trajectory.masked[t], trajectory.step[t]).replace(carry=carry)
+            state = self._state(trajectory.masked[t], trajectory.step[t]).replace(carry=carry)
             carry = self.policy.look_back(state)
             found.append(self.policy(state.replace(carry=carry)))
         return SetSequence([*found, DecidedSet(trajectory.masked[-1], trajectory.masked[-1])])
@@ -227,7 +244,7 @@ class PolicyOrder(OrderDistribution):
         masked, carry = self.path.batch.latent, None  # [B, S]: the first state is that of all particles
         reveal_step = torch.full(lead + masked.shape[-1:], VISIBLE, device=masked.device)
         for t in range(self.num_steps):
-            state = self.path.state(masked, same_step(t, masked)).replace(carry=carry)
+            state = self._state(masked, same_step(t, masked)).replace(carry=carry)
             if t == self.num_steps - 1:
                 self._met.append(Met(state, None))
                 return reveal_step.masked_fill(masked, t)

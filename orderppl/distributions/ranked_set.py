@@ -141,14 +141,16 @@ class RankedSet(SetDistribution):
         self.size = torch.minimum(size.clamp(min=1).expand(count.shape), count)
         super().__init__(masked, validate_args=validate_args)
 
-    def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> RankedSet:
-        scores, masked = positions(self.scores), positions(self.masked)
-        return RankedSet(scores, rows(self.size), masked, self.single, validate_args=self._validate_args)
+    def _like(self, scores: Tensor, size: Tensor, masked: Tensor) -> RankedSet:
+        return RankedSet(scores, size, masked, self.single, validate_args=self._validate_args)
 
-    def certain(self, where: Tensor) -> RankedSet:
+    def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> RankedSet:
+        return self._like(positions(self.scores), rows(self.size), positions(self.masked))
+
+    def certain(self, where: Tensor, masked: Tensor) -> RankedSet:
         """See `SetDistribution`."""
-        size = torch.where(where, self.masked.sum(-1), self.size)
-        return self._rebuild(lambda x: x, lambda x: size if x is self.size else x)
+        masked = torch.where(where.unsqueeze(-1), masked, self.masked)
+        return self._like(self.scores, torch.where(where, masked.sum(-1), self.size), masked)
 
     @property
     def log_singles(self) -> Tensor:
@@ -233,8 +235,8 @@ class UniformSet(RankedSet):
         scores = torch.zeros((), device=masked.device).expand(masked.shape)
         super().__init__(scores, size, masked, validate_args=validate_args)
 
-    def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> UniformSet:
-        return UniformSet(rows(self.size), positions(self.masked), self._validate_args)
+    def _like(self, scores: Tensor, size: Tensor, masked: Tensor) -> UniformSet:
+        return UniformSet(size, masked, self._validate_args)
 
     @property
     def probs(self) -> Tensor:
@@ -261,7 +263,7 @@ class UniformSet(RankedSet):
 def _kl_ranked_independent(q: RankedSet, p: IndependentSet) -> Tensor:
     """KL(q || p) in nats, float [*]: log p is linear in the set, so q's inclusion probabilities are enough."""
     probs = q.probs
-    keep = torch.where(q.masked, 1 - probs, torch.zeros_like(probs))
+    keep = 1 - probs
     log_p = (weighted(probs, p.log_reveal) + weighted(keep, p.log_keep)).sum(-1) - p.log_normaliser
     return -q.entropy() - log_p
 
@@ -275,6 +277,7 @@ def _kl_ranked(q: RankedSet, p: RankedSet) -> Tensor:
         log_p = weighted(q.probs, p.log_singles).sum(-1).masked_fill(p._complete, 0.0)
     else:
         raise NotImplementedError
-    return (-q.entropy() - log_p).masked_fill(q.size != p.size, torch.inf)
+    impossible = (q.size != p.size) | ((q.probs > 0) & ~p.masked).any(-1)
+    return (-q.entropy() - log_p).masked_fill(impossible, torch.inf)
 
 

@@ -58,10 +58,10 @@ class RevealedTokens(dist.TorchDistribution):
     ) -> None:
         self.path, self.reveal_step = path, reveal_step
         self.outlier, self.wanted, self.temperature = outlier, wanted, temperature
-        shape = torch.broadcast_shapes(reveal_step.shape, path.batch.tokens.shape)
-        super().__init__(
-            shape[:-1] if batch_shape is None else torch.Size(batch_shape), shape[-1:], validate_args=validate_args
-        )
+        event_shape = path.batch.tokens.shape[-1:]
+        if batch_shape is None:
+            batch_shape = torch.broadcast_shapes(reveal_step.shape[:-1], (len(path.batch),))
+        super().__init__(torch.Size(batch_shape), event_shape, validate_args=validate_args)
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:

@@ -56,8 +56,11 @@ class SetDistribution(dist.TorchDistribution):
         """One of a stack of sets along the first batch dimension."""
         return self._rebuild(lambda x: x[step], lambda x: x[step])
 
-    def certain(self, where: Tensor) -> Self:
-        """Reveal everything that is masked in the rows `where` (bool [*]), as the last step does."""
+    def certain(self, where: Tensor, masked: Tensor) -> Self:
+        """Reveal all of `masked` (bool [*, S]) in the rows `where` (bool [*]), as the last step does.
+
+        What is left may be more than the M of the distribution: a policy may have been shown less.
+        """
         raise NotImplementedError
 
     def scaled(self, factor: float) -> Self:
@@ -123,10 +126,10 @@ class DecidedSet(SetDistribution):
     def _rebuild(self, positions: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> DecidedSet:
         return DecidedSet(positions(self.decided), positions(self.masked), self.non_empty, self._validate_args)
 
-    def certain(self, where: Tensor) -> DecidedSet:
+    def certain(self, where: Tensor, masked: Tensor) -> DecidedSet:
         """See `SetDistribution`."""
-        decided = torch.where(where.unsqueeze(-1), self.masked, self.decided)
-        return DecidedSet(decided, self.masked, self.non_empty, self._validate_args)
+        decided, masked = (torch.where(where.unsqueeze(-1), masked, own) for own in (self.decided, self.masked))
+        return DecidedSet(decided, masked, self.non_empty, self._validate_args)
 
     def scaled(self, factor: float) -> DecidedSet:
         """Nothing is left to scale."""
@@ -148,7 +151,7 @@ class DecidedSet(SetDistribution):
 
     def draw(self, noise: Tensor) -> Tensor:
         """The set, whatever the noise."""
-        return self.decided
+        return self.decided.expand(noise.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """0 for the set and -inf for any other: float [*]."""

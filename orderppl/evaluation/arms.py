@@ -14,8 +14,8 @@ from orderppl.policies import AtPrice, Blocks, EarlyCommit, EosAware, FixedOrder
 from orderppl.unmasking import Denoiser
 
 MEASURED = ("run", "seed", "row", "tokens", "tokens_written", "nfe", "fallback", "nats", "correct")
-LABELS = ("arm", "family", "kind", "setting", "policy", "policy_parameters", "steps")
-LABELS = (*LABELS, "mode", "temperature", "block_size", "training_seed")
+DESCRIBED = ("arm", "family", "kind", "setting", "policy", "policy_parameters")
+PLAYED = ("steps", "mode", "temperature", "block_size", "training_seed")
 CURVE = ("price", "tau", "factor", "gamma", "sizes")  # the setting that makes a curve, the first one that is a number
 
 
@@ -58,14 +58,15 @@ class Arm:
         """Check what belongs together."""
         if not self.name:
             raise UserError("name", "an arm without a name", "give one")
-        if not isinstance(self.policy, Policy):
-            problem = f"{type(self.policy).__name__} of {self.name} is none"
+        policy: object = self.policy
+        if not isinstance(policy, Policy):
+            problem = f"{type(policy).__name__} of {self.name} is none"
             raise UserError("policy", problem, "give a subclass of orderppl.policies.Policy")
         if self.steps is not None and self.steps < 1:
             raise UserError("steps", f"a budget of {self.steps} steps for {self.name}", "allow at least 1")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError("seeds", f"{list(self.seeds)} for {self.name}", "give every seed once, at least one")
-        taken = [name for name in self.setting if name in LABELS + MEASURED]
+        taken = [name for name in self.setting if name in DESCRIBED + PLAYED + MEASURED]
         if taken:
             raise UserError("setting", f"{taken[0]!r} of {self.name} is a column of its own", "use another name")
 
@@ -174,13 +175,14 @@ def _expanded(spec: Mapping[str, Any], known: Mapping[str, Any] | None, name: st
             made = {"class_path": "EosAware", "init_args": {"policy": made}}
         if sure is not None:
             made = {"class_path": "EarlyCommit", "init_args": {"policy": made, "sure": sure}}
-        numbers = [
-            key for key in options if isinstance(options[key], (int, float)) and not isinstance(options[key], bool)
-        ]
+        numbers = [key for key, value in options.items() if type(value) in (int, float)]
         varied = [key for key in numbers if len(axes[key]) > 1 and played["budgets"] is None]
         curve = next((key for key in (*CURVE, *varied) if key in numbers), None)
-        family = [name or _word(played["policy"], options)]
-        family += [_said(key, value) for key, value in options.items() if key not in ("score", curve)]
+        ranking = options["score"] if isinstance(options.get("score"), str) else None  # says enough by itself
+        family = [name or ranking or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(played["policy"]).split(".")[-1]).lower()]
+        family += [
+            _said(key, value) for key, value in options.items() if key != curve and (ranking is None or key != "score")
+        ]
         family += [f"T={played['budgets']}"] if curve is not None and played["budgets"] is not None else []
         family += [f"block {played['block_size']}"] if played["block_size"] is not None else []
         family += ["eos-aware"] * ends + ["mode"] * bool(played["mode"])
@@ -197,13 +199,8 @@ def _expanded(spec: Mapping[str, Any], known: Mapping[str, Any] | None, name: st
         )
 
 
-def _word(policy: str, options: Mapping[str, Any]) -> str:
-    """What a policy is called in the names of its arms."""
-    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(policy).rpartition(".")[-1]).lower()
-    return str(options.get("score", kind))
-
-
 def _said(name: str, value: Any) -> str:
+    """A setting in the name of an arm."""
     return value if isinstance(value, str) else f"{name}={_short(value)}"
 
 

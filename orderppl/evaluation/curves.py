@@ -228,7 +228,7 @@ def frontier(
     Raises:
         UserError: no opponents, or see `Frontier`.
     """
-    chosen_on = None
+    chosen_on, opponents = None, None if opponents is None else list(opponents)
     if validation is not None:  # other bootstrap samples: they are other rows
         options = {"resamples": resamples, "seed": seed + 1}
         chosen_on = frontier(validation, metric, opponents=opponents, **options)

@@ -202,12 +202,13 @@ class _Part:
         """What `decode` or `follow` returns; what they refuse is said of the arm."""
         options: dict[str, Any] = {"mode": self.arm.mode, "block_size": self.arm.block_size, "row_ids": rows}
         options["generator"] = torch.Generator().manual_seed(self.seed)
+        told = Batch(batch.tokens, batch.attention_mask, batch.attention_mask & ~batch.latent)
+        _ = told.prefix  # while the host has it
         try:
             if self.run == "teacher_forced":
-                return follow(self.arm.policy, denoiser, batch.to(device), self.steps, **options)
+                return follow(self.arm.policy, denoiser, told.to(device), self.steps, **options)
             options |= {"max_steps": self.steps, "temperature": self.arm.temperature}
-            told = Batch(batch.tokens, batch.attention_mask, batch.attention_mask & ~batch.latent)  # the rest is hidden
-            return decode(denoiser, self.arm.policy, told.to(device), **options)
+            return decode(denoiser, self.arm.policy, told.to(device), **options)  # which hides what is not given
         except UserError as error:
             raise UserError(f"arm {self.arm.name!r}: {error.field}", error.problem, error.remedy) from error
 
@@ -281,7 +282,7 @@ class _Kept:
         if folder is None:
             return
         cast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None
-        identity = {"denoiser": object_digest(denoiser), "examples": data.digest()}
+        identity = {"denoiser": object_digest(denoiser, "denoiser"), "examples": data.digest()}
         identity |= {"device": device.type, "autocast": str(cast)}
         path = folder / IDENTITY
         if not path.is_file():
@@ -297,11 +298,11 @@ class _Kept:
         """Digest of what a part depends on besides the identity of all."""
         if self.folder is None:
             return str(number)
-        arm, graded = part.arm, part.run == "decoding"
+        arm, graded, who = part.arm, part.run == "decoding", f"arm {part.arm.name!r}"
         return value_digest(
             {
-                "policy": object_digest(arm.policy),
-                "denoiser": None if arm.denoiser is None else object_digest(arm.denoiser),
+                "policy": object_digest(arm.policy, who),
+                "denoiser": None if arm.denoiser is None else object_digest(arm.denoiser, who),
                 "played": [part.run, part.seed, part.steps, arm.mode, arm.block_size, graded and arm.temperature],
                 "graded": [_name_of(self.data.grade), self.data.examples.references] if graded else None,
             }
@@ -354,14 +355,17 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def object_digest(thing: object) -> str:
-    """Digest of how an object was made, and of its weights.
+def object_digest(thing: object, who: str) -> str:
+    """Digest of how an object was made, and of its weights; `who` it is in messages.
 
     Raises:
         UserError: it cannot be described, so that nobody could tell it from another one.
     """
-    weights = tensor_digest(thing.state_dict()) if isinstance(thing, nn.Module) else None
-    return value_digest([describe(thing), weights])
+    try:
+        made = describe(thing)
+    except UserError as error:
+        raise UserError(f"{who}, to be kept", f"{error.field} {error.problem}".strip(), error.remedy) from error
+    return value_digest([made, tensor_digest(thing.state_dict()) if isinstance(thing, nn.Module) else None])
 
 
 def _name_of(function: Any) -> str:

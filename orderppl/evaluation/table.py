@@ -51,8 +51,11 @@ def by_row(table: pd.DataFrame, metric: str) -> ByRow:
     """Values of every arm that has a metric.
 
     Raises:
-        UserError: no arm has it, arms on different rows, or a value that is not finite.
+        UserError: no arm has it, arms on different rows, a value that is not finite, or shards that are not done.
     """
+    if table.attrs.get("missing"):
+        problem = f"{table.attrs['missing']} parts are left to other shards"
+        raise UserError("table", problem, "evaluate again when they are done")
     column = METRICS.get(metric, metric)
     part = table[table[column].notna()] if column in table else table[:0]
     if part.empty:

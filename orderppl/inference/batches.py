@@ -26,8 +26,8 @@ def as_batch(data: Data) -> Batch:
 
     Args:
         data: a `Batch`; tokens, int64 [N, S]; columns `tokens` (or `input_ids`), `attention_mask` and `given` in a dict
-            or a `datasets.Dataset`, whose rows may have different lengths; an object with a `.batch`; a `DataLoader` or
-            another iterable of batches, which is read once, into memory (without the shuffling of a loader).
+            or a `datasets.Dataset`, whose rows may have different lengths; examples of `orderppl.data`; a `DataLoader`
+            or another iterable of batches, which is read once, into memory (without the shuffling of a loader).
 
     Raises:
         UserError: none of these, or no sequence.
@@ -79,13 +79,41 @@ def _from_columns(columns: Mapping[str, Any]) -> Batch:
     return Batch.of(found)
 
 
+def training_rows(data: Data, denoiser: object) -> tuple[Data, Data]:
+    """Training and validation rows of a data set of `orderppl.data`, as the denoiser's tokeniser reads them.
+
+    Other data have no rows for validation: None.
+    """
+    if not hasattr(data, "splits"):
+        return data, None
+    splits = data.splits(getattr(denoiser, "tokenizer", None))
+    return splits["train"], splits.get("validation")
+
+
+def check_tokens(batch: Batch, denoiser: object) -> None:
+    """Refuse tokens to reveal that a denoiser (anything with `mask_index` and `vocab_size`) has no class for.
+
+    Raises:
+        UserError: names the first row and position.
+    """
+    mask, classes = getattr(denoiser, "mask_index", None), getattr(denoiser, "vocab_size", None)
+    if mask is None or classes is None:
+        return
+    wrong = batch.latent & ((batch.tokens == mask) | (batch.tokens < 0) | (batch.tokens >= classes))
+    for row, place in wrong.nonzero()[:1].tolist():
+        token = int(batch.tokens[row, place])
+        what = f"{'MASK' if token == mask else 'no token'} (id {token})"
+        problem = f"row {row} has {what} at position {place}, which is to be revealed"
+        raise UserError("data", problem, "correct it, or mark the position as given")
+
+
 class Piece(NamedTuple):
     """A process's part of a batch, or a piece of it.
 
     Attributes:
         batch: the sequences.
         keys: which rows of the data they are; what `keyed_draws` needs.
-        share: their part of the whole batch; 0 where a row stands in for none.
+        share: what they count for in the whole batch; 0 where a row stands in for none.
     """
 
     batch: Batch
@@ -104,10 +132,10 @@ class BatchStream:
         data: see `as_batch`.
         batch_size: sequences per batch.
         seed: non-negative seed of the permutations.
-        shuffle: False keeps the rows in their order in every epoch.
         drop_last: leave out the short last batch of an epoch, unless it is the only one.
         group: sort the rows of this many batches by length before cutting them into batches, then shuffle the
             batches: less padding, and still every row once an epoch. 1 leaves rows unsorted.
+        per_token: pieces of a batch weigh by their positions to reveal, not by their rows.
         device: where batches are moved to.
 
     Raises:
@@ -120,9 +148,9 @@ class BatchStream:
         batch_size: int,
         *,
         seed: int = 0,
-        shuffle: bool = True,
         drop_last: bool = False,
         group: int = 1,
+        per_token: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("group", group, 1), ("seed", seed, 0)):
@@ -130,7 +158,8 @@ class BatchStream:
                 raise UserError(name, f"{value} is too small", f"use at least {least}")
         self.data = as_batch(data)
         self.batch_size, self.seed, self.group = batch_size, seed, group
-        self.shuffle, self.drop_last, self.device = shuffle, drop_last, torch.device(device)
+        self.drop_last, self.device = drop_last, torch.device(device)
+        self.weight = self.data.latent.sum(-1) if per_token else torch.ones(len(self.data), dtype=torch.long)  # [N]
         self.epoch, self.position = 0, 0
         self._batches = self._permutation()
 
@@ -142,19 +171,17 @@ class BatchStream:
 
     def _permutation(self) -> list[Tensor]:
         """Row indices of every batch of this epoch."""
-        order = np.arange(len(self.data))
         rng = np.random.default_rng([self.seed, self.epoch])
-        if self.shuffle:
-            order = rng.permutation(order)
+        order = rng.permutation(len(self.data))
         if self.drop_last:
             order = order[: self.batches_per_epoch * self.batch_size]
-        if self.shuffle and self.group > 1:
+        if self.group > 1:
             length = self.data.attention_mask.sum(-1).numpy()
             pool = self.group * self.batch_size
             pools = [order[start : start + pool] for start in range(0, len(order), pool)]
             order = np.concatenate([rows[np.argsort(length[rows], kind="stable")] for rows in pools])
         batches = list(torch.from_numpy(order).split(self.batch_size))
-        if self.shuffle and self.group > 1:
+        if self.group > 1:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches
 
@@ -174,7 +201,8 @@ class BatchStream:
         rows = self._batches[self.position - 1]
         for piece in range(count):
             mine = torch.arange(len(rows))[rank + piece * size :: count * size]
-            yield self._piece(rows, mine if len(mine) else torch.zeros(1, dtype=torch.long), len(mine) / len(rows))
+            share = int(self.weight[rows[mine]].sum()) / max(int(self.weight[rows].sum()), 1)
+            yield self._piece(rows, mine if len(mine) else torch.zeros(1, dtype=torch.long), share)
 
     def once(self) -> Iterator[Piece]:
         """One pass over all rows in their stored order, the short last batch included; the stream stays where it is."""
@@ -183,13 +211,16 @@ class BatchStream:
 
     def _piece(self, rows: Tensor, mine: Tensor, share: float) -> Piece:
         batch = self.data.rows(rows[mine]).trimmed()
+        places = (batch.latent.cumsum(-1) - 1).clamp(
+            min=0
+        )  # among the positions to reveal: padding may be cut anywhere
         if self.device.type == "cuda":
-            rows, mine = rows.pin_memory(), mine.pin_memory()
+            rows, mine, places = rows.pin_memory(), mine.pin_memory(), places.pin_memory()
             given = None if batch.given is None else batch.given.pin_memory()
             batch = Batch(batch.tokens.pin_memory(), batch.attention_mask.pin_memory(), given)
         _ = batch.prefix  # found on the host, and kept
-        rows, mine = (index.to(self.device, non_blocking=True) for index in (rows, mine))
-        return Piece(batch.to(self.device), BatchKeys(self.epoch, rows, mine), share)
+        rows, mine, places = (index.to(self.device, non_blocking=True) for index in (rows, mine, places))
+        return Piece(batch.to(self.device), BatchKeys(self.epoch, rows, mine, places), share)
 
     @cached_property
     def digest(self) -> str:
@@ -202,7 +233,7 @@ class BatchStream:
         return digest.hexdigest()
 
     def _identity(self) -> dict[str, Any]:
-        names = ("batch_size", "seed", "shuffle", "drop_last", "group")
+        names = ("batch_size", "seed", "drop_last", "group")
         return {"num_sequences": len(self.data), **{name: getattr(self, name) for name in names}, "data": self.digest}
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,85 +18,71 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-Batch = Mapping[str, Tensor]
+from orderppl.unmasking import Batch
+
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)  # lowered by autocast
 
 
 @dataclass(frozen=True)
-class UpdateMemory:
-    """Memory of an update, in bytes.
+class UpdateCost:
+    """Memory of an update, in bytes, and its operations.
 
     Attributes:
         weights: parameters, trained or not, and buffers.
         optimizer: state that the optimiser keeps.
         peak: most that is held at a time on top of `weights`: activations, gradients, state of the optimiser.
+        flops: floating-point operations of matrix products and attention, backward included.
     """
 
     weights: int
     optimizer: int
     peak: int
+    flops: float
 
 
-def update_memory(
+def update_cost(
     loss: nn.Module,
     batch: Batch,
     optimizer: Callable[[Iterable[Tensor]], Optimizer],
     *,
     accumulate: int = 1,
-    autocast_dtype: torch.dtype | None = None,
-) -> UpdateMemory:
-    """Find the memory that an update needs, as `optimise` makes it.
+    bfloat16: bool = False,
+) -> UpdateCost:
+    """Find what an update costs, as `train` makes it.
 
     The update runs on the meta device, with attention in one kernel as on a GPU. Not counted are the working space of
     kernels, what an allocator wastes, and the float32 copy of an autocast weight.
 
     Args:
-        loss: as for `optimise`; it is left as it is.
-        batch: the whole batch, of the widest rows there are.
+        loss: as for `train`; it is left as it is.
+        batch: the whole batch.
         optimizer: makes the optimiser.
         accumulate: pieces of the batch.
-        autocast_dtype: of the forward pass.
+        bfloat16: whether the forward pass runs under autocast.
 
     Raises:
         RuntimeError: the loss needs to look at a number.
     """
     shapes = on_shapes(loss)
-    rows = len(next(iter(batch.values())))
-    piece = {name: tensor[: -(-rows // accumulate)].to("meta") for name, tensor in batch.items()}
-    parameters = [parameter for parameter in shapes.parameters() if parameter.requires_grad]
-    opt = optimizer(parameters)
-    with validation_enabled(False), _AsOnAccelerator(autocast_dtype), _Held() as held:
+    _ = batch.prefix  # found while there are numbers
+    piece = batch.rows(slice(-(-len(batch) // accumulate))).to("meta")
+    opt = optimizer([parameter for parameter in shapes.parameters() if parameter.requires_grad])
+    flops = count_flops(lambda: shapes(piece).backward()) * len(batch) / len(piece)
+    opt.zero_grad(set_to_none=True)
+    with validation_enabled(False), _AsOnAccelerator(bfloat16), _Held() as held:
         for _ in range(2):  # the first one makes the optimiser's state
             for _ in range(min(accumulate, 2)):  # gradients of earlier pieces are held
-                shapes(**piece).backward()
+                shapes(piece).backward()
             opt.step()
             opt.zero_grad(set_to_none=True)
     state = [value for own in opt.state.values() for value in own.values() if isinstance(value, Tensor)]
     stored = {id(tensor): tensor for tensor in (*shapes.parameters(), *shapes.buffers())}
-    return UpdateMemory(_bytes(stored.values()), _bytes(state), held.peak)
-
-
-def update_flops(loss: nn.Module, batches: Sequence[Batch]) -> float:
-    """Floating-point operations of matrix products and attention in an update, backward included, mean over batches.
-
-    Args:
-        loss: as for `optimise`; it is left as it is.
-        batches: whole batches.
-
-    Raises:
-        RuntimeError: the loss needs to look at a number.
-    """
-    shapes = on_shapes(loss)
-
-    def run(batch: Batch) -> None:
-        shapes(**{name: tensor.to("meta") for name, tensor in batch.items()}).backward()
-
-    return sum(count_flops(partial(run, batch)) for batch in batches) / len(batches)
+    return UpdateCost(_bytes(stored.values()), _bytes(state), held.peak, flops)
 
 
 def count_flops(action: Callable[[], object]) -> int:
     """Floating-point operations of matrix products and attention that an action on the meta device would take."""
-    with validation_enabled(False), _AsOnAccelerator(None), FlopCounterMode(display=False) as counter:
+    with validation_enabled(False), _AsOnAccelerator(), FlopCounterMode(display=False) as counter:
         action()
     return int(counter.get_total_flops())
 
@@ -117,33 +102,27 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _AsOnAccelerator(TorchFunctionMode):
-    """Attention in one kernel, and matrix products in the dtype of autocast, neither of which the meta device knows."""
+    """Attention in one kernel, and products in bfloat16 under autocast, neither of which the meta device knows."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, bfloat16: bool = False) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.bfloat16 = bfloat16
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if self.dtype is not None and (func in PRODUCTS or func is F.scaled_dot_product_attention):
-            args, kwargs = tree_map_only(Tensor, self._lowered, (args, kwargs))
-        if func is F.scaled_dot_product_attention:
-            return _fused_attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        if self.bfloat16 and (func in PRODUCTS or func is F.scaled_dot_product_attention):
+            args, kwargs = tree_map_only(Tensor, _lowered, (args, kwargs))
+        return _fused_attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
-    def _lowered(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() and tensor.is_meta else tensor
+
+def _lowered(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16() if tensor.is_floating_point() and tensor.is_meta else tensor
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-    bias = None
-    if attn_mask is not None:
-        bias = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
     trained = torch.is_grad_enabled() and q.requires_grad
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    mixed: Tensor = kernel(q, k, v, bias, trained, **options)[0]
+    mixed: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, trained, **options)[0]
     return mixed
 
 
@@ -155,9 +134,7 @@ class _Held(TorchDispatchMode):
         self.held = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in args:  # what was there before, parameters above all, is not counted
             if isinstance(tensor, Tensor):
                 self._known.add(tensor.untyped_storage())

@@ -12,11 +12,19 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from orderppl.inference.annealing import Anneal, set_number
-from orderppl.inference.batches import BatchStream, Data
+from orderppl.inference.batches import BatchStream, Data, as_batch, check_tokens, training_rows
 from orderppl.inference.objective import as_objective
 from orderppl.inference.programs import local_parameters, make_local
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
-from orderppl.inference.trainer import VALIDATION_SEED, FitResult, TrainSettings, frozen, module_device, train
+from orderppl.inference.trainer import (
+    VALIDATION_SEED,
+    FitResult,
+    TrainSettings,
+    described,
+    frozen,
+    module_device,
+    train,
+)
 from orderppl.randomness import keyed_draws
 from orderppl.unmasking import Batch
 
@@ -105,13 +113,15 @@ def fit(
     Args:
         model: the unmasking model.
         guide: posterior over `reveal_step`.
-        data: a `Batch`, tokens, a dict of columns, a `datasets` set, a `DataLoader` or any iterable of batches.
+        data: a `Batch`, tokens, a dict of columns, a data set of `orderppl.data` or `datasets`, a `DataLoader` or any
+            iterable of batches, which is read into memory.
         objective: any objective of this package (`RevealTraceGraph_ELBO()` when left out), or Pyro's `Trace_ELBO`,
             `TraceGraph_ELBO`, `RenyiELBO`.
         optimizer: makes the optimiser: `torch.optim.AdamW`, or `partial(torch.optim.Adam, lr=0.1)`.
         updates: total number of updates, those before a resume included.
         batch_size: sequences per update.
-        validation: data on which the bound is measured every `validate_every` updates and at the end.
+        validation: data on which the bound is measured every `validate_every` updates and at the end; of data with
+            splits that of validation, if it is asked for by `validate_every`.
         anneal: numbers that change over the fit, such as `{"objective.kl_weight": Anneal(0.1, 1.0, 200)}`.
         train_denoiser: train the denoiser too.
         out: folder of the run, which every command reads: config, log, checkpoints, weights.
@@ -135,23 +145,35 @@ def fit(
         **settings,
     )
     objective = RevealTraceGraph_ELBO() if objective is None else objective
-    targets = {"model": model, "guide": guide, "objective": objective}
-    run = None if out is None else Path(out)
+    programs = {"model": model, "guide": guide, "objective": objective}
+    denoiser = getattr(model, "denoiser", None)
+    rows, held = training_rows(data, denoiser)
+    if validation is None and chosen.validate_every is not None:
+        validation = held
 
     def annealed(update: int) -> dict[str, float]:
         values = {name: change(update) for name, change in (anneal or {}).items()}
         for name, value in values.items():
-            set_number(targets, name, value)
+            set_number(programs, name, value)
         return values
 
-    measure = None if validation is None else held_out(model, guide, validation, objective.num_particles, batch_size)
-    with frozen(getattr(model, "denoiser", None), unless=train_denoiser):
-        loss = PairLoss(model, guide, objective)
-        return train(loss, data, chosen, anneal=annealed, validate=measure, out=run, resume=resume)
+    batch = as_batch(rows)
+    check_tokens(batch, denoiser)
+    with frozen(denoiser, unless=train_denoiser):
+        return train(
+            PairLoss(model, guide, objective),
+            batch,
+            chosen,
+            anneal=annealed,
+            validate=None if validation is None else held_out(model, guide, validation, objective, batch_size),
+            out=None if out is None else Path(out),
+            resume=resume,
+            parts={**programs, "data": described(data), "fit": chosen},
+        )
 
 
 def held_out(
-    model: nn.Module, guide: nn.Module, data: Data, num_particles: int = 8, batch_size: int = 32
+    model: nn.Module, guide: nn.Module, data: Data, objective: ELBO | None = None, batch_size: int = 32
 ) -> Callable[[], dict[str, float]]:
     """What measures the bound on held-out data: always the plain one, so that different objectives can be compared.
 
@@ -161,13 +183,13 @@ def held_out(
         model: the unmasking model.
         guide: posterior over `reveal_step`.
         data: see `fit`.
-        num_particles: orders per sequence.
+        objective: of the fit: as many orders are drawn per sequence.
         batch_size: sequences at a time.
 
     Returns:
         A function that gives the metrics' means per sequence: `elbo`, `log_likelihood`, `kl` in nats, `steps`.
     """
-    loss = PairLoss(model, guide, RevealTraceGraph_ELBO(num_particles))
+    loss = PairLoss(model, guide, RevealTraceGraph_ELBO(8 if objective is None else objective.num_particles))
     stream = BatchStream(data, batch_size)
 
     @torch.no_grad()

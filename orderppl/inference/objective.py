@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from orderppl.config import Configurable
 from orderppl.errors import UserError
+from orderppl.program import announcing
 
 
 class Objective(Configurable, ELBO):
@@ -100,7 +101,8 @@ class StockObjective(Objective):
         try:
             for parameter in over:
                 parameter.grad = None
-            value = torch.tensor(-float(self.stock.loss_and_grads(model, guide, *args, **kwargs)))
+            with announcing(True):
+                value = torch.tensor(-float(self.stock.loss_and_grads(model, guide, *args, **kwargs)))
             slopes = [(parameter, parameter.grad) for parameter in over if parameter.grad is not None]
         finally:
             for parameter, gradient in zip(over, kept, strict=True):

@@ -12,6 +12,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from orderppl.distributions import OrderDistribution, RevealedTokens
+from orderppl.program import announcing
 from orderppl.unmasking import steps_used
 
 Program = Callable[..., Any]
@@ -33,7 +34,7 @@ def local_parameters(*programs: Program) -> Iterator[None]:
     """Run programs on their own parameters, whatever Pyro's global setting and store hold."""
     for program in programs:
         make_local(program)
-    with pyro.settings.context(module_local_params=True):
+    with pyro.settings.context(module_local_params=True), announcing(False):
         yield
 
 

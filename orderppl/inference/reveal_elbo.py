@@ -95,14 +95,16 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             if is_validation_enabled():
                 check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
             guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-            if reveal_sites(model_trace, guide_trace) is None or is_validation_enabled():
+            is_stacked = reveal_sites(model_trace, guide_trace) is not None  # the bound asks for its densities itself
+            if not is_stacked:
                 model_trace.compute_log_prob()
                 guide_trace.compute_score_parts()
         if is_validation_enabled():
             check_if_enumerated(guide_trace)
             for site in (*model_trace.nodes.values(), *guide_trace.nodes.values()):
                 if site["type"] == "sample":
-                    check_site_shape(site, self.max_plate_nesting)
+                    shape = torch.empty(site["fn"].batch_shape, device="meta")
+                    check_site_shape(site | {"log_prob": shape} if is_stacked else site, self.max_plate_nesting)
         return model_trace, guide_trace
 
     def _loss_and_surrogate_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -114,7 +116,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
     def _by_step(self, sites: RevealSites) -> tuple[Tensor, Tensor]:
         q, p, likelihood = sites.guide["fn"], sites.prior["fn"], sites.tokens["fn"]
         order = detach_provenance(sites.guide["value"])  # [*, S]
-        trajectory = Trajectory(likelihood.path, order, sites.guide["infer"].get("met"))
+        met = sites.guide["infer"].get("met")
+        trajectory = Trajectory(likelihood.path, order, met) if met else likelihood.trajectory
         reward, baseline = self._rewards(sites, likelihood, trajectory)  # R [*], v_t [T, *]
         log_q, kl, kl_to_come = self._order_terms(q, p, trajectory)  # [P, *] each; P = T, or 1 for a whole order
 
@@ -130,9 +133,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         self.metrics = order_metrics(reward.sum(), kl.sum(), order)
         return objective.detach(), -surrogate
 
-    def _rewards(
-        self, sites: RevealSites, likelihood: RevealedTokens, trajectory: Trajectory
-    ) -> tuple[Tensor, Tensor]:
+    def _rewards(self, sites: RevealSites, likelihood: RevealedTokens, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         """R of every order, float [*], and v_t: R if everything left were revealed at step t, float [T, *]."""
 
         def scored(log_likelihood: Tensor) -> Tensor:
@@ -226,8 +227,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             impossible = (said.isneginf() & trajectory.revealed).nonzero()
             if len(impossible):
                 row, place = impossible[0, -2:].tolist()
-                token = int(batch.tokens[row, place])
-                return f"token {token} at position {place} of row {row} has probability 0"
+                return f"token {int(batch.tokens[row, place])} at position {place} has probability 0"
             _, kl, _ = self._order_terms(sites.guide["fn"], sites.prior["fn"], trajectory)
             if bool(kl.isnan().any()):
                 return "the guide or the model's policy gives NaN"

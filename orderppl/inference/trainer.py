@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,8 @@ from orderppl.inference.optimizers import (
     set_to_average,
 )
 from orderppl.inference.processes import Processes
-from orderppl.randomness import BatchKeys, keyed_draws
+from orderppl.randomness import keyed_draws
+from orderppl.runs import Kind, finish_run, start_run
 
 VALIDATION_SEED = 20_260_228  # validations use common random numbers and leave the training stream untouched
 
@@ -207,6 +208,7 @@ def train(
     out: Path | None = None,
     resume: bool = False,
     description: str = "fit",
+    parts: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Minimise `loss(batch)` over the parameters that require a gradient.
 
@@ -222,9 +224,10 @@ def train(
     by torch's own functions (dropout, say) does differ. Every process has to make the same data and call.
 
     Args:
-        loss: module whose call with a `Batch` returns a differentiable scalar, a mean over its sequences. Optional: an
-            attribute `metrics`, a dict of 0-dim tensors of the last call, means over sequences as well, which are
-            logged; a method `explain(batch)` that says why the loss of a batch is not finite, or returns None.
+        loss: module whose call with a `Batch` returns a differentiable scalar, a mean over its sequences (over the
+            positions to reveal if it has a true attribute `per_token`). Optional: an attribute `metrics`, a dict of
+            0-dim tensors of the last call, means as well, which are logged; a method `explain(batch)` that says why the
+            loss of a batch is not finite, or returns None.
         data: see `as_batch`.
         settings: how.
         anneal: called before every update with its 0-based index; sets numbers, and returns them for the log.
@@ -233,27 +236,32 @@ def train(
         resume: continue from the newest checkpoint in `out`; from the start when there is none. Frozen parameters are
             not in it: build them as before.
         description: label of the progress bar.
+        parts: what the run is made of, see `orderppl.runs.start_run`: `out` becomes a folder that every command reads.
 
     Returns:
         The trace and what was found.
 
     Raises:
-        UserError: a wrong setting, a loss or gradient that is not finite, a checkpoint of another run, or processes
-            that hold different data.
+        UserError: a wrong setting, an object among `parts` that a config cannot describe, a loss or gradient that is
+            not finite, a checkpoint of another run, or processes that hold different data.
     """
     processes = Processes.join(settings.device or module_device(loss))
     with ExitStack() as held:
         if out is not None:
             processes.from_first(lambda: held.enter_context(locked(out)))
         checkpoints = None if out is None else CheckpointFolder(out / "checkpoints")
-        state = _start(loss, data, settings, processes, _saved(checkpoints, resume, processes))
+        saved = _saved(checkpoints, resume, processes)
+        if out is not None and parts is not None:
+            kind: Kind = "order" if "model" in parts else "denoiser"
+            processes.from_first(partial(start_run, out, kind, parts, resume=resume))
+        state, shared = _start(loss, data, settings, processes, saved)
         log = Log(None if out is None else out / "log.jsonl", processes.is_first)
         log.restart(state.update)
-        shared = processes.wrapped(loss)
         quiet = not (settings.progress and processes.is_first)
         if not quiet:
             say(f"{description}: {_parts(loss)}")
 
+        held.enter_context(torch.enable_grad())
         interrupt = held.enter_context(Interrupt(armed=out is not None))
         bar = held.enter_context(tqdm(total=settings.updates, initial=state.update, desc=description, disable=quiet))
         began, stop, check = time.perf_counter() - state.seconds, 0, partial(_refuse, out=out)
@@ -290,13 +298,16 @@ def train(
             if save and checkpoints is not None and processes.is_first:
                 checkpoints.save(state.state_dict())
 
+        if not stop:
+            set_to_average(state.parameters, state.average)
+            if out is not None and parts is not None:
+                processes.from_first(partial(finish_run, out, parts, state.update))
     if stop:
         if processes.is_first:
             say(f"interrupted: update {state.update} is saved in {out}; go on with resume")
         signal.raise_signal(stop)
     if processes.size > 1:  # what the script draws next is the same everywhere; by then the files are written
         torch.set_rng_state(processes.from_first(torch.get_rng_state))
-    set_to_average(state.parameters, state.average)
     return FitResult(state.update, log.trace, log.validations, state.seconds, out)
 
 
@@ -320,8 +331,8 @@ def _saved(checkpoints: CheckpointFolder | None, resume: bool, processes: Proces
 
 def _start(
     loss: nn.Module, data: Data, settings: TrainSettings, processes: Processes, saved: Mapping[str, Any] | None
-) -> TrainState:
-    """The state before the first update, or that of a checkpoint."""
+) -> tuple[TrainState, nn.Module]:
+    """The state before the first update, or that of a checkpoint, and the loss as the processes share it."""
     device = torch.device(settings.device or module_device(loss))
     if processes.size > 1 and device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -331,7 +342,13 @@ def _start(
         seed = int(torch.randint(2**62, ())) if saved is None else saved["seed"]
     seed = processes.gathered(seed)[0]
     stream = BatchStream(
-        data, settings.batch_size, seed=seed, group=settings.group, drop_last=settings.drop_last, device=device
+        data,
+        settings.batch_size,
+        seed=seed,
+        drop_last=settings.drop_last,
+        group=settings.group,
+        per_token=getattr(loss, "per_token", False),
+        device=device,
     )
     if processes.size > 1 and len(set(processes.gathered(stream.digest))) > 1:
         raise UserError("data", "differs between the processes", "make it from fixed seeds on every process")
@@ -341,6 +358,7 @@ def _start(
     named = {name: parameter for name, parameter in loss.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(settings.optimizer, named, settings.lr)
     scheduler = make_scheduler(settings.schedule, optimizer, settings.warmup, settings.updates)
+    shared = processes.wrapped(loss)  # from here on the parameters are those of the first process
     state = TrainState(loss, optimizer, scheduler, None, stream, seed)
     if settings.ema_decay is not None:
         state.average = moving_average(state.parameters, settings.ema_decay)
@@ -349,7 +367,7 @@ def _start(
     loss.zero_grad(set_to_none=True)
     if not processes.is_first:  # losses that draw by torch should not draw the same for other rows
         torch.manual_seed(seed ^ (processes.rank << 40) ^ state.update)
-    return state
+    return state, shared
 
 
 def _gradient(
@@ -387,13 +405,14 @@ def _step(state: TrainState) -> None:
 def _measure(
     state: TrainState, validate: Callable[[], Mapping[str, float]], settings: TrainSettings
 ) -> dict[str, float]:
-    """Validate the averaged parameters, where there is an average."""
+    """Validate in evaluation mode, the averaged parameters where there is an average."""
     device = state.stream.device
     with (
         torch.no_grad(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         _autocast(state, settings),
         averaged(state.parameters, state.average),
+        frozen(state.loss),
     ):
         torch.manual_seed(VALIDATION_SEED)
         return {name: float(value) for name, value in validate().items()}
@@ -421,12 +440,12 @@ def _causes(state: TrainState, pieces: list[Piece], processes: Processes) -> lis
     explain = getattr(state.loss, "explain", lambda batch: None)
 
     def first() -> str | None:
-        for piece in pieces:
-            for place, row in enumerate(piece.keys.rows[piece.keys.mine].tolist()):
+        for batch, keys, _ in pieces:
+            for place, row in enumerate(keys.rows[keys.mine].tolist()):
                 one = slice(place, place + 1)
-                keys = BatchKeys(piece.keys.epoch, piece.keys.rows, piece.keys.mine[one])
-                with torch.no_grad(), keyed_draws(state.seed, keys):
-                    if cause := explain(piece.batch.rows(one)):
+                places = None if keys.places is None else keys.places[one]
+                with torch.no_grad(), keyed_draws(state.seed, replace(keys, mine=keys.mine[one], places=places)):
+                    if cause := explain(batch.rows(one)):
                         return f"row {row} of the data: {cause}"
         return None
 
@@ -456,6 +475,11 @@ def _parts(loss: nn.Module) -> str:
 def module_device(module: nn.Module) -> torch.device:
     """Where the parameters of a module are."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def described(data: Data) -> Data:
+    """The data where a config can describe them; None for tensors and other things that a script has made."""
+    return data if "_made_by" in getattr(data, "__dict__", {}) else None
 
 
 @contextmanager

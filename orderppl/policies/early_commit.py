@@ -93,4 +93,4 @@ class EarlyCommit(Wrapper):
     def forward(self, state: State) -> SetDistribution:
         """Finish, or reveal as the other policy does."""
         logit = self.finish_logit(state)
-        return FinishingSet(super().forward(state), logit)
+        return FinishingSet(super().forward(state), logit, state.masked)

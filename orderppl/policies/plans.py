@@ -27,7 +27,8 @@ class Planned(Policy):
     """Base of plans: a distribution over whole orders that is known at the opening, when nothing has been revealed.
 
     A subclass defines `plan`. When decoding, one order is drawn (or its mode taken) at the first step and followed; a
-    step at which nothing is planned is skipped and not charged: each forward reveals the next non-empty set.
+    step at which nothing is planned is skipped and not charged: each forward reveals the next non-empty set. Inside
+    blocks and other wrappers it is the plan of the whole row, as far as they let it be followed.
     """
 
     looks_back = True
@@ -49,7 +50,7 @@ class Planned(Policy):
         if state.carry is not None:
             followed: Tensor = state.carry
             return followed
-        plan = self.plan(state)
+        plan = self.plan(state.whole)
         return plan.mode if state.takes_mode else plan.draw(state.noise)
 
     def forward(self, state: State) -> SetDistribution:
@@ -171,7 +172,7 @@ class FixedOrder(Planned):
 
     def look_back(self, state: State) -> Any:
         """See `Planned`."""
-        return self._order(state) if state.carry is None else state.carry
+        return self._order(state.whole) if state.carry is None else state.carry
 
     def _order(self, state: State) -> Tensor:
         place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)

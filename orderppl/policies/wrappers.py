@@ -97,7 +97,7 @@ class Blocks(Wrapper):
         """The policy's set within the block."""
         view = self._view(state, *state.carry)
         sets: SetDistribution = self.policy(view)
-        return sets.certain(view.is_last)
+        return sets.certain(view.is_last, view.masked)
 
 
 class EosAware(Wrapper):

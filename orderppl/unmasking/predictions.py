@@ -64,8 +64,9 @@ class Window(Predictions):
 
     @cached_property
     def log_probs(self) -> Tensor:
-        """Normalised `logits`, float [*, B, S - start, V]."""
-        return self.logits.log_softmax(-1)
+        """Normalised `logits`, float [*, B, S - start, V], which then take their place: one such tensor is enough."""
+        self.__dict__["logits"] = normalised = self.logits.log_softmax(-1)
+        return normalised
 
     def _whole(self, values: Tensor) -> Tensor:
         """Put zeros before the window: [*, B, S - start, ..] -> [*, B, S, ..]."""

@@ -50,6 +50,7 @@ class State:
         self.batch, self.denoiser, self.predictions = batch, denoiser, predictions
         self.carry, self.truth = carry, truth
         self.price: float | Tensor | None = None  # of a step, where a policy is told one (see `AtPrice`)
+        self._whole: State | None = None
         self._latent: Tensor | None = None
         self._num_hidden: Tensor | None = None
         self._noise = noise
@@ -70,6 +71,11 @@ class State:
     def latent(self) -> Tensor:
         """The positions that were to be revealed at the first step (inside a block: those of the block): bool [*, S]."""
         return self.batch.latent.expand(self.shape) if self._latent is None else self._latent
+
+    @property
+    def whole(self) -> State:
+        """The state that this one was restricted from, for a policy that looks beyond a block."""
+        return self if self._whole is None else self._whole
 
     @property
     def num_hidden(self) -> Tensor:
@@ -150,6 +156,7 @@ class State:
             changes: as of `replace`.
         """
         view = self.replace(masked=masked, **changes)
+        view._whole = self.whole
         if latent is None:
             view._num_hidden = self.num_hidden
         else:

@@ -11,6 +11,7 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 
+from orderppl.errors import UserError
 from orderppl.unmasking.batch import Batch
 from orderppl.unmasking.denoiser import Denoiser, Reader
 from orderppl.unmasking.predictions import Predictions, Views, Window
@@ -30,6 +31,11 @@ def steps_used(reveal_step: Tensor) -> Tensor:
 def same_step(step: int, like: Tensor) -> Tensor:
     """One step index for all rows of `like` [*, S]: int64 [*], expanded from a single number."""
     return torch.full((1,) * (like.dim() - 1), step, device=like.device).expand(like.shape[:-1])
+
+
+def _no_noise() -> Tensor:
+    problem = "draws on the way, which leaves no density of its orders"
+    raise UserError("policy", problem, "use a plan as it is in model and guide, and wrap it for decoding only")
 
 
 class Met(NamedTuple):
@@ -56,13 +62,18 @@ class Path:
         """s_t: the clean tokens with MASK where `masked` bool [*, S]; 0 at padding: int64 [*, S]."""
         return torch.where(masked, self.denoiser.mask_index, self.batch.readable)
 
-    def state(self, masked: Tensor, step: Tensor, predictions: Predictions | None = None) -> State:
-        """The state that hides `masked` (bool [*, B, S]) before `step` (int64 [*, B])."""
-        tokens = self.hide(masked)
+    def state(
+        self, masked: Tensor, step: Tensor, predictions: Predictions | None = None, tokens: Tensor | None = None
+    ) -> State:
+        """The state that hides `masked` (bool [*, B, S]) before `step` (int64 [*, B]).
+
+        `tokens` (int64 [*, B, S], MASK where hidden) are what is visible where these are not the clean ones.
+        """
+        tokens = self.hide(masked) if tokens is None else tokens
         if predictions is None:
             predictions = Window(self.reader, tokens)
-        truth = self.batch.readable
-        return State(tokens, masked, step, self.num_steps, self.batch, self.denoiser, predictions, truth=truth)
+        batch, denoiser, truth = self.batch, self.denoiser, self.batch.readable
+        return State(tokens, masked, step, self.num_steps, batch, denoiser, predictions, _no_noise, truth=truth)
 
     def opening(self) -> State:
         """The state before the first step, leading shape [B]."""
@@ -113,17 +124,17 @@ class Trajectory:
     def _read(self) -> Predictions:
         """One call on the different states: the first hides everything, whatever the order, for all particles."""
         tokens = self.path.hide(self.masked)
-        lead = self.order.shape[:-1]  # [*, B]
+        lead, num_steps = self.order.shape[:-1], self.num_steps  # not self: what is read must not hold the trajectory
         copies = prod(lead[:-1])
         if copies == 1:
             return Window(self.path.reader, tokens)
-        rows = tokens.reshape((self.num_steps, copies) + tokens.shape[-2:])
+        rows = tokens.reshape((num_steps, copies) + tokens.shape[-2:])
         distinct = torch.cat([rows[0, :1], rows[1:].flatten(0, 1)])  # [1 + (T - 1) K, B, S]
 
         def spread(parts: list[Tensor]) -> Tensor:
             values = parts[0]
             first = values[:1].expand((copies,) + values.shape[1:])
-            return torch.cat([first, values[1:]]).reshape((self.num_steps,) + lead + values.shape[2:])
+            return torch.cat([first, values[1:]]).reshape((num_steps,) + lead + values.shape[2:])
 
         return _Spread([Window(self.path.reader, distinct)], spread)
 

@@ -1,5 +1,6 @@
 import pytest
 
+from orderppl.config import build, describe
 from orderppl.data.smiles import SmilesTokenizer, smiles_problem
 from orderppl.data.tokenizers import Tokenizer
 from orderppl.errors import UserError
@@ -69,9 +70,11 @@ def test_tokenizer() -> None:
     ids = tokenizer.encode(text)
     assert [tokenizer.tokens[i] for i in ids[:6]] == ["Cl", "C", "(", "=", "O", ")"]
     assert tokenizer.decode([0, *ids, 2, 1, 3]) == text
+    assert tokenizer.encode_with_spans("Cl(C%10") == (tokenizer.encode("Cl(C%10"), [(0, 2), (2, 3), (3, 4), (4, 7)])
+    assert build(describe(tokenizer)).tokens == tokenizer.tokens
     with pytest.raises(UserError, match=r"F is not in the vocabulary"):
         tokenizer.encode("CF")
-    with pytest.raises(UserError, match="characters that are none of SMILES"):
+    with pytest.raises(UserError, match="characters that belong to no token"):
         tokenizer.encode("C C")
     with pytest.raises(UserError, match=r"it has no \[SEP\]"):
         SmilesTokenizer(["[PAD]", "[MASK]"])

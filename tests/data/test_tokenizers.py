@@ -6,11 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer, load_tokenizer
+from orderppl.config import build, describe
+from orderppl.data.tokenizers import (
+    LetterTokenizer,
+    PretrainedTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from orderppl.errors import UserError
 
 PROGRAMS = ["3 * 20 ; r1 - 15", "3 * 20 = 60 ; 60 - 15 = 45 # 45", "( 4 + 5 ) * 2 = 18 # 18"]
@@ -41,6 +50,13 @@ def test_any_text_over_the_vocabulary_survives(pieces: list[str]) -> None:
         # the text itself is added because pieces that run together (`r1pens`) are words of their own
         tokenizer = WordTokenizer.build(["3 + 4 = 7 ; r1 . pens\n << >> # ##", text], number_mode)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+        ids, spans = tokenizer.encode_with_spans(text)
+        assert ids == tokenizer.encode(text)
+        assert "".join(text[start:end] for start, end in spans) == "".join(
+            text[start:end] for start, end in sorted(spans)
+        )  # in order, none twice
+        for index, (start, end) in zip(ids, spans, strict=True):
+            assert tokenizer.tokens[index] in (text[start:end], "<join>", "<unk>") and 0 <= start <= end <= len(text)
 
 
 def test_special_ids_and_number_tokens() -> None:
@@ -90,27 +106,38 @@ def test_min_count_and_order_of_texts() -> None:
     assert first.gaps == second.gaps
 
 
-def test_save_and_load(tmp_path: Path) -> None:
+def test_a_tokeniser_in_a_config() -> None:
     tokenizer = WordTokenizer.build(TEXTS, "numbers", max_number=30)
-    path = tmp_path / "run" / "tokenizer.json"
-    tokenizer.save(path)
-    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
-    loaded = load_tokenizer(path)
+    loaded = build(describe(tokenizer), trust=False)
     assert isinstance(loaded, WordTokenizer)
     assert loaded.tokens == tokenizer.tokens
     assert (loaded.number_mode, loaded.max_number, loaded.gaps) == ("numbers", 30, tokenizer.gaps)
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
     for text in TEXTS:
         assert loaded.encode(text) == tokenizer.encode(text)
 
 
-def test_loading_something_else_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing\.json does not exist"):
-        WordTokenizer.load(tmp_path / "missing.json")
-    (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match="not a saved tokeniser"):
-        WordTokenizer.load(tmp_path / "other.json")
+def test_letters() -> None:
+    tokenizer = LetterTokenizer("ACGT")
+    assert isinstance(tokenizer, Tokenizer)
+    assert tokenizer.tokens == ["<s>", "<pad>", "</s>", "<unk>", "A", "C", "G", "T", "<mask>"]
+    assert (tokenizer.pad_index, tokenizer.eos_index, tokenizer.mask_index, tokenizer.vocab_size) == (1, 2, 8, 9)
+    assert tokenizer.encode_with_spans("GAT") == ([6, 4, 7], [(0, 1), (1, 2), (2, 3)])
+    assert tokenizer.decode([6, 1, 4, 8, 7, 2, 7]) == "GAT"
+    assert build(describe(tokenizer)).tokens == tokenizer.tokens
+    with pytest.raises(UserError, match="text: a is not in the vocabulary: GaT"):
+        tokenizer.encode("GaT")
+    with pytest.raises(UserError, match="a token occurs twice"):
+        LetterTokenizer("AA")
+
+
+def test_arguments_that_make_no_tokeniser() -> None:
     with pytest.raises(UserError, match="number_mode"):
         WordTokenizer.build(PROGRAMS, "words")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="max_number: 8 is below 9"):
+        WordTokenizer.build(PROGRAMS, max_number=8)
+    with pytest.raises(UserError, match="a token occurs twice"):
+        WordTokenizer(["a", "a"], "numbers", 9, [])
 
 
 def _pretrained(folder: Path, **special: str) -> Path:
@@ -132,6 +159,33 @@ def test_hugging_face_tokeniser(tmp_path: Path) -> None:
     assert tokenizer.tokens[7] == "pens"
     assert tokenizer.number_values()[[4, 5]].tolist() == [3.0, 20.0]
     assert int(tokenizer.number_values().isnan().sum()) == 6
+
+
+def test_the_frame_and_the_spans_of_a_masked_model(bert: Path) -> None:
+    tokenizer = load_tokenizer(bert)
+    assert tokenizer.frame == ((2,), (3,))
+    text = "Tom has 20  pens."
+    ids, spans = tokenizer.encode_with_spans(text)
+    assert ids == tokenizer.encode(text)
+    assert [text[start:end] for start, end in spans] == ["Tom", "has", "2", "0", "pen", "s", "."]
+    assert load_tokenizer(bert).tokens == tokenizer.tokens
+    assert describe(tokenizer) == {
+        "class_path": "orderppl.data.load_tokenizer",
+        "init_args": {"name_or_path": str(bert), **describe(tokenizer)["init_args"]},
+    }
+
+
+def test_spans_of_a_byte_level_tokeniser(tmp_path: Path) -> None:
+    """Its tokens hold the space before a word, which is no part of a hole."""
+    raw = RawTokenizer(BPE({letter: i for i, letter in enumerate(["<m>", "<e>", *ByteLevel.alphabet()])}, []))
+    raw.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    raw.decoder = ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=raw, mask_token="<m>", eos_token="<e>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.frame == ((), ())
+    ids, spans = tokenizer.encode_with_spans("a bé")
+    assert tokenizer.decode(ids) == "a bé" and len(ids) == len(spans) == 5
+    assert spans[0] == (0, 1) and spans[2] == (2, 3) and spans[3] == spans[4] == (3, 4)
 
 
 def test_hugging_face_tokeniser_without_mask(tmp_path: Path) -> None:

@@ -5,14 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from orderppl.diagnostics import agreement, to_inference_data
 from orderppl.diagnostics.agreement import auroc, overlap
 from orderppl.errors import UserError
-from orderppl.guides import PolicyGuide, RandomGuide
-from orderppl.models import EasyFirst, LeftToRight
+from orderppl.guides import PolicyGuide
+from orderppl.models import LearnedPolicy
+from orderppl.policies import Ranked, Threshold
+from orderppl.unmasking import Batch
 
-from chain_programs import chain_batch, chain_programs, fixed_guide, left_to_right
+from chain_programs import (
+    chain_batch,
+    chain_programs,
+    fixed_guide,
+    left_to_right,
+    random_guide,
+    with_holes,
+)
 
 nan = np.nan
 
@@ -48,13 +58,22 @@ def test_auroc_is_the_share_of_pairs():
             assert area == pytest.approx(pairs.mean())
 
 
+class Silent(nn.Module):
+    """A network that corrects nothing."""
+
+    def forward(self, state):
+        return torch.zeros(state.shape)
+
+
 def test_a_policy_agrees_with_itself_and_left_to_right_with_its_order():
-    """Exact chain, L = 6, T = 3: a left-to-right prior ranks what its own guide reveals, and not the reverse."""
-    prior = LeftToRight(0.25)
-    model, _ = chain_programs(6, 3, prior)
-    batch = chain_batch(4, 6)
-    batch["attention_mask"][1, 4:] = False
-    own = agreement(to_inference_data(model, PolicyGuide(prior, model.denoiser, 3), batch, num_samples=20))
+    """Exact chain, L = 6, T = 3: a left-to-right policy ranks what its own guide reveals, and not the reverse.
+
+    One row is padded, one has given positions in the middle.
+    """
+    policy = LearnedPolicy(Silent(), base=Ranked("left_to_right", temperature=0.25))
+    model, _ = chain_programs(6, 3, policy)
+    batch = with_holes(chain_batch(4, 6), given=[[2, 1], [2, 3]], padding=[[1, 4], [1, 5]])
+    own = agreement(to_inference_data(model, PolicyGuide(policy, model.denoiser, 3), batch, num_samples=20))
     assert own["auroc"].sel(score="prior_prob").mean() > 0.95
     # Positions of one set tie while their scores do not: two sets of two have a rho of at most 0.894.
     assert own["correlation"].sel(score="prior_prob").mean() > 0.8
@@ -70,23 +89,28 @@ def test_a_policy_agrees_with_itself_and_left_to_right_with_its_order():
 def test_a_random_guide_is_at_chance():
     """40 sequences, 50 draws: mean AUROC 0.5 and overlap at chance for every score, within 0.03."""
     model, _ = chain_programs(6, 3, num_states=4)
-    data = to_inference_data(model, RandomGuide(3), chain_batch(40, 6, 4), num_samples=50, num_state_draws=50)
+    data = to_inference_data(model, random_guide(3), chain_batch(40, 6, 4), num_samples=50, num_state_draws=50)
     found = agreement(data)
     assert (np.abs(found["auroc"].mean(("chain", "draw", "sequence", "step")) - 0.5) < 0.03).all()
-    assert (np.abs((found["overlap"] - found["overlap_chance"]).mean(("draw", "sequence", "step"))) < 0.03).all()
+    difference = (found["overlap"] - found["overlap_chance"]).mean(("chain", "draw", "sequence", "step"))
+    assert (np.abs(difference) < 0.03).all()
 
 
-def test_scores_are_those_of_the_states():
-    """First state of a chain is blind; in the last one the neighbours speak; the oracle sees the truth."""
+@pytest.mark.parametrize("given", [False, True])
+def test_scores_are_those_of_the_states(given):
+    """First state of a chain is blind; in the last one the neighbours speak; the oracle sees the truth.
+
+    Whether a neighbour was given or revealed at the first step makes no difference.
+    """
     model, _ = chain_programs(4, 2)
-    batch = {"tokens": torch.tensor([[0, 0, 2, 0]]), "attention_mask": torch.ones(1, 4, dtype=torch.bool)}
-    guide = fixed_guide(torch.tensor([0, 1, 1, 0]), 2, 60.0)
-    states = to_inference_data(model, guide, batch, num_samples=2, num_state_draws=1)["states"].isel(
-        chain=0, draw=0, sequence=0
-    )
-    assert states["masked"].values.tolist() == [[True] * 4, [False, True, True, False]]
-    assert states["top_prob"].sel(step=0).values == pytest.approx(np.full(4, 1 / 3), abs=1e-6)
-    assert states["entropy"].sel(step=0).values == pytest.approx(np.full(4, -np.log(3)), abs=1e-5)
+    batch = with_holes(Batch(torch.tensor([[0, 0, 2, 0]])), given=[[0, 3]] if given else [], padding=[])
+    guide = fixed_guide(torch.tensor([0, 1, 1, 0]), 2, 60.0)  # counts the positions to reveal
+    states = to_inference_data(model, guide, batch, num_samples=2, num_state_draws=1)["states"]
+    states = states.isel(chain=0, draw=0, sequence=0)
+    assert states["masked"].values.tolist() == [[True, True, True, not given], [False, True, True, False]]
+    if not given:
+        assert states["top_prob"].sel(step=0).values == pytest.approx(np.full(4, 1 / 3), abs=1e-6)
+        assert states["entropy"].sel(step=0).values == pytest.approx(np.full(4, -np.log(3)), abs=1e-5)
     assert np.isnan(states["top_prob"].sel(step=1).values[[0, 3]]).all()
     stay, move = 0.85, 0.075
     two = {0: stay**2 + 2 * move**2, 1: 2 * stay * move + move**2}  # two steps of the chain
@@ -99,8 +123,8 @@ def test_scores_are_those_of_the_states():
 
 
 def test_faults_are_named():
-    model, _ = chain_programs(4, 2, EasyFirst(0.5))
-    guide = PolicyGuide(model.prior, model.denoiser, 2)
+    model, _ = chain_programs(4, 2, Threshold(0.5, temperature=1.0))
+    guide = PolicyGuide(model.policy, model.denoiser, 2)
     data = to_inference_data(model, guide, chain_batch(2, 4), num_samples=3, num_state_draws=0)
     with pytest.raises(UserError, match="states: no such group"):
         agreement(data)

@@ -7,22 +7,36 @@ import pytest
 import torch
 from scipy import stats
 
-from orderppl.diagnostics import calibrate, simulate
-from orderppl.diagnostics.calibration import _ranks, _step_at, default_functions, uniformity
+from orderppl.data import AnswerTokens
+from orderppl.diagnostics import calibrate
+from orderppl.diagnostics.calibration import FUNCTIONS, _ranks, simulate, step_at, uniformity
 from orderppl.errors import UserError
-from orderppl.guides import PolicyGuide, RandomGuide
-from orderppl.models import EasyFirst, StepPrice, UniformSteps
+from orderppl.guides import PolicyGuide
+from orderppl.models import UnmaskingModel
+from orderppl.policies import RandomSteps, Threshold
+from orderppl.unmasking import Batch
 
-from chain_programs import ExactPosterior, chain_batch, chain_programs, fixed_guide, left_to_right
+from chain_programs import (
+    ExactPosterior,
+    chain_batch,
+    chain_programs,
+    fixed_guide,
+    left_to_right,
+    random_guide,
+    with_holes,
+)
 
 LENGTH, STEPS = 4, 3
 
 
-@pytest.mark.parametrize("prior", [UniformSteps(), EasyFirst(0.5)])
-def test_the_exact_posterior_passes(prior):
-    """320 simulations of 31 draws, 8 test functions: corrected p above 0.01 for the posterior by enumeration."""
-    model, sequential = chain_programs(LENGTH, STEPS, prior)
-    batch = chain_batch(2, LENGTH)
+@pytest.mark.parametrize("policy", [RandomSteps(), Threshold(0.5, temperature=1.0)])
+def test_the_exact_posterior_passes(policy):
+    """320 simulations of 31 draws, 8 test functions: corrected p above 0.01 for the posterior by enumeration.
+
+    In one of the rows a position in the middle is given.
+    """
+    model, sequential = chain_programs(LENGTH, STEPS, policy)
+    batch = with_holes(chain_batch(2, LENGTH), given=[[1, 1]], padding=[])
     result = calibrate(model, ExactPosterior(model), sequential, batch, num_simulations=320, num_draws=31)
     assert result.attrs["smallest_p"] > 0.01
     assert "no deviation" in result.attrs["summary"]
@@ -35,7 +49,7 @@ def test_a_wrong_guide_fails(wrong):
     """The same test on guides that are not the posterior: corrected p below 1e-4."""
     model, sequential = chain_programs(LENGTH, STEPS)
     guide = {
-        "prior": RandomGuide(STEPS),
+        "prior": random_guide(STEPS),
         "left_to_right": fixed_guide(left_to_right(LENGTH, STEPS), STEPS, 2.0),
         "too_narrow": ExactPosterior(model, power=2.5),
         "too_wide": ExactPosterior(model, power=0.3),
@@ -53,11 +67,10 @@ def test_a_wrong_guide_fails(wrong):
 
 def test_a_state_dependent_policy_is_simulated_along_its_own_tokens():
     """A policy as its own guide is the prior: calibrated in the order, not in log p(x, r)."""
-    prior = EasyFirst(0.5)
-    model, sequential = chain_programs(LENGTH, STEPS, prior)
-    guide = PolicyGuide(prior, model.denoiser, STEPS)
-    batch = chain_batch(2, LENGTH)
-    batch["attention_mask"][1, 3:] = False
+    policy = Threshold(0.5, temperature=1.0)
+    model, sequential = chain_programs(LENGTH, STEPS, policy)
+    guide = PolicyGuide(policy, model.denoiser, STEPS)
+    batch = with_holes(chain_batch(2, LENGTH), given=[], padding=[[1, 3]])
     result = calibrate(model, guide, sequential, batch, num_simulations=160, num_draws=31)
     assert result["p_value"].sel(function="first_step") > 1e-3
 
@@ -67,12 +80,24 @@ def test_simulation_draws_prior_and_chain():
     n = 8000
     _, sequential = chain_programs(2, 2)
     torch.manual_seed(0)
-    order, tokens = simulate(sequential, {"tokens": torch.zeros(n, 2, dtype=torch.int64)})
+    order, tokens = simulate(sequential, Batch(torch.zeros(n, 2, dtype=torch.int64)))
     assert abs(order.double().mean() - 0.5) < 5 * 0.5 / (2 * n) ** 0.5
     same = (tokens[:, 0] == tokens[:, 1]).double()
     apart = order[:, 0] != order[:, 1]
     for rows, expected in ((apart, 0.85), (~apart, 1 / 3)):
         assert abs(same[rows].mean() - expected) < 5 * (expected * (1 - expected) / rows.sum()) ** 0.5
+
+
+def test_given_tokens_stay_and_speak():
+    """n = 8,000: a position between two given ones follows the chain between them, |z| < 5."""
+    n = 8000
+    _, sequential = chain_programs(3, 2)
+    given = torch.tensor([True, False, True]).expand(n, -1)
+    torch.manual_seed(0)
+    order, tokens = simulate(sequential, Batch(torch.tensor([[0, 1, 0]]).expand(n, -1), given=given))
+    assert (tokens[:, [0, 2]] == 0).all() and (order[:, [0, 2]] == -1).all()
+    expected = 0.85**2 / (0.85**2 + 2 * 0.075**2)
+    assert abs((tokens[:, 1] == 0).double().mean() - expected) < 5 * (expected * (1 - expected) / n) ** 0.5
 
 
 def test_ranks_break_ties_at_random():
@@ -93,12 +118,12 @@ def test_uniformity_is_uniform_and_notices():
     assert uniformity(generator.integers(0, 15, size=500), 20) < 1e-10
 
 
-def test_default_functions_by_hand():
-    """A row of five and a row of three positions, padding in front."""
+def test_functions_by_hand():
+    """A row of five and a row of three positions, nothing to reveal in front."""
     order = torch.tensor([[2, 0, 1, 1, 0], [-1, -1, 1, 2, 1]])
     mask = order >= 0
     log_joint = torch.tensor([-3.0, -4.0])
-    values = {name: f(order, mask, log_joint).tolist() for name, f in default_functions().items()}
+    values = {name: f(order, mask, log_joint).tolist() for name, f in FUNCTIONS.items()}
     assert values == {
         "first_step": [2, 1],
         "middle_step": [1, 2],
@@ -109,14 +134,14 @@ def test_default_functions_by_hand():
         "steps_used": [3, 3],
         "log_joint": [-3, -4],
     }
-    assert _step_at(order.expand(7, -1, -1), mask, 0.0).shape == (7, 2)
+    assert step_at(order.expand(7, -1, -1), mask, 0.0).shape == (7, 2)
 
 
 def test_a_seed_gives_the_same_ranks_and_leaves_the_state():
     model, sequential = chain_programs(3, 2)
     before = torch.get_rng_state()
     ranks = [
-        calibrate(model, RandomGuide(2), sequential, chain_batch(2, 3), num_simulations=80, num_draws=5, seed=seed)
+        calibrate(model, random_guide(2), sequential, chain_batch(2, 3), num_simulations=80, num_draws=5, seed=seed)
         for seed in (1, 1, 2)
     ]
     assert ranks[0]["rank"].equals(ranks[1]["rank"]) and not ranks[0]["rank"].equals(ranks[2]["rank"])
@@ -125,13 +150,16 @@ def test_a_seed_gives_the_same_ranks_and_leaves_the_state():
 
 def test_faults_are_named():
     model, sequential = chain_programs(3, 2)
-    batch, guide = chain_batch(2, 3), RandomGuide(2)
-    _, priced = chain_programs(3, 2, StepPrice(UniformSteps(), 0.5))
-    with pytest.raises(UserError, match="not normalised"):
-        calibrate(model, guide, priced, batch)
+    batch, guide = chain_batch(2, 3), random_guide(2)
+    for options in ({"step_price": 0.5}, {"outlier": 0.1}, {"temperature": 0.5}, {"answer": AnswerTokens(marks=[1])}):
+        other = UnmaskingModel(model.denoiser, model.policy, 2, **options)
+        with pytest.raises(UserError, match="not generated"):
+            calibrate(other, guide, sequential, batch)
     with pytest.raises(UserError, match="SequentialUnmaskingModel"):
         calibrate(model, guide, model, batch)
     with pytest.raises(UserError, match="too few"):
         calibrate(model, guide, sequential, batch, num_simulations=10)
     with pytest.raises(UserError, match="num_draws"):
         calibrate(model, guide, sequential, batch, num_draws=0)
+    with pytest.raises(UserError, match="a row has nothing to reveal"):
+        calibrate(model, guide, sequential, with_holes(batch, [[0, 0], [0, 1], [0, 2]], []))

@@ -91,11 +91,10 @@ def test_rank_correlations_agree_with_scipy():
         order.kendall_between_draws(draws([0, 1]))
 
 
-def test_sizes_and_fractions_with_and_without_padding():
+def test_sizes_and_fractions():
     found = draws([[0, 2, 0, 1], [1, 1, -1, -1]])
     assert order.set_sizes(found, 3).values[0, 0].tolist() == [[2, 1, 1], [0, 2, 0]]
     assert order.revealed_fraction(found, 3).values[0, 0].tolist() == [[0.5, 0.75, 1], [0, 1, 1]]
-    assert order.revealed_fraction(found, 3, padding=True).values[0, 0].tolist() == [[0.5, 0.75, 1], [0.5, 1, 1]]
     assert order.forced_share(found, 3).values[0, 0].tolist() == [0.25, 0]
     assert order.empty_steps(found, 3).values[0, 0].tolist() == [0, 1]  # step 0 of the second; step 2 is never made
 
@@ -180,10 +179,11 @@ def test_when_kinds_are_revealed():
         order.token_type_steps(found)
 
 
-def test_padding_changes_nothing():
-    """Every statistic of a padded sequence is that of the sequence alone, wherever the padding stands."""
+@pytest.mark.parametrize("missing", [-1, nan])
+def test_what_is_visible_changes_nothing(missing):
+    """Every statistic with padding and given positions is that of the others alone, wherever these stand."""
     padded = random_draws(rows=1, length=6, padded=False)
-    wide = np.full((1, 20, 1, 11), -1)
+    wide = np.full((1, 20, 1, 11), missing)
     kept = [0, 2, 3, 6, 7, 10]
     wide[..., kept] = padded.values
     wide = draws(*wide[0])

@@ -8,52 +8,27 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 
 from orderppl import RevealTraceGraph_ELBO, fit
-from orderppl.diagnostics import (
-    InferenceData,
-    add_order_statistics,
-    bound_curve,
-    calibrate,
-    plots,
-    to_inference_data,
-    training_trace,
-)
+from orderppl.diagnostics import bound_curve, calibrate, plots, to_inference_data, training_trace
+from orderppl.diagnostics.backend import InferenceData, add_groups
 from orderppl.errors import UserError
-from orderppl.guides import MeanFieldGuide
-from orderppl.inference import BatchStream
-from orderppl.models.networks import PositionTable
 
-from chain_programs import chain_batch, chain_programs
+from chain_programs import chain_batch, chain_programs, plan_guide, with_holes
 
 
 @pytest.fixture(scope="module")
 def data() -> InferenceData:
+    """The first sequence is padded, the last has a given position in the middle."""
     torch.manual_seed(0)
     model, _ = chain_programs(6, 3)
-    guide = MeanFieldGuide(PositionTable(6, 3, noise=1.0), 3, sees_tokens=False)
+    guide = plan_guide(6, 3, noise=1.0)
     adam = partial(torch.optim.Adam, lr=0.1)
-    stream = BatchStream(chain_batch(32, 6), batch_size=8)
-    result = fit(
-        model, guide, stream, elbo=RevealTraceGraph_ELBO(2), optimizer=adam, updates=12, log_every=3, progress=False
-    )
-    batch = chain_batch(4, 6)
-    batch["attention_mask"][0, 4:] = False
-    made = add_order_statistics(to_inference_data(model, guide, batch, num_samples=60))
-    arms = ["a", "a", "b"]
-    frontier = xr.Dataset(
-        {
-            "forwards": ("point", [4.0, 2.0, 3.0]),
-            "value": ("point", [1.0, 2.0, 1.5]),
-            "low": ("point", [0.8, 1.7, 1.4]),
-            "high": ("point", [1.2, 2.3, 1.6]),
-        },
-        coords={"arm": ("point", arms)},
-        attrs={"metric": "path_nats"},
-    )
-    groups = {"training": training_trace(result.trace), "frontier": frontier}
-    made.add_groups(groups, warn_on_custom_groups=False)
+    settings = {"objective": RevealTraceGraph_ELBO(2), "batch_size": 8, "updates": 12, "log_every": 3}
+    result = fit(model, guide, chain_batch(32, 6), optimizer=adam, progress=False, **settings)
+    batch = with_holes(chain_batch(4, 6), [[3, 2]], [[0, 4], [0, 5]])
+    made = to_inference_data(model, guide, batch, num_samples=60)
+    add_groups(made, {"training": training_trace(result.trace)})
     return made
 
 
@@ -72,7 +47,6 @@ FUNCTIONS = (
     plots.plot_pareto_k,
     plots.plot_elbo_parts,
     plots.plot_gradient,
-    plots.plot_frontier,
 )
 
 
@@ -89,7 +63,7 @@ def test_figures_take_an_ax_or_make_one(data, function):
     assert plt.get_fignums() == before
 
 
-def test_heat_maps_show_one_sequence_without_padding(data):
+def test_heat_maps_show_the_positions_to_reveal_of_one_sequence(data):
     stats = data["order_statistics"]
     assert plots.plot_order(data).get_title() == "sequence 1"  # sequence 0 is shorter
     shown = plots.plot_order(data, sequence=0).images[0].get_array()
@@ -99,6 +73,11 @@ def test_heat_maps_show_one_sequence_without_padding(data):
     assert np.allclose(matrix, stats["precedence"].values[0, :4, :4])
     labels = [text.get_text() for text in plots.plot_order(data, sequence=0).get_xticklabels()]
     assert labels == data["posterior"]["token"].values[0, :4].tolist()
+    places = [0, 1, 3, 4, 5]  # without the given one
+    shown = plots.plot_precedence(data, sequence=3).images[0].get_array()
+    assert np.allclose(shown, stats["precedence"].values[3][np.ix_(places, places)])
+    labels = [text.get_text() for text in plots.plot_order(data, sequence=3).get_xticklabels()]
+    assert labels == data["posterior"]["token"].values[3, places].tolist()
     with pytest.raises(UserError, match="no sequence 9"):
         plots.plot_order(data, sequence=9)
 
@@ -111,9 +90,6 @@ def test_bars_and_lines_are_the_numbers(data):
     assert shares == pytest.approx([(used == step).mean() for step in (1, 2, 3)])
     lines = plots.plot_elbo_parts(data).lines
     assert np.allclose(lines[0].get_ydata(), data["training"]["elbo"])
-    frontier = plots.plot_frontier(data)
-    assert frontier.lines[0].get_xdata().tolist() == [2, 4]
-    assert len(frontier.collections) == 2  # a band for two points, an error bar for one
 
 
 def test_bound_and_ranks(data):
@@ -121,8 +97,7 @@ def test_bound_and_ranks(data):
     ax = plots.plot_bound_curve(curve)
     assert np.allclose(ax.lines[0].get_ydata(), curve["mean_bound"])
     model, sequential = chain_programs(4, 2)
-    guide = MeanFieldGuide(PositionTable(4, 2), 2, sees_tokens=False)
-    ranks = calibrate(model, guide, sequential, chain_batch(2, 4), num_simulations=80, num_draws=15)
+    ranks = calibrate(model, plan_guide(4, 2), sequential, chain_batch(2, 4), num_simulations=80, num_draws=15)
     ax = plots.plot_ranks(ranks, "first_step")
     assert ax.patches[0].get_data().values.sum() == 80
 
@@ -133,7 +108,6 @@ def test_missing_groups_are_named(data):
         (plots.plot_order, "order_statistics"),
         (plots.plot_pareto_k, "sample_stats_prior"),
         (plots.plot_elbo_parts, "training"),
-        (plots.plot_frontier, "frontier"),
     ):
         with pytest.raises(UserError, match=f"{name}: no such group"):
             function(bare)

@@ -6,13 +6,13 @@ import torch
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import BernoulliSet, Tracked
+from orderppl.distributions import IndependentSet, Tracked
 
 MASKED = torch.tensor([[True, True, False], [True, False, False]])
 
 
-def sets() -> BernoulliSet:
-    return BernoulliSet(torch.randn(2, 3), MASKED, non_empty=True)
+def sets() -> IndependentSet:
+    return IndependentSet.bernoulli(torch.randn(2, 3), MASKED, non_empty=True)
 
 
 def test_densities_carry_what_value_and_parameters_depend_on():

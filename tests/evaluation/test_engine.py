@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate, paired_difference, summary
+from orderppl.evaluation import Arm, evaluate, paired_difference, pass_at_k, summary
 from orderppl.models import LearnedPolicy
 from orderppl.policies import EosAware, Oracle, Policy, Ranked, Smoothed, Threshold
 from orderppl.unmasking import Batch
@@ -113,6 +113,17 @@ def test_decoded_answers_are_graded() -> None:
     assert seen == [["0 0 0", "0 0 0 0 0 0"], ["#### 000", "#### 1"]]
 
 
+def test_holes_anywhere_are_filled_and_graded() -> None:
+    batch = padded(ROWS)
+    given = torch.zeros_like(batch.attention_mask)
+    given[0, 2], given[2, 2:4] = True, True  # ones, which make their neighbours ones
+    holes = Batch(batch.tokens, batch.attention_mask, given)
+    examples = Examples(holes, grade=digits, answers=["1111", "00", "111111", "111", "0"], whole=True)
+    table = play(Ranked("left_to_right", sizes=1.0), 6, examples, metrics=["accuracy"], batch_size=2)
+    assert table["correct"].tolist() == [1, 1, 1, 0, 1]
+    assert table["nfe"].tolist() == table["tokens_written"].tolist() == [3, 2, 4, 3, 1]
+
+
 def test_what_is_written_behind_the_end_does_not_count() -> None:
     table = play(Ranked("left_to_right", sizes=1.0), 6, texts(end_index=1), metrics=["accuracy", "path_nats"])
     written = {run: part["tokens_written"].tolist() for run, part in table.groupby("run")}
@@ -147,10 +158,28 @@ def test_a_learned_policy_is_played_as_a_draw_or_by_its_mode() -> None:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
+def test_records_of_a_comparison() -> None:
+    arms = [Arm("random", Ranked("random"), 6, seeds=(3, 4)), Arm("one by one", Ranked("entropy", sizes=1.0), 6)]
+    table = evaluate(arms, Chain(), texts(["0", "0", "1", "0", "2"]), metrics=["accuracy", "path_nats"], progress=False)
+    found = summary(table).set_index(["metric", "arm"])
+    accuracy, path, nfe = (found.loc[(metric, "one by one")] for metric in ("accuracy", "path_nats", "nfe"))
+    assert accuracy["value"] == pytest.approx(3 / 5)
+    assert accuracy["run"] == nfe["run"] == "decoding" and path["run"] == "teacher_forced"
+    assert path["value"] == pytest.approx(-sum(map(evidence, ROWS)) / 16)
+    assert (nfe["value"], nfe["nfe"], nfe["nfe_min"], nfe["nfe_max"]) == (3.2, 3.2, 1, 6)
+    assert nfe["tokens_per_forward"] == 1.0
+    assert (found.loc[("nfe", "random"), "seeds"], nfe["seeds"], nfe["n"], nfe["steps"]) == (2, 1, 5, 6)
+    gap = paired_difference(table, "one by one", "random", "path_nats")
+    assert gap.value == pytest.approx(path["value"] - found.loc[("path_nats", "random"), "value"])
+    single = play(Ranked("random"), 6, seeds=(4,))["nats"]
+    drawn = table[(table["arm"] == "random") & (table["run"] == "teacher_forced")]
+    assert drawn[drawn["seed"] == 4]["nats"].tolist() == single.tolist()
+
+
 def test_labels_stand_left_of_what_is_measured() -> None:
     arms = [
         Arm("t", Threshold(0.6), 4, family="threshold", setting={"tau": 0.6}),
-        Arm("o", Oracle(), 2),
+        Arm("o", Oracle(), 4, block_size=2),
         Arm("l", Smoothed(Threshold(0.6)), 3, training_seed=1, mode=True, setting={"price": 0.1, "note": "x"}),
     ]
     table = evaluate(arms, Chain(), texts(), metrics=["accuracy", "path_nats"], progress=False)
@@ -162,13 +191,30 @@ def test_labels_stand_left_of_what_is_measured() -> None:
     ]
     first = {name: part.iloc[0] for name, part in table.groupby("arm")}
     assert [first[name]["kind"] for name in "tol"] == ["heuristic", "oracle", "learned"]
-    assert [first[name]["setting"] for name in "tol"] == ["tau=0.6", "T=2", "price=0.1 note=x"]
-    assert (first["t"]["tau"], first["l"]["training_seed"], first["o"]["steps"]) == (0.6, 1, 2)
+    assert [first[name]["setting"] for name in "tol"] == ["tau=0.6", "T=4", "price=0.1 note=x"]
+    assert (first["t"]["tau"], first["l"]["training_seed"], first["o"]["block_size"]) == (0.6, 1, 2)
+    assert pd.isna(first["t"]["block_size"]) and pd.isna(first["t"]["training_seed"])
     assert table.attrs["missing"] == 0
     found = summary(table).set_index(["metric", "arm"])
     assert found.loc[("accuracy", "t"), "policy"] == "Threshold"
     assert ("accuracy", "o") not in found.index
     assert paired_difference(table, "l", "t", "path_nats").low <= 0.1
+
+
+def test_sampled_tokens_make_a_second_table(tmp_path: Path) -> None:
+    """Greedy and sampled arms can share a folder; the seeds of sampled ones are the samples."""
+    options: dict[str, Any] = {"metrics": ["accuracy"], "out": tmp_path, "progress": False}
+    greedy = Arm("greedy", Threshold(0.6), 4)
+    sampled = [
+        Arm(f"sampled {tau}", Threshold(tau), 4, temperature=2.0, seeds=(0, 1, 2), setting={"tau": tau})
+        for tau in (0.4, 0.6)
+    ]
+    assert (evaluate([greedy], Chain(), texts(), **options)["temperature"] == 0).all()
+    found = pass_at_k(evaluate(sampled, Chain(), texts(), **options), [1, 2, 4])
+    assert sorted(zip(found["arm"], found["k"], strict=True)) == [(arm.name, k) for arm in sampled for k in (1, 2)]
+    assert (found["seeds"] == 3).all() and (found["temperature"] == 2.0).all()
+    by_arm = found.pivot(index="arm", columns="k", values="value")
+    assert (by_arm[2] >= by_arm[1]).all()
 
 
 # --------------------------------------------------------------------------------------------------------- resumption
@@ -235,6 +281,35 @@ def test_what_the_result_depends_on_is_played_again(changed: Arm, tmp_path: Path
     assert len(after) == len(before)
 
 
+def test_references_are_part_of_what_is_graded(tmp_path: Path) -> None:
+    policy = Ranked("left_to_right", sizes=1.0)
+    for answers, right in ((None, 3), (["0"] * 5, 5)):
+        examples = texts() if answers is None else texts(answers)
+        table = evaluate([Arm("a", policy)], Chain(), examples, out=tmp_path, **BOTH)
+        assert table["correct"].sum() == right
+    assert len(list((tmp_path / "parts").iterdir())) == 4  # decoded twice, followed once, and the identity
+
+
+class Foreign(nn.Module):
+    """Keeps its argument under another name."""
+
+    mask_index, vocab_size = MASK, CLASSES
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.hidden_scale = scale
+
+    def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.zeros(*state.shape, CLASSES) * self.hidden_scale
+
+
+def test_what_cannot_be_told_from_another_is_not_kept(tmp_path: Path) -> None:
+    denoiser = Foreign(2.0)
+    assert len(evaluate(ARMS, denoiser, padded(ROWS), progress=False)) == 20
+    with pytest.raises(UserError, match="^denoiser, to be kept: scale"):
+        evaluate(ARMS, denoiser, padded(ROWS), out=tmp_path, progress=False)
+
+
 def test_weights_are_part_of_the_arm(tmp_path: Path) -> None:
     def policy(weight: float) -> Policy:
         layer = nn.Linear(1, 1, bias=False)
@@ -252,6 +327,9 @@ def test_shards_are_one_evaluation(whole: pd.DataFrame, tmp_path: Path) -> None:
     for index in range(3):
         table = evaluate(ARMS, Chain(), texts(), out=tmp_path, shard=(index, 3), **BOTH)
         assert table.attrs["missing"] == (5, 2, 0)[index]
+        if index < 2:
+            with pytest.raises(UserError, match="left to other shards"):
+                summary(table[table["arm"] == "random"])
     pd.testing.assert_frame_equal(table, whole)
     pd.testing.assert_frame_equal(evaluate(ARMS, Chain(), texts(), out=tmp_path, **BOTH), whole)
 
@@ -273,16 +351,16 @@ def test_a_killed_evaluation_goes_on(whole: pd.DataFrame, tmp_path: Path) -> Non
     words = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
     with subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 120
-        while len(list(parts.glob("*.json"))) < 3:
+        while len(list(parts.glob("[!.]*.json"))) < 3:
             assert process.poll() is None, process.stderr and process.stderr.read().decode()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
-    done = {path: path.read_bytes() for path in parts.glob("*.json")}
+    done = {path: path.read_bytes() for path in parts.glob("[!.]*.json")}  # not what it was writing
     assert 3 <= len(done) < 9
     pd.testing.assert_frame_equal(evaluate(ARMS, Chain(), texts(), out=tmp_path, **BOTH), whole)
     assert {path: path.read_bytes() for path in done} == done  # nothing was lost or done again
-    assert len(list(parts.glob("*.json"))) == 9
+    assert len(list(parts.glob("[!.]*.json"))) == 9
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -346,6 +424,7 @@ def test_nan_is_refused_in_one_line(arm: Arm, denoiser: Any, message: str, metri
     ("options", "message"),
     [
         ({"metrics": ["speed"]}, "unknown metric 'speed'"),
+        ({"metrics": ["accuracy"], "examples": texts(["x"] * 5)}, "reference"),
         ({"metrics": []}, "metrics"),
         ({"arms": []}, "arms: there are none"),
         ({"arms": [ARMS[0], ARMS[0]]}, "random comes twice"),

@@ -31,14 +31,12 @@ ROWS = [(f"{a} and {b}", f"so {a} {b} #### {a if b < 5 else b}") for a in range(
 class Pairs(TextData):
     """The rows as examples."""
 
-    default_grade = staticmethod(exact_match)
-
     def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
         return {"train": [Row(response, prompt) for prompt, response in ROWS]}
 
 
 def examples(tokenizer: Tokenizer, **options: Any) -> Examples:
-    return Pairs(tokenizer=tokenizer, max_prompt=8, separator=True, **options).splits()["train"]
+    return Pairs(max_prompt=8, separator=True, grade=exact_match, **options).splits(tokenizer)["train"]
 
 
 @pytest.fixture(scope="module")

@@ -2,97 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from orderppl import Batch, Policy, State
 from orderppl.data.answer_tokens import AnswerTokens
-from orderppl.decoding import (
+from orderppl.guides import Guide, MeanFieldGuide, PlackettLuceGuide, PolicyGuide, RenormalisedScoreGuide
+from orderppl.models import HeldBack, LearnedPolicy, UnmaskingModel
+from orderppl.policies import (
+    AtPrice,
+    Blocks,
+    Eager,
+    EarlyCommit,
+    EntropyBound,
     EosAware,
-    FractionalSizes,
-    GreedyOracle,
+    FixedOrder,
     Klass,
+    Oracle,
+    Plan,
+    PriceRange,
+    RandomSteps,
+    Ranked,
+    Smoothed,
     Threshold,
-    TopProb,
     UniformSizes,
 )
-from orderppl.decoding import LeftToRight as FixedLeftToRight
-from orderppl.guides import (
-    HeuristicGuide,
-    MeanFieldGuide,
-    PlackettLuceGuide,
-    PolicyGuide,
-    PosteriorGuide,
-    RandomGuide,
-    RenormalisedScoreGuide,
-    RevealGuide,
-)
-from orderppl.models import (
-    AnswerOdds,
-    BoundedEntropy,
-    CosineSteps,
-    EasyFirst,
-    FinishingPolicy,
-    FixedSizes,
-    HeldBack,
-    HeuristicPrior,
-    LearnedPolicy,
-    LearnedSchedule,
-    LearnedSteps,
-    LeftToRight,
-    PriceRange,
-    RankedPolicy,
-    ResidualPolicy,
-    RevealPrior,
-    StepPrice,
-    UniformSteps,
-    UnmaskingModel,
-)
-from orderppl.states import UnmaskingState
 
-LENGTH, VOCAB = 3, 4
+LENGTH, VOCAB = 3, 4  # positions to reveal, at most
+WIDTH = 5  # of the widest canvas, with what is given and padding
+
+# ---- networks and a denoiser made of tables
 
 
 class TableDenoiser(nn.Module):
-    """Arbitrary conditionals: one row of logits per partially revealed sequence."""
+    """Arbitrary conditionals: one row of logits per partially revealed sequence, on a canvas of at most `WIDTH`."""
 
     mask_index = VOCAB
     vocab_size = VOCAB
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn((VOCAB + 1,) * LENGTH + (LENGTH, VOCAB)))
+        self.table = nn.Parameter(torch.randn((VOCAB + 1,) * WIDTH + (WIDTH, VOCAB)))
 
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         seen = torch.where(attention_mask, state, 0)
-        return self.table[seen[..., 0], seen[..., 1], seen[..., 2]]
+        whole = nn.functional.pad(seen, (0, WIDTH - seen.shape[-1]))
+        return self.table[whole.unbind(-1)][:, : seen.shape[-1]]
 
 
 class TokenTable(nn.Module):
-    """Sequence network: outputs looked up by token and position, or by position alone when tokens are hidden."""
+    """Sequence network: outputs looked up by token and position."""
 
     def __init__(self, out: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(VOCAB + 1, LENGTH, out))
+        self.table = nn.Parameter(torch.randn(VOCAB + 1, WIDTH, out))
 
-    def forward(self, tokens: Tensor | None, attention_mask: Tensor, *_: Tensor | None) -> Tensor:
-        seen = torch.full_like(attention_mask, VOCAB, dtype=torch.int64) if tokens is None else tokens
-        return self.table[seen, torch.arange(LENGTH)]
+    def forward(self, canvas: Batch | State) -> Tensor:
+        seen = torch.where(canvas.attention_mask, canvas.tokens, 0)
+        return self.table[seen, torch.arange(seen.shape[-1])]
+
+
+class PlaceTable(nn.Module):
+    """Sequence network: outputs looked up by position alone."""
+
+    def __init__(self, out: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(WIDTH, out))
+
+    def forward(self, canvas: Batch | State) -> Tensor:
+        return self.table[: canvas.latent.shape[-1]].expand(*canvas.latent.shape, -1)
 
 
 class StateTable(nn.Module):
-    """Policy network: a logit per position, its state and the step."""
+    """Policy network: a logit per position, its state and, with a clock, the step."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: bool = True) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(VOCAB + 1, LENGTH))
+        self.table = nn.Parameter(torch.randn(VOCAB + 1, WIDTH))
         self.confidence = nn.Parameter(torch.randn(()))
-        self.step = nn.Parameter(torch.randn(()))
+        self.step = nn.Parameter(torch.randn(())) if clock else None
 
-    def forward(self, state: UnmaskingState) -> Tensor:
+    def forward(self, state: State) -> Tensor:
         # The mean over the sequence makes every logit depend on all revealed tokens.
-        local = self.table[state.tokens, torch.arange(LENGTH)]
-        certainty = state.log_probs.amax(-1)
-        return local + local.mean(-1, keepdim=True) + self.confidence * certainty + self.step * state.step.unsqueeze(-1)
+        tokens = torch.where(state.attention_mask, state.tokens, 0)
+        local = self.table[tokens, torch.arange(tokens.shape[-1])]
+        certainty = state.per_position(lambda log_probs: log_probs.amax(-1))
+        logits = local + local.mean(-1, keepdim=True) + self.confidence * certainty
+        return logits if self.step is None else logits + self.step * state.step.unsqueeze(-1)
 
 
 class PricedTable(StateTable):
@@ -101,132 +100,160 @@ class PricedTable(StateTable):
     def __init__(self, prices: PriceRange) -> None:
         super().__init__()
         self.prices = prices
-        self.slope = nn.Parameter(torch.randn(LENGTH))
+        self.slope = nn.Parameter(torch.randn(WIDTH))
 
-    def forward(self, state: UnmaskingState) -> Tensor:
-        places = self.prices.places(state.masked.shape[-2], state.masked.device)  # [B]
-        return super().forward(state) + self.slope * places[:, None]
-
-
-def priced_range(steps: int) -> StepPrice:
-    """A policy for every price of a range."""
-    prices = PriceRange(0.2, 1.5)
-    return StepPrice(LearnedPolicy(PricedTable(prices)), prices)
+    def forward(self, state: State) -> Tensor:
+        places = self.prices.places(state)  # [B]
+        return super().forward(state) + self.slope[: state.shape[-1]] * places[:, None]
 
 
-def finishing_range(steps: int) -> StepPrice:
-    """The same, with a decision to finish that the price moves."""
-    prices = PriceRange(0.2, 1.5)
-    other = LearnedPolicy(PricedTable(prices))
-    odds = AnswerOdds(AnswerTokens([0], [1]), 0.5, temperature=2.0)
-    return StepPrice(FinishingPolicy(other, StateTable(), prices, slope=1.5, base=odds), prices)
-
-
-class PosteriorTable(nn.Module):
-    """Posterior network: the policy's logits and one per true token and position."""
+class TruthTable(nn.Module):
+    """Network of a posterior: the policy's logits and one per true token and position."""
 
     def __init__(self) -> None:
         super().__init__()
         self.state = StateTable()
-        self.token = TokenTable(1)
+        self.token = nn.Parameter(torch.randn(VOCAB, WIDTH))
 
-    def forward(self, state: UnmaskingState, tokens: Tensor) -> Tensor:
-        return self.state(state) + self.token(tokens, state.canvas.attention_mask)[..., 0]
+    def forward(self, state: State) -> Tensor:
+        assert state.truth is not None
+        return self.state(state) + self.token[state.truth, torch.arange(state.shape[-1])]
 
 
-PRIORS = {
-    "uniform": lambda steps: UniformSteps(),
-    "cosine": lambda steps: CosineSteps(),
-    "left_to_right": lambda steps: LeftToRight(temperature=1.0),
-    "easy_first": lambda steps: EasyFirst(0.5, temperature=2.0),
-    "bounded_entropy": lambda steps: BoundedEntropy(0.5, temperature=0.5),
-    "learned_policy": lambda steps: LearnedPolicy(StateTable()),
-    "may_wait_policy": lambda steps: LearnedPolicy(StateTable(), non_empty=False),
-    "residual_policy": lambda steps: ResidualPolicy(EasyFirst(0.5), StateTable(), non_empty=False),
-    "residual_plan": lambda steps: ResidualPolicy(LearnedSteps(TokenTable(2)), StateTable(), non_empty=False),
-    "ranked_policy": lambda steps: RankedPolicy(HeldBack(EasyFirst(0.5, 2.0), TokenTable(2), 0.5), 2.0),
-    "finishing_policy": lambda steps: FinishingPolicy(LearnedPolicy(StateTable()), StateTable()),
-    "learned_steps": lambda steps: LearnedSteps(TokenTable(steps)),
-    "learned_schedule": lambda steps: LearnedSchedule(steps),
-    "fixed_sizes": lambda steps: FixedSizes(2.0),
-    "heuristic": lambda steps: HeuristicPrior(TopProb(), 0.3),
-    "looking_back": lambda steps: HeuristicPrior(Klass(0.3, eps=0.5), 0.2, non_empty=False),
-    "priced_looking_back": lambda steps: StepPrice(HeuristicPrior(Klass(0.3, eps=0.5), 0.2), 0.7),
-    "priced_one_each": lambda steps: StepPrice(FixedSizes(UniformSizes(LENGTH)), 0.7),
-    "priced_uniform": lambda steps: StepPrice(UniformSteps(), 0.7),
-    "priced_policy": lambda steps: StepPrice(LearnedPolicy(StateTable()), 0.7),
-    "priced_finishing": lambda steps: StepPrice(PRIORS["finishing_policy"](steps), 0.7),
-    "priced_range": priced_range,
-    "priced_finishing_range": finishing_range,
+# ---- models by the policy of their prior
+
+PRICES = PriceRange(0.2, 1.5)
+Options = dict[str, Any]
+
+
+def held_back() -> HeldBack:
+    return HeldBack(Threshold(0.5, temperature=2.0), Plan(PlaceTable(2)), 0.5)
+
+
+def early_commit() -> EarlyCommit:
+    return EarlyCommit(LearnedPolicy(StateTable()), network=StateTable())
+
+
+def priced_commit() -> EarlyCommit:
+    """A learned decision to finish that the price moves, around a policy that reads it too."""
+    other, answer = LearnedPolicy(PricedTable(PRICES)), AnswerTokens(marks=[0], ends=[1])
+    return EarlyCommit(other, answer, 0.5, 2.0, StateTable(), PRICES, slope=1.5)
+
+
+MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
+    "uniform": (lambda steps: RandomSteps(), {}),
+    "cosine": (lambda steps: RandomSteps("cosine"), {}),
+    "left_to_right": (lambda steps: LearnedPolicy(StateTable(), Ranked("left_to_right", temperature=1.0)), {}),
+    "threshold": (lambda steps: Threshold(0.5, temperature=2.0), {}),
+    "entropy_bound": (lambda steps: EntropyBound(0.5, temperature=0.5), {}),
+    "learned": (lambda steps: LearnedPolicy(StateTable()), {}),
+    "may_wait": (lambda steps: LearnedPolicy(StateTable(), non_empty=False), {}),
+    "residual": (lambda steps: LearnedPolicy(StateTable(), Threshold(0.5, 1.0), non_empty=False), {}),
+    "held_back": (lambda steps: held_back(), {}),
+    "ranked": (lambda steps: Ranked(held_back(), 2.0, temperature=2.0), {}),
+    "random_sizes": (lambda steps: Ranked("random", 2.0), {}),
+    "early_commit": (lambda steps: early_commit(), {}),
+    "plan": (lambda steps: Plan(PlaceTable(steps)), {}),
+    "smoothed": (lambda steps: Smoothed(Ranked("top_prob"), 0.3), {}),
+    "looking_back": (lambda steps: Smoothed(Klass(0.3, eps=0.5), 0.2, non_empty=False), {}),
+    "blocks": (lambda steps: Blocks(LearnedPolicy(StateTable(), non_empty=False), 2), {}),
+    "eos_aware": (lambda steps: EosAware(LearnedPolicy(StateTable(), non_empty=False), [0, 1]), {}),
+    "eager": (lambda steps: Eager(LearnedPolicy(StateTable()), 0.6), {}),
+    "priced_looking_back": (lambda steps: Smoothed(Klass(0.3, eps=0.5), 0.2), {"step_price": 0.7}),
+    "priced_one_each": (lambda steps: Ranked("random", UniformSizes(LENGTH)), {"step_price": 0.7}),
+    "priced_uniform": (lambda steps: RandomSteps(), {"step_price": 0.7}),
+    "priced": (lambda steps: LearnedPolicy(StateTable()), {"step_price": 0.7}),
+    "priced_early_commit": (lambda steps: early_commit(), {"step_price": 0.7}),
+    "price_range": (lambda steps: LearnedPolicy(PricedTable(PRICES)), {"step_price": PRICES}),
+    "price_range_commit": (lambda steps: priced_commit(), {"step_price": PRICES}),
+    "at_price": (lambda steps: AtPrice(LearnedPolicy(PricedTable(PRICES)), 0.5), {"step_price": 0.5}),
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
-GUIDES += ["plackett_luce", "one_each", "point", "oracle", "smoothed", "klass"]
+GUIDES += ["plackett_luce", "one_each", "point", "oracle", "fixed", "smoothed", "klass", "blocks", "finishing"]
 
 
-def make_guide(name: str, prior: RevealPrior, denoiser: TableDenoiser, num_steps: int) -> RevealGuide:
-    """Build a guide; `policy` is tied to the prior, `other_policy` is a state-dependent guide of its own."""
-    if name == "random":
-        return RandomGuide(num_steps)
-    if name == "mean_field":
-        return MeanFieldGuide(TokenTable(num_steps), num_steps)
-    if name == "plan":
-        network = prior.network if isinstance(prior, LearnedSteps) else TokenTable(num_steps)
-        return MeanFieldGuide(network, num_steps, sees_tokens=False)
-    if name == "renormalised":
-        return RenormalisedScoreGuide(TokenTable(1), num_steps, temperature=1.5)
-    if name == "policy":
-        return PolicyGuide(prior.prior if isinstance(prior, StepPrice) else prior, denoiser, num_steps)
-    if name == "point":
-        return HeuristicGuide(FixedLeftToRight(FractionalSizes(2.0)), denoiser, num_steps)
-    if name == "oracle":
-        return HeuristicGuide(GreedyOracle(UniformSizes(2)), denoiser, num_steps)
-    if name == "smoothed":
-        policy = EosAware(Threshold(0.5), (0,))
-        return HeuristicGuide(policy, denoiser, num_steps, smoothing=0.2, non_empty=prior.non_empty)
-    if name == "klass":
-        return HeuristicGuide(Klass(0.3, eps=0.5), denoiser, num_steps, smoothing=0.1, non_empty=prior.non_empty)
-    if name == "plackett_luce":
-        return PlackettLuceGuide(TokenTable(1), num_steps, sizes=2.0)
-    if name == "one_each":
-        return PlackettLuceGuide(TokenTable(1), num_steps, sizes=UniformSizes(LENGTH))
-    if name == "posterior":
-        return PosteriorGuide(PosteriorTable(), denoiser, num_steps, non_empty=prior.non_empty)
-    return PolicyGuide(LearnedPolicy(StateTable(), non_empty=prior.non_empty), denoiser, num_steps)
+def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) -> Guide:
+    """Build a guide; `policy` is tied to the prior, `plan` too if that is one. Others wait only if the prior does."""
+    waits = not prior.non_empty
 
+    def of(policy: Policy) -> PolicyGuide:
+        return PolicyGuide(policy, denoiser, num_steps)
 
-def is_finite_pair(guide: str, prior: str) -> bool:
-    """Whether KL(guide || prior) is finite: a guide must not wait or take other sizes where the prior cannot."""
-    same_sizes = {
-        "fixed_sizes": {"plackett_luce", "point", "policy"},
-        "ranked_policy": {"point", "policy"},
-        "priced_one_each": {"one_each", "policy"},
+    builders: dict[str, Callable[[], Guide]] = {
+        "random": lambda: of(RandomSteps()),
+        "mean_field": lambda: MeanFieldGuide(TokenTable(num_steps), num_steps),
+        "plan": lambda: of(prior if isinstance(prior, Plan) else Plan(PlaceTable(num_steps))),
+        "renormalised": lambda: RenormalisedScoreGuide(TokenTable(1), num_steps, temperature=1.5),
+        "policy": lambda: of(prior),
+        "other_policy": lambda: of(LearnedPolicy(StateTable(), non_empty=not waits)),
+        "posterior": lambda: of(LearnedPolicy(TruthTable(), non_empty=not waits)),
+        "plackett_luce": lambda: PlackettLuceGuide(TokenTable(1), num_steps, sizes=2.0),
+        "one_each": lambda: PlackettLuceGuide(TokenTable(1), num_steps, sizes=UniformSizes(LENGTH)),
+        "point": lambda: of(Ranked("left_to_right", 2.0)),
+        "oracle": lambda: of(Oracle("greedy", UniformSizes(2))),
+        "fixed": lambda: of(FixedOrder([0, 1, 0])),
+        "smoothed": lambda: of(Smoothed(EosAware(Threshold(0.5), [0]), 0.2, not waits)),
+        "klass": lambda: of(Smoothed(Klass(0.3, eps=0.5), 0.1, not waits)),
+        "blocks": lambda: of(Blocks(LearnedPolicy(StateTable(clock=waits), non_empty=not waits), 2)),
+        "finishing": lambda: of(EarlyCommit(LearnedPolicy(StateTable(), non_empty=not waits), network=StateTable())),
     }
-    if prior in same_sizes:
-        return guide in same_sizes[prior]
-    waits = {"random", "mean_field", "plan"}
-    never_waits = {"left_to_right", "easy_first", "bounded_entropy", "learned_policy", "heuristic"}
-    never_waits |= {"priced_policy", "priced_range", "priced_looking_back"}
-    never_waits |= {"finishing_policy", "priced_finishing", "priced_finishing_range"}
-    return not (guide in waits and prior in never_waits)
+    return builders[name]()
+
+
+def is_finite_pair(guide: str, model: str) -> bool:
+    """Whether KL(guide || prior) is finite: a guide must not wait or take other sets where the prior cannot."""
+    same_sets = {
+        "random_sizes": {"plackett_luce", "point", "policy"},
+        "ranked": {"plackett_luce", "point", "policy"},
+        "priced_one_each": {"one_each", "policy"},
+        "blocks": {"policy"},  # of two positions, and each block is finished in its last step
+        "eos_aware": {"policy"},
+    }
+    if model in same_sets:
+        return guide in same_sets[model]
+    may_wait = {"uniform", "cosine", "may_wait", "residual", "plan", "looking_back", "priced_uniform"}
+    return model in may_wait or guide not in {"random", "mean_field", "plan"}
+
+
+PAIRS = [(model, guide) for model in MODELS for guide in GUIDES if is_finite_pair(guide, model)]
 
 
 def make_pair(
-    prior_name: str, guide_name: str, num_steps: int, one_step: bool = False, frozen: bool = False
-) -> tuple[UnmaskingModel, RevealGuide]:
-    """Build a (model, guide) pair with random weights."""
+    model: str, guide: str, num_steps: int, frozen: bool = False, **options: Any
+) -> tuple[UnmaskingModel, Guide]:
+    """Build a (model, guide) pair with random weights; further options of the model."""
     denoiser = TableDenoiser().requires_grad_(not frozen)
-    prior = PRIORS[prior_name](num_steps)
-    model = UnmaskingModel(denoiser, prior, num_steps, one_step)
-    return model, make_guide(guide_name, prior, denoiser, num_steps)
+    build, own = MODELS[model]
+    prior = build(num_steps)
+    program = UnmaskingModel(denoiser, prior, num_steps, **{**own, **options})
+    return program, make_guide(guide, prior, denoiser, num_steps)
 
 
-def make_batch(padded: bool = True) -> dict[str, Tensor]:
-    """Four sequences, one of them with a padded end."""
-    tokens = torch.randint(0, VOCAB, (4, LENGTH))
-    attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-    if padded:
-        attention_mask[-1, -1] = False
-    return {"tokens": tokens, "attention_mask": attention_mask}
+# ---- batches: padding and given positions anywhere
+
+CANVASES = {  # rows: x is to be revealed, g is given, a dot is padding
+    "plain": ["xxx", "xxx", "xxx", "xxx"],
+    "padded": ["xxx", "xxx", "xxx", "xx."],
+    "scattered": ["xgxx", ".xxx", "x.xg", "gxgx", "xx.x", "g.g."],
+    "prompted": ["gxxx", ".xgx", "gx.x", "ggxg"],
+    "long_prompt": ["ggxxx", ".gxgx", "..x.x", "gg.gg"],
+}
+
+
+def make_batch(kind: str = "padded") -> Batch:
+    """A few sequences; padding holds ids that are no tokens."""
+    marks = torch.tensor([[ord(mark) for mark in row] for row in CANVASES[kind]])
+    tokens = torch.randint(0, VOCAB, marks.shape)
+    attention, given = marks != ord("."), marks == ord("g")
+    return Batch(tokens.masked_fill(~attention, VOCAB + 3), attention, given if bool(given.any()) else None)
+
+
+def copies(batch: Batch, count: int) -> Batch:
+    """The same rows several times."""
+    return batch.rows(torch.arange(len(batch)).repeat(count))
+
+
+# ---- gradients
 
 
 def learned(*programs: nn.Module) -> list[Tensor]:

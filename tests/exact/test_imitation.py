@@ -3,55 +3,59 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pyro
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from orderppl.errors import UserError
+from orderppl import Batch, UserError
 from orderppl.inference import Imitation, all_orders, exact_terms
 
-from programs import flat_gradient, largest_z, learned, make_batch, make_guide, make_pair
+from programs import copies, flat_gradient, largest_z, learned, make_batch, make_guide, make_pair
 
-TIED = {("learned_policy", "policy"), ("learned_steps", "plan"), ("priced_policy", "policy")}
+TIED = {("learned", "policy"), ("plan", "plan"), ("priced", "policy"), ("blocks", "policy")}
 PAIRS = [
-    *sorted(TIED),
-    ("learned_policy", "posterior"),
-    ("priced_policy", "other_policy"),
-    ("residual_policy", "mean_field"),
-    ("uniform", "mean_field"),
-    ("learned_policy", "random"),
+    ("learned", "policy", "scattered"),
+    ("plan", "plan", "padded"),
+    ("priced", "policy", "prompted"),
+    ("learned", "posterior", "scattered"),
+    ("priced", "other_policy", "padded"),
+    ("residual", "mean_field", "scattered"),
+    ("uniform", "mean_field", "prompted"),
+    ("learned", "random", "scattered"),
+    ("blocks", "policy", "padded"),
 ]
 
 
 @pytest.fixture(autouse=True)
-def local_parameters():
+def local_parameters() -> Iterator[None]:
     with pyro.settings.context(module_local_params=True):
         yield
 
 
-def expected(teacher, model, guide, batch, programs: str) -> Tensor:
+def expected(teacher: nn.Module, model: nn.Module, guide: nn.Module, batch: Batch, programs: str) -> Tensor:
     """E_teacher[ log p(r) + log q(r | x) ] summed over the batch, over all orders."""
-    orders = all_orders(teacher, **batch)
-    shown = exact_terms(model, teacher, orders, **batch).log_guide.detach()
-    terms = exact_terms(model, guide, orders, **batch)
+    orders = all_orders(teacher, batch)
+    shown = exact_terms(model, teacher, orders, batch).log_guide.detach()
+    terms = exact_terms(model, guide, orders, batch)
     densities = {"p": [terms.log_prior], "q": [terms.log_guide], "both": [terms.log_prior, terms.log_guide]}[programs]
     possible = shown > -math.inf
     return sum((shown.exp() * density.masked_fill(~possible, 0.0)).sum() for density in densities)
 
 
-@pytest.mark.parametrize(("prior", "guide"), PAIRS)
-def test_value_and_gradient_are_those_of_the_exact_sum(prior: str, guide: str):
+@pytest.mark.parametrize(("model", "guide", "canvas"), PAIRS)
+def test_value_and_gradient_are_those_of_the_exact_sum(model: str, guide: str, canvas: str):
     """40 calls of two orders on 40 copies of the batch, |z| < 5 in every coordinate; a tied pair counts once."""
-    model, student = make_pair(prior, guide, num_steps=2)
-    teacher = make_guide("smoothed", model.prior, model.denoiser, 2)
-    batch, copies, over = make_batch(), 40, learned(model, student)
-    programs = "q" if prior == "uniform" or (prior, guide) in TIED else "p" if guide == "random" else "both"
-    exact = expected(teacher, model, student, batch, programs)
-    many = {name: rows.repeat(copies, 1) for name, rows in batch.items()}
+    program, student = make_pair(model, guide, num_steps=2)
+    teacher = make_guide("smoothed" if model != "blocks" else "policy", program.policy, program.denoiser, 2)
+    batch, count, over = make_batch(canvas), 40, learned(program, student)
+    programs = "q" if model == "uniform" or (model, guide) in TIED else "p" if guide == "random" else "both"
+    exact = expected(teacher, program, student, batch, programs)
+    many = copies(batch, count)
     imitation = Imitation(teacher, num_particles=2)
-    losses = [imitation.differentiable_loss(model, student, **many) / copies for _ in range(40)]
+    losses = [imitation.differentiable_loss(program, student, many) / count for _ in range(40)]
     draws = torch.stack([flat_gradient(-loss, over) for loss in losses])
     assert largest_z(draws, flat_gradient(exact, over)) < 5
     values = -torch.stack(losses).detach()
@@ -60,33 +64,38 @@ def test_value_and_gradient_are_those_of_the_exact_sum(prior: str, guide: str):
     assert set(imitation.metrics) == names | {"steps"}
 
 
-def test_a_point_mass_is_imitated_without_noise():
+@pytest.mark.parametrize("canvas", ["padded", "scattered", "prompted"])
+@pytest.mark.parametrize("shown", ["point", "oracle", "fixed"])
+def test_a_point_mass_is_imitated_without_noise(shown: str, canvas: str):
     """The orders of a heuristic are the same at every call, and so are loss and gradient: those of the exact sum."""
-    model, student = make_pair("learned_policy", "posterior", num_steps=2)
-    teacher, batch, over = make_guide("point", model.prior, model.denoiser, 2), make_batch(), learned(model, student)
+    model, student = make_pair("learned", "posterior", num_steps=2)
+    teacher, batch, over = (
+        make_guide(shown, model.policy, model.denoiser, 2),
+        make_batch(canvas),
+        learned(model, student),
+    )
     exact = expected(teacher, model, student, batch, "both")
-    loss = Imitation(teacher)(model, student)(*batch.values())
+    loss = Imitation(teacher)(model, student)(batch)
     assert -loss.item() == pytest.approx(exact.item(), rel=1e-5)
     assert torch.allclose(flat_gradient(-loss, over), flat_gradient(exact, over), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("prior", "guide", "shown", "problem"),
+    ("model", "guide", "shown", "problem"),
     [
-        ("learned_policy", "other_policy", "random", "the prior gives orders that the teacher draws probability 0"),
+        ("learned", "other_policy", "random", "the prior gives orders that the teacher draws probability 0"),
         ("uniform", "plackett_luce", "random", "the guide gives orders that the teacher draws probability 0"),
         ("uniform", "random", "random", "neither prior nor guide has parameters to learn"),
     ],
 )
-def test_what_cannot_be_imitated_is_named(prior: str, guide: str, shown: str, problem: str):
-    model, student = make_pair(prior, guide, num_steps=2)
-    teacher = make_guide(shown, model.prior, model.denoiser, 2)
-    many = {name: rows.repeat(20, 1) for name, rows in make_batch().items()}
+def test_what_cannot_be_imitated_is_named(model: str, guide: str, shown: str, problem: str):
+    program, student = make_pair(model, guide, num_steps=2)
+    teacher = make_guide(shown, program.policy, program.denoiser, 2)
     with pytest.raises(UserError, match=f"teacher: {problem}"):
-        Imitation(teacher).loss(model, student, **many)
+        Imitation(teacher).loss(program, student, copies(make_batch(), 20))
 
 
 def test_a_teacher_draws_orders():
-    model, student = make_pair("learned_policy", "policy", num_steps=2)
+    model, student = make_pair("learned", "policy", num_steps=2)
     with pytest.raises(UserError, match="teacher: draws no order"):
-        Imitation(lambda *_, **__: None).loss(model, student, **make_batch())
+        Imitation(lambda *_, **__: None).loss(model, student, make_batch())

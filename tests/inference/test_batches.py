@@ -64,8 +64,6 @@ def test_continues_where_it_stopped(stop: int) -> None:
 def test_batches_have_no_column_that_is_padding_in_all_rows_and_know_their_prefix() -> None:
     data = ragged()
     widths = set()
-    for piece in itertools.chain.from_iterable(BatchStream(data, 4, seed=0).pieces() for _ in range(1)):
-        assert piece.share == 1.0
     stream = BatchStream(data, 4, seed=0)
     for _ in range(6):
         (piece,) = stream.pieces()
@@ -92,12 +90,11 @@ def test_grouping_saves_padding() -> None:
     assert padding(20) < padding(1) / 5
 
 
-def test_drops_the_short_batch_on_request_and_reads_in_order() -> None:
+def test_drops_the_short_batch_on_request_and_reads_once_in_order() -> None:
     stream = BatchStream(ragged(), 4, seed=0, drop_last=True)
     assert [len(rows) for rows in take(stream, 10)] == [4] * 10
     assert [len(rows) for rows in take(BatchStream(ragged(), 40, drop_last=True), 3)] == [23] * 3  # the only one
-    ordered = BatchStream(ragged(), 4, shuffle=False)
-    assert list(itertools.chain(*take(ordered, 6))) == list(range(23))
+    ordered = BatchStream(ragged(), 4)
     before = ordered.state_dict()
     assert list(itertools.chain(*(rows_of(piece.batch) for piece in ordered.once()))) == list(range(23))
     assert list(itertools.chain(*(piece.keys.rows.tolist() for piece in ordered.once()))) == list(range(23))
@@ -160,6 +157,22 @@ def test_processes_share_every_batch_row_by_row(processes: int, pieces: int) -> 
         assert sorted(seen) == sorted(rows)
         assert total == pytest.approx(1)
     assert shares[-1].state_dict() == whole.state_dict()
+
+
+def test_pieces_weigh_by_their_tokens_where_the_loss_is_a_mean_over_them() -> None:
+    data = ragged()
+    stream = BatchStream(data, 4, seed=3, per_token=True)
+    for _ in range(6):
+        pieces = list(stream.pieces(3))
+        sizes = [int(piece.batch.latent.sum()) if piece.share else 0 for piece in pieces]
+        assert [piece.share for piece in pieces] == [size / sum(sizes) for size in sizes]
+
+
+def test_positions_are_known_by_their_rank_among_those_to_reveal() -> None:
+    (piece,) = BatchStream(ragged(), 5, seed=1).pieces()
+    assert piece.keys.places is not None
+    for places, latent in zip(piece.keys.places, piece.batch.latent, strict=True):
+        assert places[latent].tolist() == list(range(int(latent.sum())))
 
 
 def test_the_digest_tells_data_apart() -> None:

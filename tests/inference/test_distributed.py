@@ -6,7 +6,6 @@ Run by a launcher, this file is what each process does: all cases, one after ano
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -15,51 +14,46 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pytest
 import torch
 from torch import Tensor, nn
 
-from orderppl.decoding import Random
 from orderppl.errors import UserError
-from orderppl.experiments import cli
-from orderppl.guides import HeuristicGuide, MeanFieldGuide, PolicyGuide, RenormalisedScoreGuide
-from orderppl.inference import BatchStream, FitResult, OrderLoss, RevealTraceGraph_ELBO, fit, optimise
-from orderppl.inference.checkpoints import load_weights, save_weights
-from orderppl.models import LearnedPolicy, UniformSteps, UnmaskingModel
+from orderppl.files import load_weights, save_weights
+from orderppl.guides import MeanFieldGuide, PolicyGuide, RenormalisedScoreGuide
+from orderppl.inference import FitResult, RevealTraceGraph_ELBO, TrainSettings, fit, train
+from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
 from orderppl.models.denoisers import TransformerDenoiser, train_denoiser
-from orderppl.models.networks import PolicyNetwork, SequenceEncoder
+from orderppl.policies import RandomSteps, Ranked, Smoothed
+from orderppl.unmasking import Batch
 
 T, V = 3, 4
 UPDATES = 6  # two epochs
 
 
-def ragged(seed: int) -> dict[str, Tensor]:
+def ragged(seed: int) -> Batch:
     """Seven rows of 2 to 6 tokens after prompts of 1 to 3: batches of 3, 3 and 1."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(6) < torch.randint(2, 7, (7, 1), generator=generator)
-    context_mask = torch.arange(3) < torch.randint(1, 4, (7, 1), generator=generator)
-    tokens = torch.randint(0, V, (7, 6), generator=generator)
-    context = torch.randint(0, V, (7, 3), generator=generator)
-    return {"tokens": tokens, "attention_mask": mask, "context": context, "context_mask": context_mask}
+    prompt = torch.arange(3) >= torch.randint(0, 3, (7, 1), generator=generator)
+    tokens = torch.randint(0, V, (7, 9), generator=generator)
+    return Batch(tokens, torch.cat([prompt, mask], 1), torch.cat([prompt, torch.zeros_like(mask)], 1))
 
 
-def stream(**options: Any) -> BatchStream:
-    return BatchStream(ragged(0), 3, seed=1, **options)
-
-
-def denoiser(frozen: bool) -> TransformerDenoiser:
+def denoiser(frozen: bool = True) -> TransformerDenoiser:
     """A frozen one is the same whatever was seeded, as if it came from a file: checkpoints do not hold it."""
     with torch.random.fork_rng(enabled=frozen):
         if frozen:
             torch.manual_seed(3)
-        return TransformerDenoiser(V + 1, V, width=8, layers=1, heads=2).requires_grad_(not frozen)
+        return TransformerDenoiser(V + 1, V, width=8, layers=1, heads=2)
 
 
 OPTIONS: dict[str, Any] = {
     "updates": UPDATES,
+    "batch_size": 3,
     "optimizer": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
     "grad_clip": 1.0,
     "log_every": 2,
@@ -67,95 +61,88 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def mean_field(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
-    """A trainable denoiser; sorted batches; a moving average; patience that runs out."""
-    model = UnmaskingModel(denoiser(frozen=False), UniformSteps(), T)
-    guide = MeanFieldGuide(SequenceEncoder(V + 1, T, width=8, layers=1, heads=2), T)
-    elbo = RevealTraceGraph_ELBO(num_particles=2)
-    held_out = BatchStream(ragged(5), 4)
-
-    def validate() -> dict[str, float]:
-        loss = OrderLoss(model, guide, elbo)
-        return {"loss": -sum(float(loss(**batch)) for batch in held_out.once())}  # the wrong sign: never better
-
-    options = OPTIONS | {"validate": validate, "validate_every": 2, "patience": 2, "ema_decay": 0.8, "out": out}
-    return nn.ModuleList([model, guide]), fit(model, guide, stream(group=2), elbo=elbo, **(options | changes))
+def learn(model: nn.Module, guide: nn.Module, out: Path | None, particles: int = 2, **changes: Any) -> FitResult:
+    chosen: dict[str, Any] = OPTIONS | {"objective": RevealTraceGraph_ELBO(num_particles=particles)} | changes
+    return fit(model, guide, ragged(0), out=out, **chosen)
 
 
-def policy(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
+def scores(out: int = 1) -> SequenceEncoder:
+    return SequenceEncoder(V + 1, out, width=8, layers=1, heads=2)
+
+
+def learned() -> LearnedPolicy:
+    return LearnedPolicy(PolicyNetwork(V + 1, width=8, layers=1, heads=2))
+
+
+def mean_field(out: Path | None, **changes: Any) -> tuple[nn.Module, FitResult]:
+    """A trainable denoiser; sorted batches; a moving average; validations."""
+    model = UnmaskingModel(denoiser(frozen=False), RandomSteps(), T)
+    guide = MeanFieldGuide(scores(T), T)
+    options = {"validation": ragged(5), "validate_every": 2, "ema_decay": 0.8, "group": 2, "train_denoiser": True}
+    return nn.ModuleList([model, guide]), learn(model, guide, out, **(options | changes))
+
+
+def policy(out: Path | None, **changes: Any) -> tuple[nn.Module, FitResult]:
     """A policy that guides itself, on a frozen denoiser."""
-    model = UnmaskingModel(denoiser(frozen=True), LearnedPolicy(PolicyNetwork(V + 1, width=8, layers=1, heads=2)), T)
-    guide = PolicyGuide(model.prior, model.denoiser, T)
-    options = OPTIONS | {"out": out} | changes
-    return model, fit(model, guide, stream(), elbo=RevealTraceGraph_ELBO(num_particles=3), **options)
+    model = UnmaskingModel(denoiser(), learned(), T)
+    return model, learn(model, PolicyGuide(model.policy, model.denoiser, T), out, particles=3, **changes)
 
 
-def one_step(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
-    """One step per sequence, in the stored order of the rows."""
-    prior = LearnedPolicy(PolicyNetwork(V + 1, width=8, layers=1, heads=2))
-    model = UnmaskingModel(denoiser(frozen=True), prior, T, one_step=True)
-    guide = RenormalisedScoreGuide(SequenceEncoder(V + 1, 1, width=8, layers=1, heads=2), T, temperature=0.7)
-    options = OPTIONS | {"out": out} | changes
-    result = fit(model, guide, stream(shuffle=False), elbo=RevealTraceGraph_ELBO(num_particles=2), **options)
-    return nn.ModuleList([model, guide]), result
+def posterior(out: Path | None, **changes: Any) -> tuple[nn.Module, FitResult]:
+    """A posterior beside a learned policy, with learning rates of their own."""
+    model = UnmaskingModel(denoiser(), learned(), T)
+    guide = RenormalisedScoreGuide(scores(), T, temperature=0.7)
+    options = {"lr": {"guide": 0.1, "policy": 0.02}} | changes
+    return nn.ModuleList([model, guide]), learn(model, guide, out, **options)
 
 
-def heuristic(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
+def heuristic(out: Path | None, **changes: Any) -> tuple[nn.Module, FitResult]:
     """A decoding policy with noise of its own as the guide."""
-    model = UnmaskingModel(denoiser(frozen=False), UniformSteps(), T)
-    guide = HeuristicGuide(Random(), model.denoiser, T, smoothing=0.1)
-    options = OPTIONS | {"out": out} | changes
-    return model, fit(model, guide, stream(), elbo=RevealTraceGraph_ELBO(num_particles=2), **options)
+    model = UnmaskingModel(denoiser(frozen=False), RandomSteps(), T)
+    guide = PolicyGuide(Smoothed(Ranked("random"), 0.1), model.denoiser, T)
+    return model, learn(model, guide, out, train_denoiser=True, **changes)
 
 
-def masked_diffusion(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
-    """A loss that is a mean over tokens, so that shares of a batch weigh by theirs."""
+def masked_diffusion(out: Path | None, **changes: Any) -> tuple[nn.Module, FitResult]:
+    """The loss of a denoiser, with maskings spread over the whole batch."""
     module = denoiser(frozen=False)
-    options = {"updates": UPDATES, "lr": 0.01, "warmup": 2, "log_every": 2, "progress": False, "out": out} | changes
-    return module, train_denoiser(module, stream(), validation=BatchStream(ragged(5), 4), **options)
+    options: dict[str, Any] = {name: OPTIONS[name] for name in ("updates", "batch_size", "log_every", "progress")}
+    options |= {"lr": 0.01, "warmup": 2, "drop_last": False, "out": out} | changes
+    return module, train_denoiser(module, ragged(0), validation=ragged(5), **options)
 
 
 class Lazy(nn.Module):
     """Shapes known from the first batch, a parameter that no batch reaches, and a loss that fails when told to."""
 
-    def __init__(self, fails: str = "") -> None:
+    def __init__(self, fails: Literal["", "nan", "stop"] = "") -> None:
         super().__init__()
         self.net, self.unused, self.fails, self.calls = nn.LazyLinear(1), nn.Parameter(torch.ones(3)), fails, 0
 
-    def forward(self, tokens: Tensor, **others: Tensor) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         self.calls += 1
-        loss = self.net(tokens.to(torch.float64)).square().mean()
-        if self.calls == 4 and self.fails == "nan" and os.environ.get("RANK", "1") == "1":
-            loss = loss * torch.nan
+        size = torch.stack([batch.latent.sum(-1), (batch.tokens * batch.latent).sum(-1)], -1)
+        loss = self.net(size.to(torch.float64)).square().mean()
+        if self.calls == 4 and os.environ.get("RANK", "1") == "1":
+            if self.fails == "stop":
+                signal.raise_signal(signal.SIGTERM)
+            loss = loss * torch.nan if self.fails == "nan" else loss
         return loss
 
+    def explain(self, batch: Batch) -> str | None:
+        return "says one" if os.environ.get("RANK", "1") == "1" else None
 
-def lazy(out: Path, **changes: Any) -> tuple[nn.Module, FitResult]:
+
+def lazy(out: Path | None, **changes: Any) -> tuple[nn.Module, FitResult]:
     """Unknown shapes, unused parameters."""
     module = Lazy()
-    return module, optimise(module, stream(trim=False), **(OPTIONS | {"out": out} | changes))
+    return module, train(module, ragged(0), TrainSettings(**(OPTIONS | changes)), out=out)
 
 
 CASES: dict[str, Callable[..., tuple[nn.Module, FitResult]]] = {
-    case.__name__: case for case in (mean_field, policy, one_step, heuristic, masked_diffusion, lazy)
+    case.__name__: case for case in (mean_field, policy, posterior, heuristic, masked_diffusion, lazy)
 }
-RESUMED = ("policy", "one_step")
+RESUMED = ("policy", "posterior")
 IN_PIECES = ("mean_field", "masked_diffusion")
-
-COMMAND = ["fit-order", "--config", "chain"]
-for setting in (
-    "task.length=6",
-    "task.train=20",
-    "task.validation=5",
-    "task.test=10",
-    "num_steps=2",
-    "elbo.num_particles=2",
-    "fit.updates=3",
-    "fit.batch_size=7",
-    "fit.log_every=1",
-    "dtype=float64",
-):
-    COMMAND += ["--set", setting]
 
 
 def record(case: str, out: Path, rank: int, name: str = "", **changes: Any) -> None:
@@ -164,10 +151,10 @@ def record(case: str, out: Path, rank: int, name: str = "", **changes: Any) -> N
     if rank:  # the first process's networks and draws count
         pyro.set_rng_seed(11)
     module, result = CASES[case](out / (case + name), **changes)
-    save_weights(module, out / f"{case}{name}_{rank}")
+    save_weights(module, out / f"{case}{name}_{rank}.safetensors")
     trace = [{key: value for key, value in entry.items() if key != "seconds"} for entry in result.trace]
-    numbers = {"trace": trace, "validations": result.validations, "stopped": result.stopped_early}
-    numbers |= {"updates": result.updates, "next_draw": float(torch.rand(()))}
+    numbers = {"trace": trace, "validations": result.validations, "updates": result.updates}
+    numbers |= {"next_draw": float(torch.rand(()))}
     (out / f"{case}{name}_{rank}.result").write_text(json.dumps(numbers))
 
 
@@ -190,22 +177,21 @@ def worker(out: Path) -> None:
         record(case, out, rank, "_half", updates=UPDATES // 2)
     for case in IN_PIECES:
         record(case, out, rank, "_pieces", accumulate=2)
+    settings = TrainSettings(**(OPTIONS | {"log_every": 1}))
     refusals = {
-        "nan": refusal(lambda: optimise(Lazy("nan"), stream(trim=False), **(OPTIONS | {"log_every": 1}))),
-        "data": refusal(lambda: optimise(Lazy(), BatchStream(ragged(rank), 3), **OPTIONS)),
+        "nan": refusal(lambda: train(Lazy("nan"), ragged(0), settings)),
+        "data": refusal(lambda: train(Lazy(), ragged(rank), settings)),
         "folder": refusal(lambda: policy(out / "policy")),
-        "monitor": refusal(lambda: masked_diffusion(out / "monitor", monitor="accuracy")),
+        "validation": refusal(lambda: train(Lazy(), ragged(0), settings, validate=complain)),
     }
-    said = {}
-    for name, more in {"good": [], "bad": ["--set", "optimizer.lr=1e308"], "single": []}.items():
-        command = ["chain", "--out", str(out / "x")] if name == "single" else [*COMMAND, "--out", str(out / name)]
-        errors = io.StringIO()
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            try:
-                cli.main([*command, *more])
-            except SystemExit as end:
-                said[name] = [end.code, errors.getvalue()]
-    (out / f"said_{rank}.json").write_text(json.dumps({"refusals": refusals, "said": said}))
+    caught: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))  # as if the process went on
+    stopped = train(Lazy("stop"), ragged(0), TrainSettings(**OPTIONS), out=out / "stopped")
+    (out / f"said_{rank}.json").write_text(json.dumps(refusals | {"stopped": [stopped.updates, caught]}))
+
+
+def complain() -> dict[str, float]:
+    raise UserError("validation", "is nothing", "give some")
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +257,6 @@ def test_processes_agree_with_each_other_and_with_one(case: str, two: Path, tmp_
     mine = json.loads((tmp_path / f"{case}_0.result").read_text())
     for rank in (0, 1):
         close(json.loads((two / f"{case}_{rank}.result").read_text()), mine)
-    assert mine["stopped"] == (case == "mean_field")
     # written once, by the first process
     log = [json.loads(line) for line in (two / case / "log.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in log if "validation" not in entry] == list(range(1, mine["updates"] + 1))
@@ -304,32 +289,28 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(case: str, two: Path, tm
     pyro.set_rng_seed(99)
     module, result = CASES[case](two / f"{case}_half", resume=True)
     whole, expected = CASES[case](tmp_path)[0], json.loads((two / f"{case}_0.result").read_text())
-    load_weights(whole, two / f"{case}_0")
+    load_weights(whole, two / f"{case}_0.safetensors")
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-9, atol=1e-11)
     close([entry["loss"] for entry in result.trace], [entry["loss"] for entry in expected["trace"]])
 
 
-def test_an_error_stops_all_processes_and_is_told_once(two: Path) -> None:
+def test_an_error_stops_all_processes_with_the_same_words(two: Path) -> None:
     one, other = (json.loads((two / f"said_{rank}.json").read_text()) for rank in (0, 1))
-    assert one["refusals"] == other["refusals"]
-    assert "the loss is nan at update 3" in one["refusals"]["nan"]
-    assert one["refusals"]["data"].startswith("stream: differs between the processes")
-    assert "already holds a run" in one["refusals"]["folder"]
-    assert one["refusals"]["monitor"].startswith("monitor: validation gives")
-    for name, words in {"bad": "update", "single": "runs in one process, not in 2"}.items():
-        code, said = one["said"][name]
-        assert code == 2 and said.count("error") == 1
-        assert said.splitlines()[-1].startswith("error: ") and words in said  # after the progress bar
-        assert other["said"][name] == [2, ""]
+    assert one == other
+    assert "the loss is nan at update 3: row " in one["nan"] and "says one" in one["nan"]
+    assert one["data"].startswith("data: differs between the processes")
+    assert "already holds a run" in one["folder"]
+    assert one["validation"] == "validation: is nothing; give some"
 
 
-def test_the_command_gives_the_results_of_one_process(two: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main([*COMMAND, "--out", str(tmp_path / "good")])
-    assert end.value.code == 0
-    together, alone = (json.loads((folder / "good" / "results.json").read_text()) for folder in (two, tmp_path))
-    close(together["records"], alone["records"])
+def test_a_signal_to_one_process_stops_all_at_the_next_log_point(two: Path, double: None) -> None:
+    for rank in (0, 1):
+        updates, caught = json.loads((two / f"said_{rank}.json").read_text())["stopped"]
+        assert (updates, caught) == (4, [signal.SIGTERM])
+    assert [path.name for path in (two / "stopped" / "checkpoints").iterdir()] == ["update_00000004.pt"]
+    assert f"interrupted: update 4 is saved in {two / 'stopped'}" in (two / "said.txt").read_text()
+    assert train(Lazy(), ragged(0), TrainSettings(**OPTIONS), out=two / "stopped", resume=True).updates == UPDATES
 
 
 if __name__ == "__main__":

@@ -340,14 +340,17 @@ def test_validation_does_not_disturb_training() -> None:
     plain = run(Regression())
     torch.manual_seed(0)
     draws: list[float] = []
+    loss = Regression()
 
     def validate() -> dict[str, float]:
-        assert not torch.is_grad_enabled()
+        assert not torch.is_grad_enabled() and not loss.training and not loss.net.training
         draws.append(float(torch.randn(())))
         return {"loss": 0.0}
 
-    checked = run(Regression(), validate=validate, validate_every=3)
+    checked = run(loss, validate=validate, validate_every=3)
     assert plain.losses == checked.losses
+    assert loss.training and loss.net.training
+    assert [p.requires_grad for p in loss.frozen.parameters()] == [False, False]
     assert len(draws) == 10
     assert len(set(draws)) == 1  # common random numbers
 
@@ -386,6 +389,13 @@ def test_the_module_is_validated_and_ends_as_the_average_of_its_parameters(valid
     for found, wanted in zip([*seen, list(loss.net.parameters())], [*expected, averages], strict=True):
         for parameter, average in zip(found, wanted, strict=True):
             torch.testing.assert_close(parameter.detach(), average)
+
+
+@torch.no_grad()
+def test_trains_where_gradients_are_switched_off() -> None:
+    result = run(Regression(), updates=60)
+    assert sum(result.losses[-10:]) < sum(result.losses[:10])
+    assert not torch.is_grad_enabled()
 
 
 def test_autocast_runs_the_loss_and_the_validation_in_bfloat16() -> None:
@@ -528,7 +538,9 @@ SCRIPT = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_a_process_that_is_stopped_anyhow_resumes_to_the_same_trace(number: int, tmp_path: Path) -> None:
     whole = run(Regression(), updates=60, log_every=1, out=tmp_path / "whole")
     process = subprocess.Popen(

@@ -26,6 +26,8 @@ REFUSED = {
     "mra": "do not depend on the tokens at the others",  # without a GPU kernel its attention is zero
     "reformer": "other logits at each look",  # its hashing is random
 }
+
+
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[str]]:
     lines: list[str] = []
@@ -43,7 +45,7 @@ def placed(row: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", MASKED_LM)
 @torch.no_grad()
 def test_equals_the_raw_model_with_padding_anywhere(kind: str, tmp_path: Path, table: list[str]) -> None:
-    """Rows with given tokens at both ends and inside, against the model alone on each row: 1e-5 of the largest logit."""
+    """Rows with given tokens at both ends and inside, against the model on each row: 1e-5 of the largest logit."""
     if kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         pytest.skip(f"this version of transformers has no {kind}")
     torch.manual_seed(0)

@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderppl.denoising import Canvas, Denoiser, SoftDenoiser
-from orderppl.distributions import RevealedTokens, StepwiseReveal
+from orderppl.config import build, describe
 from orderppl.errors import UserError
-from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
-from orderppl.path import RevealPath
-from orderppl.states import enumerate_partitions
+from orderppl.models.denoisers import MarkovChainDenoiser
+from orderppl.unmasking import Denoiser, SoftDenoiser
+
+
+def enumerate_partitions(length: int, num_steps: int) -> Tensor:
+    """All orders of positions in steps, int64 [T^L, L]."""
+    return torch.tensor(list(itertools.product(range(num_steps), repeat=length)))
 
 
 def sequences(states: int, length: int) -> Tensor:
@@ -162,10 +165,27 @@ def test_plan_log_likelihood_is_the_sum_over_all_orders() -> None:
     """Every order of 5 positions in 3 steps, weighed by its probability under the plan."""
     torch.manual_seed(0)
     denoiser = MarkovChainDenoiser(3, 0.7, 5)
-    tokens = torch.randint(0, 3, (4, 5))
-    plan = StepwiseReveal(torch.randn(5, 3).expand(4, 5, 3))
-    orders = enumerate_partitions(5, 3).unsqueeze(1).expand(-1, 4, -1)  # [N, B, L]
-    path = RevealPath(Canvas(denoiser, torch.ones(4, 5, dtype=torch.bool)), tokens, 3)
-    log_likelihood = RevealedTokens(path(orders), orders).log_prob(tokens)  # [N, B]
-    expected = (plan.log_prob(orders).exp() * log_likelihood).sum(0)
-    torch.testing.assert_close(denoiser.plan_log_likelihood(tokens, plan.probs).float(), expected, rtol=0, atol=1e-4)
+    tokens, attended = torch.randint(0, 3, (4, 5)), torch.ones(4, 5, dtype=torch.bool)
+    plan = torch.randn(5, 3, dtype=torch.float64).softmax(-1)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for order in enumerate_partitions(5, 3):
+        log_likelihood = torch.zeros(4, dtype=torch.float64)
+        for t in range(3):
+            state = torch.where(order >= t, denoiser.mask_index, tokens)
+            log_probs = denoiser(state, attended).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            log_likelihood += (log_probs * (order == t)).sum(-1)
+        expected += plan[torch.arange(5), order].prod() * log_likelihood
+    torch.testing.assert_close(denoiser.plan_log_likelihood(tokens, plan), expected, rtol=0, atol=1e-4)
+
+
+def test_is_described_frozen_and_in_evaluation_mode() -> None:
+    denoiser = MarkovChainDenoiser(3, 0.7, length=5)
+    arguments = {"num_states": 3, "stay": 0.7, "length": 5}
+    assert describe(denoiser) == {
+        "class_path": "orderppl.models.denoisers.MarkovChainDenoiser",
+        "init_args": arguments,
+    }
+    state, attended = torch.randint(0, 4, (4, 5)), torch.ones(4, 5, dtype=torch.bool)
+    assert torch.equal(build(describe(denoiser))(state, attended), denoiser(state, attended))
+    assert not denoiser.training
+    assert not list(denoiser.parameters())

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderppl.data.smiles import SmilesTokenizer
 from orderppl.config import build, describe
+from orderppl.data.smiles import SmilesTokenizer
 from orderppl.errors import UserError
 from orderppl.models.denoisers import PretrainedDenoiser, ReactionDenoiser
 from orderppl.unmasking import Denoiser

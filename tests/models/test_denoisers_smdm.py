@@ -7,26 +7,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from orderppl.config import build, describe
 from orderppl.errors import UserError
-from orderppl.models.denoisers import SmdmConfig, SmdmDenoiser, load_denoiser
+from orderppl.models.denoisers import SmdmDenoiser, load_denoiser
+from orderppl.models.denoisers.smdm import SIZES
 
 from tiny_models import loud
 
-TINY = SmdmConfig(n_layer=2, n_head=4, n_embd=32, intermediate_size=48, vocab_size=50, block_size=64)
+TINY = {"n_layer": 2, "n_head": 4, "n_embd": 32, "intermediate_size": 48, "vocab_size": 50, "block_size": 64}
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("170M", 219_050_496), ("1.1B", 1_142_367_744)])
 def test_published_sizes(size: str, parameters: int) -> None:
     """1,142,367,744 is what users of the published weights of the larger model count."""
     with torch.device("meta"):
-        denoiser = SmdmDenoiser(size)
+        denoiser = SmdmDenoiser(**SIZES[size])
     assert sum(parameter.numel() for parameter in denoiser.parameters()) == parameters
     assert (denoiser.vocab_size, denoiser.mask_index, denoiser.max_length) == (32_000, 32_000, 2048)
 
 
 def test_published_keys() -> None:
     """Names and shapes of the published checkpoints, all of them."""
-    shapes = {name: list(tensor.shape) for name, tensor in SmdmDenoiser(TINY).state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in SmdmDenoiser(**TINY).state_dict().items()}
     expected = {"lm_head.weight": [50, 32], "transformer.wte.weight": [51, 32], "transformer.ln_f.weight": [32]}
     for layer in range(2):
         block = f"transformer.h.{layer}"
@@ -48,7 +50,7 @@ def test_equals_a_bidirectional_llama() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    denoiser = SmdmDenoiser(TINY)
+    denoiser = SmdmDenoiser(**TINY)
     loud(denoiser)
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -96,20 +98,22 @@ def test_load_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from orderppl.models.denoisers import smdm
 
     torch.manual_seed(0)
-    denoiser = SmdmDenoiser(TINY)
+    denoiser = SmdmDenoiser(**TINY)
     save_file(denoiser.state_dict(), tmp_path / "mdm-tiny.safetensors")
     with pytest.raises(UserError, match=r"no SMDM of a known size \(170M, 1.1B\); put it into a folder"):
         load_denoiser(tmp_path / "mdm-tiny.safetensors")
     monkeypatch.setitem(smdm.SIZES, "tiny", TINY)
     loaded = load_denoiser(tmp_path / "mdm-tiny.safetensors")
     assert isinstance(loaded, SmdmDenoiser)
-    assert loaded.architecture == TINY
+    assert loaded.config == denoiser.config
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
     state = denoiser.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_loads_strictly(tmp_path: Path) -> None:
-    SmdmDenoiser(TINY).save_pretrained(tmp_path)
+    SmdmDenoiser(**TINY).save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     complete = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # not mapped from the file
     state = dict(complete)
@@ -125,8 +129,12 @@ def test_loads_strictly(tmp_path: Path) -> None:
     config.write_text(json.dumps({**content, "intermediate_size": 64}))
     with pytest.raises(UserError, match=r"swiglu.w1.weight' has shape \[48, 32\]"):
         load_denoiser(tmp_path)
-    config.write_text(json.dumps({**content, "depth": 64}))
-    with pytest.raises(UserError, match="no configuration of SMDM"):
+    for wrong in ({"depth": 64}, {"n_head": 0}, {"n_embd": "32"}, {"intermediate_size": -1}):
+        config.write_text(json.dumps({**content, **wrong}))
+        with pytest.raises(UserError, match="no configuration of SMDM"):
+            load_denoiser(tmp_path)
+    config.write_text(json.dumps({**content, "n_layer": 10**12}))
+    with pytest.raises(UserError, match="has 2 layers, its config.json says otherwise"):
         load_denoiser(tmp_path)
     config.write_text(json.dumps(content))
     weights.write_bytes(weights.read_bytes()[:100])
@@ -138,10 +146,29 @@ def test_loads_strictly(tmp_path: Path) -> None:
 
 
 def test_bad_architectures() -> None:
-    with pytest.raises(UserError, match="unknown size '7B'"):
-        SmdmDenoiser("7B")
     with pytest.raises(UserError, match="3 heads do not split"):
-        SmdmDenoiser(SmdmConfig(n_head=3, n_embd=32))
-    denoiser = SmdmDenoiser(TINY)
+        SmdmDenoiser(n_head=3, n_embd=32)
+    denoiser = SmdmDenoiser(**TINY)
     with pytest.raises(UserError, match="a canvas of 65 tokens exceeds the model's 64"):
         denoiser(torch.zeros(1, 65, dtype=torch.long), torch.ones(1, 65, dtype=torch.bool))
+
+
+def test_rotary_tables_are_bit_equal_to_theirs() -> None:
+    """1 / base ** (k / n), rounded to bfloat16: the other way to write it gives other tables beyond position 104."""
+    from orderppl.models.denoisers.smdm import _rotary
+
+    k, size, positions = torch.arange(0, 64, 2).float(), 64, torch.arange(2048)
+    theirs = torch.outer(positions.float(), 1.0 / (10_000 ** (k / size)))
+    cos, sin = _rotary(positions[None], size, torch.float32)
+    assert torch.equal(cos[0, 0, :, :32], theirs.cos().bfloat16().float())
+    assert torch.equal(sin[0, 0, :, 32:], theirs.sin().bfloat16().float())
+    other = torch.outer(positions.float(), 10_000.0 ** (-k / size)).cos().bfloat16().float()
+    assert not torch.equal(cos[0, 0, :, :32], other)
+
+
+def test_is_described_by_its_arguments() -> None:
+    denoiser = SmdmDenoiser(**TINY)
+    spec = describe(denoiser)
+    assert spec["class_path"] == "orderppl.models.denoisers.SmdmDenoiser"
+    assert spec["init_args"].items() >= TINY.items()
+    assert build(describe(denoiser)).config == denoiser.config

@@ -1,28 +1,25 @@
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from orderppl.denoising import Canvas, Denoiser, SoftDenoiser
+from orderppl.config import build, describe
+from orderppl.data.tokenizers import LetterTokenizer, WordTokenizer
 from orderppl.errors import UserError
-from orderppl.inference.batches import BatchStream
-from orderppl.inference.checkpoints import load_weights, read_config, save_weights
-from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
-from orderppl.models.denoisers.training import (
-    MaskedDiffusionLoss,
-    masked_diffusion_nelbo,
-    random_masking,
-    train_denoiser,
-)
-from orderppl.models.denoisers.transformer import TransformerDenoiser, number_features
+from orderppl.files import load_weights, save_weights
+from orderppl.models.denoisers import TransformerDenoiser
+from orderppl.models.denoisers.transformer import number_features
+from orderppl.unmasking import Batch, Denoiser, PromptDenoiser, Reader, SoftDenoiser, TailDenoiser
 
-V, MASK = 9, 9
+V, MASK, SEPARATOR = 9, 9, 5
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_padding_changes_nothing(tied: bool, positions: str) -> None:
-    denoiser = TransformerDenoiser(V, MASK, width=16, layers=2, heads=2, tied=tied, positions=positions, max_length=30)
+def test_padding_changes_nothing(positions: str) -> None:
+    denoiser = TransformerDenoiser(V, MASK, width=16, layers=2, heads=2, positions=positions, max_length=30)
     assert isinstance(denoiser, Denoiser)
     context, tokens = torch.randint(0, V, (1, 4)), torch.randint(0, V + 1, (1, 6))
     alone = denoiser(torch.cat([context, tokens], 1), torch.ones(1, 10, dtype=torch.bool))
@@ -46,27 +43,28 @@ def test_tokens_visible_in_part_are_between_mask_and_token(mask: int, separator:
         V, mask, width=16, layers=2, heads=2, max_length=30, separator_index=separator, prompt_room=8
     )
     assert isinstance(denoiser, SoftDenoiser)
-    context, tokens = torch.randint(0, 3, (5, 4)), torch.randint(0, 4, (2, 5, 6))
-    context[:, -1] = 3
-    attended, context_mask = torch.rand(5, 6) < 0.8, torch.ones(5, 4, dtype=torch.bool)
-    context_mask[1, 0] = False
-    canvas = Canvas(denoiser, attended, context, context_mask)
-    hidden = (torch.rand(2, 5, 6) < 0.5) & attended
-    hard = canvas.logits(torch.where(hidden, mask, tokens))
+    tokens = torch.randint(0, 4, (10, 10))
+    tokens[:, :3], tokens[:, 3] = torch.randint(0, 3, (10, 3)), 3
+    attended = torch.rand(10, 10) < 0.8
+    attended[:, :4], attended[1, 0] = True, False
+    hidden = (torch.rand(10, 10) < 0.5) & attended
+    hidden[:, :4] = False
+    hard = denoiser(torch.where(hidden, mask, tokens), attended)
     visible = (~hidden).float().requires_grad_()
-    soft = canvas.soft_logits(tokens, visible)
-    torch.testing.assert_close(soft, hard, atol=1e-5, rtol=0)
-    (slope,) = torch.autograd.grad(soft.log_softmax(-1)[..., 0][:, attended].sum(), visible)
+    soft = denoiser.soft_logits(tokens, visible, attended)
+    torch.testing.assert_close(soft[attended], hard[attended], atol=1e-5, rtol=0)
+    (slope,) = torch.autograd.grad(soft.log_softmax(-1)[..., 0][attended].sum(), visible)
     assert slope.isfinite().all()
-    assert (slope[attended.expand(slope.shape)] != 0).all()
-    assert (slope[~attended.expand(slope.shape)] == 0).all()
+    assert (slope[attended] != 0).all()
+    assert (slope[~attended] == 0).all()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_gets_gradient(tied: bool) -> None:
-    denoiser = TransformerDenoiser(V, MASK, width=16, layers=2, heads=2, tied=tied)
-    batch = {"tokens": torch.randint(0, V, (8, 6)), "context": torch.randint(0, V, (8, 3))}
-    MaskedDiffusionLoss(denoiser)(**batch).backward()
+def test_every_parameter_gets_gradient() -> None:
+    denoiser = TransformerDenoiser(V, MASK, width=16, layers=2, heads=2)
+    tokens = torch.randint(0, V, (8, 9))
+    state = torch.where(torch.rand(8, 9) < 0.5, MASK, tokens)
+    logits = denoiser(state, torch.ones_like(tokens))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
     for name, parameter in denoiser.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -76,26 +74,40 @@ def test_every_parameter_gets_gradient(tied: bool) -> None:
 
 def test_a_mask_inside_the_vocabulary_is_never_predicted() -> None:
     denoiser = TransformerDenoiser(V, 3, width=16, layers=1, heads=2)
-    canvas = Canvas(denoiser, torch.ones(2, 5, dtype=torch.bool))
-    logits = canvas.logits(torch.full((2, 5), 3))
+    state = torch.full((2, 5), 3)
+    reader = Reader(denoiser, Batch(state))
+    logits = reader.logits(reader.read(state))
     assert (logits[..., 3] == -torch.inf).all()
-    loss = MaskedDiffusionLoss(denoiser)(tokens=torch.tensor([[0, 1, 2, 4, 5]] * 4))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor([0, 1, 2, 4, 5] * 2))
     loss.backward()
     assert loss.isfinite()
-    assert all(p.grad.isfinite().all() for p in denoiser.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
+
+
+def words(largest: int) -> WordTokenizer:
+    return WordTokenizer.build([f"{largest} apples"], max_number=largest)
 
 
 def test_number_embeddings_start_close_for_close_numbers() -> None:
-    values = [None, None, *range(100)]
-    denoiser = TransformerDenoiser(102, 1, width=64, number_values=values)
-    numbers = torch.nn.functional.normalize(denoiser.embed.weight[2:], dim=-1)
+    tokenizer = words(99)
+    denoiser = TransformerDenoiser(tokenizer.vocab_size, tokenizer.mask_index, 64, tokenizer=tokenizer)
+    rows = [tokenizer.tokens.index(str(number)) for number in range(100)]
+    weight = denoiser.embed.weight[rows]
+    numbers = torch.nn.functional.normalize(weight, dim=-1)
     similarity = numbers @ numbers.T
     assert similarity.diagonal(1)[10:].min() > similarity.diagonal(20).max()
-    assert denoiser.embed.weight[2:].pow(2).mean(-1).tolist() == pytest.approx([0.02**2] * 100, rel=1e-3)
+    assert weight.pow(2).mean(-1).tolist() == pytest.approx([0.02**2] * 100, rel=1e-3)
     features = number_features(torch.arange(100.0), 64)
     assert torch.pdist(features).min() > 0.1  # and no two numbers are alike
-    with pytest.raises(UserError, match="101 values for 102 tokens"):
-        TransformerDenoiser(102, 1, number_values=values[:-1])
+    without = TransformerDenoiser(
+        tokenizer.vocab_size, tokenizer.mask_index, 64, tokenizer=tokenizer, number_features=False
+    )
+    similarity = torch.nn.functional.normalize(without.embed.weight[rows], dim=-1)
+    assert (similarity @ similarity.T).diagonal(1).max() < 0.9
+    letters = LetterTokenizer("ABC")  # which has no numbers
+    assert TransformerDenoiser(letters.vocab_size, letters.mask_index, 16, tokenizer=letters).tokenizer is letters
+    with pytest.raises(UserError, match=r"tokenizer: 10\d tokens for 103 embeddings"):
+        TransformerDenoiser(102, 102, tokenizer=tokenizer)
 
 
 def test_refuses_a_longer_canvas() -> None:
@@ -111,142 +123,41 @@ def test_rotary_positions_can_be_told_to_go_on() -> None:
     denoiser.read_up_to(6)
     torch.testing.assert_close(denoiser(state, attended), before)
     assert denoiser(torch.zeros(1, 6, dtype=torch.long), torch.ones(1, 6, dtype=torch.bool)).shape == (1, 6, V)
-    assert TransformerDenoiser(**denoiser.config).max_length == 6
     learned = TransformerDenoiser(V, MASK, width=16, layers=1, heads=2, max_length=5, positions="learned")
     with pytest.raises(UserError, match="max_length: its 5 positions are learned"):
         learned.read_up_to(6)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_is_rebuilt_from_its_files(tmp_path: Path, tied: bool) -> None:
-    denoiser = TransformerDenoiser(V, MASK, width=16, layers=1, heads=2, tied=tied, number_values=range(9))
-    path = save_weights(denoiser, tmp_path / "denoiser")
-    rebuilt = TransformerDenoiser(**read_config(path))
-    load_weights(rebuilt, path)
-    state, mask = torch.randint(0, V, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
-    assert torch.equal(denoiser(state, mask), rebuilt(state, mask))
-
-
-def test_masking_hides_every_number_of_positions_equally_often() -> None:
-    torch.manual_seed(0)
-    rows, n = 20_000, 5
-    mask = torch.ones(rows, n + 2, dtype=torch.bool)
-    mask[:, n:] = False  # padding
-    mask[0] = False  # an empty row
-    masked, weight = random_masking(mask)
-    assert not (masked & ~mask).any()
-    assert weight[0] == 0
-    count = masked.sum(-1)[1:]
-    torch.testing.assert_close(weight[1:] * count, torch.full((rows - 1,), float(n)))
-    # counts are stratified, so their deviation is below the binomial one (20,000 rows, z bound 5)
-    share = torch.bincount(count, minlength=n + 1)[1:] / rows
-    assert (share - 1 / n).abs().max() < 5 * (0.2 * 0.8 / rows) ** 0.5
-    where = masked[:, :n].double().mean(0)
-    assert (where - (n + 1) / (2 * n)).abs().max() < 5 * (0.25 / rows) ** 0.5
-
-
-def test_nelbo_of_an_exact_denoiser_is_the_evidence_and_never_less() -> None:
-    """All orders of exact conditionals give the evidence, so the mean over maskings is exact (n = 4,000, z bound 5)."""
-    denoiser = MarkovChainDenoiser(3, 0.8, 5)
-    tokens = torch.tensor([[0, 0, 1, 1, 2]])
-    torch.manual_seed(0)
-    draws = MaskedDiffusionLoss(denoiser).nelbo(tokens.expand(4000, 5))
-    error = draws.std().item() / 4000**0.5
-    # The bound's mean over maskings is the mean over orders of the path's nats, which is constant here.
-    assert draws.mean().item() == pytest.approx(-denoiser.log_evidence(tokens).item(), abs=5 * error)
-
-
-def test_loss_counts_response_tokens_only() -> None:
-    denoiser = TransformerDenoiser(V, MASK, width=16, layers=1, heads=2)
-    loss = MaskedDiffusionLoss(denoiser)
-    mask = torch.arange(6) < torch.tensor([[6], [2], [3]])
-    tokens = torch.randint(0, V, (3, 6))
-    torch.manual_seed(0)
-    value = loss(tokens=tokens, attention_mask=mask)
-    torch.manual_seed(0)
-    other = loss(tokens=torch.where(mask, tokens, 5), attention_mask=mask)
-    torch.testing.assert_close(value, other, atol=1e-5, rtol=0)
-    torch.manual_seed(0)
-    per_row = loss.nelbo(tokens, mask)
-    torch.testing.assert_close(value, per_row.sum() / 11, atol=1e-5, rtol=0)
-    assert loss.metrics["nelbo"].item() == pytest.approx(per_row.mean().item(), rel=1e-5)
-
-
-def copies(rows: int, seed: int) -> BatchStream:
-    """The response repeats the prompt: learnable in seconds."""
-    generator = torch.Generator().manual_seed(seed)
-    context = torch.randint(0, V, (rows, 3), generator=generator)
-    ones = torch.ones(rows, 3, dtype=torch.bool)
-    tensors = {"tokens": context.clone(), "attention_mask": ones, "context": context, "context_mask": ones.clone()}
-    return BatchStream(tensors, 32, seed=0)
-
-
-def test_learns_and_resumes(tmp_path: Path) -> None:
-    def train(updates: int, out: Path, resume: bool = False):
-        torch.manual_seed(0)
-        denoiser = TransformerDenoiser(V, MASK, width=32, layers=2, heads=2)
-        result = train_denoiser(
-            denoiser,
-            copies(500, 0),
-            updates=updates,
-            validation=copies(64, 1),
-            validate_every=60,
-            lr=3e-3,
-            warmup=20,
-            ema_decay=0.95,
-            out=out,
-            checkpoint_every=50,
-            resume=resume,
-            progress=False,
-        )
-        return denoiser, result
-
-    denoiser, result = train(180, tmp_path / "whole")
-    scores = [record["nats_per_token"] for record in result.validations]
-    assert len(scores) == 3
-    assert scores[-1] < 0.5 * scores[0]
-    assert masked_diffusion_nelbo(denoiser, copies(64, 1), draws=4)["nats_per_token"] < 0.5
-    assert masked_diffusion_nelbo(denoiser, copies(64, 1))["nelbo"] < 1.5
-
-    class StopError(Exception):
-        pass
-
-    hooks = []
-
-    def stop(module, arguments, keywords) -> None:
-        hooks.append(1)
-        if len(hooks) > 130:
-            raise StopError
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, arguments: stop(module, arguments, None) if isinstance(module, MaskedDiffusionLoss) else None
+def test_is_rebuilt_from_its_description_and_weights(tmp_path: Path) -> None:
+    tokenizer = words(9)
+    denoiser = TransformerDenoiser(
+        tokenizer.vocab_size, tokenizer.mask_index, width=16, layers=1, heads=2, tokenizer=tokenizer
     )
-    try:
-        with pytest.raises(StopError):
-            train(180, tmp_path / "parts")
-    finally:
-        handle.remove()
-    resumed, again = train(180, tmp_path / "parts", resume=True)
-    assert again.losses == result.losses
-    assert again.validations == result.validations
-    assert all(torch.equal(a, b) for a, b in zip(denoiser.parameters(), resumed.parameters(), strict=True))
+    torch.nn.init.normal_(denoiser.embed.weight)
+    save_weights(denoiser, tmp_path / "weights.safetensors")
+    rebuilt = build(describe(denoiser))
+    load_weights(rebuilt, tmp_path / "weights.safetensors")
+    state, mask = torch.randint(0, denoiser.vocab_size, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
+    assert torch.equal(denoiser(state, mask), rebuilt(state, mask))
+    assert rebuilt.tokenizer.tokens == tokenizer.tokens
+
+
+# ---- prompts
+
+
+def separated(**settings: object) -> TransformerDenoiser:
+    torch.manual_seed(0)
+    options = {"width": 16, "layers": 2, "heads": 2, "max_length": 20, "separator_index": SEPARATOR, "prompt_room": 8}
+    return TransformerDenoiser(V, MASK, **(options | settings))  # type: ignore[arg-type]
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_a_separator_puts_responses_at_a_fixed_place(positions: str) -> None:
-    torch.manual_seed(0)
-    separator = 5
-    denoiser = TransformerDenoiser(
-        V,
-        MASK,
-        width=16,
-        layers=1,
-        heads=2,
-        max_length=20,
-        positions=positions,
-        separator_index=separator,
-        prompt_room=8,
-    )
+    denoiser = separated(layers=1, positions=positions)
     # prompts of 2 and 4 tokens, a response that repeats the separator, padding everywhere
     state = torch.tensor(
         [[1, 2, 5, 0, 0, 3, MASK, 5, 4, 0], [1, 2, 3, 4, 5, 3, MASK, 5, 4, 0], [3, MASK, 4, 0, 0, 0, 0, 0, 0, 0]]
@@ -261,11 +172,56 @@ def test_a_separator_puts_responses_at_a_fixed_place(positions: str) -> None:
     assert is_response.sum(-1).tolist() == [4, 4, 0]
     together = denoiser(state, mask)
     alone = denoiser(state[0][mask[0]][None], torch.ones(1, 7, dtype=torch.bool))
-    torch.testing.assert_close(together[0][mask[0]], alone[0], atol=1e-5, rtol=0)
-    rebuilt = TransformerDenoiser(**denoiser.config)
+    close(together[0][mask[0]], alone[0])
+    rebuilt = build(describe(denoiser))
     rebuilt.load_state_dict(denoiser.state_dict())
     assert torch.equal(rebuilt(state, mask), together)
     together.sum().backward()
     assert denoiser.response is not None
     assert denoiser.response.grad is not None
     assert denoiser.response.grad.abs().sum() > 0
+
+
+CANVASES = {
+    "a prompt": (([1, 2, 5], [1, 2, 3, 4, 5]), ([7, MASK, 3], [MASK, MASK]), True),
+    "a separator given in the response": (([1, 2, 5], [4, 5]), ([MASK, 5, MASK, 2], [5, MASK, 5]), True),
+    "given tokens behind the prompt": (([1, 2, 5, 7], [4, 5, 3]), ([MASK, 6, MASK], [MASK, 5, MASK]), False),
+    "two separators in the prompt": (([1, 5, 2, 5], [4, 5]), ([MASK, 3], [MASK, 1]), False),
+    "no separator at all": (([1, 2], [3, 4, 6]), ([MASK, 7], [2, MASK]), False),
+    "a separator given inside a text with holes": (([1], [4]), ([MASK, 5, 2, MASK], [MASK, 3, 5, MASK]), False),
+    "rows without a prompt among others": (([1, 5], []), ([MASK, 3], [MASK, 5, 1]), False),
+}
+"""What stands before the first hole of any row, what stands behind, and whether the former can be read by itself."""
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("case", CANVASES)
+@torch.no_grad()
+def test_given_tokens_anywhere(case: str, reads: bool) -> None:
+    """Alone, in a batch, from the first hole on, or behind a prompt that was read before: the same logits."""
+    denoiser = separated(prompt_reads_response=reads)
+    assert isinstance(denoiser, TailDenoiser)
+    assert isinstance(denoiser, PromptDenoiser)
+    before, behind, by_itself = CANVASES[case]
+    width, size = max(map(len, before)), max(map(len, behind))
+    rows = [(width - len(left), left + right) for left, right in zip(before, behind, strict=True)]
+    tokens = torch.zeros(2, width + size, dtype=torch.long)
+    attended = torch.zeros(2, width + size, dtype=torch.bool)
+    for row, (start, ids) in enumerate(rows):
+        columns = slice(start, start + len(ids))
+        tokens[row, columns], attended[row, columns] = torch.tensor(ids), True
+    together = denoiser(tokens, attended)
+    for row, mask in enumerate(attended):
+        close(together[row][mask], denoiser(tokens[row][mask][None], torch.ones(1, int(mask.sum())))[0])
+    latent = torch.cat([torch.zeros_like(attended[:, :width]), attended[:, width:]], 1)
+    reader = Reader(denoiser, Batch(tokens, attended, attended & ~latent))
+    assert reader.start == width
+    close(reader.read(tokens)[latent[:, width:]], denoiser.hidden_states(tokens, attended)[latent])
+    reader.encode_prompt()
+    assert (reader._prompt is not None) == (by_itself and not reads)
+    close(reader.read(tokens)[latent[:, width:]], denoiser.hidden_states(tokens, attended)[latent])
+
+
+def test_prompts_need_a_separator() -> None:
+    with pytest.raises(UserError, match="prompt_reads_response: without a separator"):
+        TransformerDenoiser(V, MASK, prompt_reads_response=False)

@@ -4,10 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from orderppl.denoising import Denoiser
+from orderppl.config import build, describe
 from orderppl.errors import UserError
-from orderppl.models.denoisers.tree_field import TreeFieldDenoiser
-from orderppl.states import enumerate_partitions
+from orderppl.models.denoisers import TreeFieldDenoiser
+from orderppl.unmasking import Denoiser
+
+
+def enumerate_partitions(length: int, num_steps: int) -> Tensor:
+    """All orders of positions in steps, int64 [T^L, L]."""
+    return torch.tensor(list(itertools.product(range(num_steps), repeat=length)))
 
 
 def trees(states: int, nodes: int) -> Tensor:
@@ -91,12 +96,14 @@ def test_expected_cost_equals_enumeration(states: int, num_steps: int, every: in
 
 def test_expected_cost_of_the_reference_tree_equals_sampling() -> None:
     """50 000 drawn trees of 15 nodes, z within 4."""
-    from orderppl.data.collate import tensors
-    from orderppl.data.trees import sample_trees
-
     denoiser = TreeFieldDenoiser(4, 0.85)
     order = torch.tensor([2, 2, 0, 1, 1, 2, 2, 0, 2, 1, 2, 0, 2, 1, 2])
-    tokens = tensors(sample_trees(50_000, seed=3))["tokens"]
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 4, (50_000, 15), generator=generator)  # the root, and what a node changes to
+    for i in range(1, 15):
+        stays = torch.rand(50_000, generator=generator) < 0.85
+        moved = (tokens[:, (i - 1) // 2] + 1 + tokens[:, i] % 3) % 4
+        tokens[:, i] = torch.where(stays, tokens[:, (i - 1) // 2], moved)
     gap = denoiser.log_evidence(tokens)
     for t in range(3):
         state = torch.where(order >= t, denoiser.mask_index, tokens)
@@ -113,7 +120,8 @@ def test_best_order_equals_brute_force(depth: int, num_steps: int) -> None:
     brute = min(denoiser.expected_cost(other) for other in enumerate_partitions(denoiser.length, num_steps))
     assert gap == pytest.approx(brute, abs=1e-9)
     assert denoiser.expected_cost(order) == pytest.approx(gap, abs=1e-9)
-    assert int(order.min()) >= 0 and int(order.max()) < num_steps
+    assert int(order.min()) >= 0
+    assert int(order.max()) < num_steps
 
 
 def test_best_order_of_the_reference_tree() -> None:
@@ -149,3 +157,14 @@ def test_refuses_what_is_too_large() -> None:
         large.best_order(2)
     with pytest.raises(UserError, match="depth: 5 levels"):  # 16 leaves around the root
         large.expected_cost(torch.tensor(15 * [1] + 16 * [0]))
+
+
+def test_is_described_frozen_and_in_evaluation_mode() -> None:
+    denoiser = TreeFieldDenoiser(3, 0.7)
+    spec = describe(denoiser)
+    assert spec["class_path"] == "orderppl.models.denoisers.TreeFieldDenoiser"
+    assert spec["init_args"] == {"num_states": 3, "stay": 0.7, "depth": 4}
+    state, attended = torch.randint(0, 4, (4, 15)), torch.ones(4, 15, dtype=torch.bool)
+    assert torch.equal(build(spec)(state, attended), denoiser(state, attended))
+    assert not denoiser.training
+    assert not list(denoiser.parameters())

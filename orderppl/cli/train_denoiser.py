@@ -1,0 +1,71 @@
+"""Train a small masked-diffusion transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from orderppl.cli.assemble import Known, check_device, fit_settings, make_data, make_denoiser
+from orderppl.config import Builder
+from orderppl.data import DataSet
+from orderppl.models.denoisers import DenoiserSettings
+from orderppl.unmasking import Denoiser
+
+TRANSFORMER = {"class_path": "orderppl.models.denoisers.TransformerDenoiser"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a small masked-diffusion transformer on a data set, or go on with a trained denoiser.
+
+        orderppl train-denoiser --data Arithmetic --out runs/arithmetic-denoiser
+        orderppl train-denoiser --data JsonLines --data.train rows.jsonl --denoiser.width 256 --out runs/mine
+        orderppl train-denoiser --config arithmetic_denoiser --resume          # after an interruption
+        orderppl train-denoiser --data Arithmetic --denoiser load_denoiser --denoiser.name_or_path runs/mine
+
+    `--denoiser load_denoiser --denoiser.name_or_path RUN` of the other commands reads the run folder.
+
+    Args:
+        data: the data set.
+        denoiser: architecture, or a trained denoiser to go on from.
+        fit: the training.
+        seed: of everything random.
+        device: where to train, such as cpu or cuda:0.
+        dtype: of the network; for bfloat16 by autocast see --fit.bfloat16.
+        out: the run folder.
+        resume: go on with the run in --out.
+    """
+
+    data: DataSet
+    denoiser: Denoiser = field(default_factory=lambda: dict(TRANSFORMER))  # type: ignore[assignment]
+    fit: DenoiserSettings = field(default_factory=DenoiserSettings)
+    seed: int = 0
+    device: str = "cpu"
+    dtype: Literal["float32", "float64"] = "float32"
+    out: str = "runs/train-denoiser"
+    resume: bool = False
+
+
+def run(config: Config) -> None:
+    """Train, save, and measure the bound on the test split."""
+    import pyro
+    import torch
+
+    from orderppl.cli.tables import show, write_table
+    from orderppl.models.denoisers import masked_diffusion_nelbo, train_denoiser
+    from orderppl.runs import default_dtype
+
+    check_device(config.device)
+    with default_dtype(getattr(torch, config.dtype)):
+        pyro.set_rng_seed(config.seed)
+        builder = Builder(Known())
+        data = make_data(builder, config.data)
+        denoiser = make_denoiser(builder, config.denoiser, data)
+        settings = fit_settings(builder, DenoiserSettings, config)
+        train_denoiser(denoiser, data, out=Path(config.out), resume=config.resume, **settings)
+        test = data.splits()["test"]
+        found = masked_diffusion_nelbo(denoiser, test, settings["batch_size"], draws=8)
+    rows = [{"metric": name, "value": value, "split": "test", "n": len(test)} for name, value in found.items()]
+    write_table(Path(config.out) / "results", "test", rows)
+    show(rows, title=f"masked-diffusion bound of {config.out}")
