@@ -22,7 +22,7 @@ from torch import Tensor
 
 from orderppl import Batch, decode
 from orderppl.data import Antibodies, Examples
-from orderppl.data.sequences import antibody_regions
+from orderppl.data.sequences import REGIONS, antibody_regions
 from orderppl.evaluation import bootstrap_mean, write_results
 from orderppl.models import PositionTable
 from orderppl.models.denoisers import AntibodyDenoiser
@@ -98,6 +98,7 @@ def main(
         for row, latent, seen in zip(known.tolist(), batch.latent, batch.attention_mask, strict=True)
     ]
     means = mean_by_group(revealed_steps(plan, denoiser, batch, steps), groups, "region")
+    means = means.sort_values("region", key=lambda names: names.map(REGIONS.index))
     longest = test.batch.rows(test.batch.attention_mask.sum(-1).argmax().reshape(1))
     shares = step_shares(plan, denoiser, longest, steps)[0]
     figure_of([shares], [()], means, "region").savefig(out / "order.png", dpi=150)

@@ -42,7 +42,6 @@ def learn(denoiser: Denoiser, data: DataSet, steps: int, seed: int, updates: int
         data.splits()["train"],
         objective=RevealTraceGraph_ELBO(num_particles=16),
         optimizer=partial(torch.optim.Adam, lr=0.01),
-        schedule="cosine",
         updates=updates,
         batch_size=4,
         seed=seed,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from orderppl.distributions import OrderDistribution
 from orderppl.errors import UserError
+from orderppl.policies import Policy
 from orderppl.program import PyroProgram
 from orderppl.unmasking import Batch
 
@@ -15,6 +16,8 @@ class Guide(PyroProgram):
     """Base of a guide q(r | x); a subclass says which distribution over orders it proposes.
 
         class MyGuide(Guide):
+            sees_tokens = False  # it can decode as well
+
             def __init__(self, num_steps: int, num_tokens: int, width: int = 32) -> None:
                 super().__init__(num_steps)
                 self.network = SequenceEncoder(num_tokens, num_steps, width)
@@ -25,9 +28,15 @@ class Guide(PyroProgram):
     Args:
         num_steps: step budget T.
 
+    Attributes:
+        sees_tokens: False for a guide that is blind to what is to be revealed: it is given batches without these
+            tokens, and its order is a plan that can be deployed.
+
     Raises:
         UserError: fewer than one step.
     """
+
+    sees_tokens = True
 
     def __init__(self, num_steps: int) -> None:
         super().__init__("guide")  # a root name of its own, see UnmaskingModel
@@ -39,6 +48,12 @@ class Guide(PyroProgram):
         """Return q(r | x), batch shape [B], event [S]."""
         raise NotImplementedError
 
+    def deployable(self) -> Policy | None:
+        """The policy that the guide is without the tokens; None for a posterior, which cannot do without."""
+        from orderppl.guides.plan import GuidePlan  # which is made of guides
+
+        return None if self.sees_tokens else GuidePlan(self)
+
     def forward(self, batch: Batch | Tensor) -> dict[str, Tensor]:
         """Sample the site `reveal_step`.
 
@@ -49,7 +64,7 @@ class Guide(PyroProgram):
             The order under its site name, int64 [*, B, S]: -1 where a position is visible from the start.
         """
         batch = Batch.of(batch)
-        order = self.order(batch)  # networks are read outside of the plate, which slows them down
+        order = self.order(batch if self.sees_tokens else batch.hidden())  # networks are read outside of the plate, which slows them down
         with pyro.plate("batch", len(batch), dim=-1):
             # What the draw has met on its way goes along with the site, for objectives that score the order next.
             return {"reveal_step": pyro.sample("reveal_step", order, infer={"met": order.met})}

@@ -27,6 +27,11 @@ class PolicyGuide(Guide):
         self.policy = policy
         self.denoiser = denoiser
 
+    def deployable(self) -> Policy | None:
+        """The policy, unless a network of it sees the true tokens."""
+        sees_truth = any(getattr(module, "sees_truth", False) for module in self.policy.modules())
+        return None if sees_truth else self.policy
+
     def order(self, batch: Batch) -> OrderDistribution:
         """The policy's own distribution over orders."""
         return self.policy.order(batch, self.denoiser, self.num_steps)

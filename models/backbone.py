@@ -206,10 +206,14 @@ class Neighbours(nn.ModuleList):
     def __init__(self, width: int, kernel: int, layers: int = 2) -> None:
         super().__init__(nn.Conv1d(width, width, kernel, padding=kernel // 2) for _ in range(layers))
 
-    def forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Mix float [N, L, W]; padding (not in `attended`, bool [N, L]) is zero, as what lies beyond the ends is."""
-        keep = attended[..., None]
+    def forward(self, hidden: Tensor, seen: Tensor, attended: Tensor) -> Tensor:
+        """Mix float [N, S, W]; what is not seen (bool [N, S]) is zero, as what lies beyond the ends is.
+
+        Padding (not in `attended`, bool [N, S]) takes no place: what stands on both sides of it are neighbours.
+        """
+        order = attended.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., None]  # padding last
+        hidden, keep = hidden.gather(1, order.expand_as(hidden)), seen[..., None].gather(1, order)
         for conv in self:
             hidden = F.gelu(hidden) * keep
             hidden = hidden + conv(hidden.transpose(1, 2)).transpose(1, 2)
-        return hidden
+        return hidden.gather(1, order.argsort(1).expand_as(hidden))

@@ -219,7 +219,7 @@ class OpeningPlan(Configurable, nn.Module):
             hidden = self.project(torch.cat([place, view], -1)) + probs @ self.embed.weight  # [B, S, W]
         else:
             hidden = self.project(place)
-        logits: Tensor = self.place(place) + self.head(F.gelu(self.mix(hidden, latent)))
+        logits: Tensor = self.place(place) + self.head(F.gelu(self.mix(hidden, latent, opening.attention_mask)))
         return logits if self.pattern is None else logits + self.pattern(opening)
 
 
@@ -353,6 +353,7 @@ class PolicyNetwork(Configurable, nn.Module):
         super().__init__()
         _check_features(features, reads_tokens, sees_truth, prices, hidden)
         self.features, self.reads_tokens, self.prices = tuple(features), reads_tokens, prices
+        self.sees_truth = sees_truth
         self.embed = nn.Embedding(num_tokens, width) if reads_tokens else None
         self.embed_truth = nn.Embedding(num_tokens, width) if sees_truth else None
         self.embed_place = None if places is None else nn.Embedding(places, width)
@@ -386,7 +387,8 @@ class PolicyNetwork(Configurable, nn.Module):
         lead, (size, width) = hidden.shape[:-2], hidden.shape[-2:]
         hidden, latent, attention = (x.reshape(-1, size, *x.shape[len(lead) + 1 :]) for x in (hidden, latent, attention))
         if self.near is not None:
-            hidden = self.near(hidden, latent)
+            attended = state.attention_mask[..., start:].reshape(-1, size)
+            hidden = self.near(hidden, latent, attended)
         hidden = hidden * latent[..., None]
         if self.embed is not None:
             hidden = hidden + self.embed(state.tokens.reshape(-1, size))

@@ -36,8 +36,8 @@ class UnmaskingModel(PyroProgram):
             Without it nothing in the bound asks for fewer than T steps. A range gives every sequence a price of its
             own, for a policy that reads it.
         outlier: share of sequences that may be anything, at least 0 and below 1.
-        answer: which tokens are wanted: (tokens int64 [B, S], latent bool [B, S]) -> bool [B, S], such as
-            `AnswerTokens`; all when left out.
+        answer: which tokens are wanted: (tokens int64 [B, S], -1 at padding; latent bool [B, S]) -> bool [B, S], such
+            as `AnswerTokens`; all when left out.
         temperature: at which tokens are drawn, that of the decoder; positive. Greedy tokens are the limit 0, towards
             which the likelihood becomes a yes or no per token: 0.25 with outliers comes close.
 
@@ -85,7 +85,9 @@ class UnmaskingModel(PyroProgram):
         """
         batch = Batch.of(batch)
         path = Path(batch, self.denoiser, self.num_steps)
-        wanted = None if self.answer is None else self.answer(batch.readable, batch.latent)
+        wanted = None
+        if self.answer is not None:
+            wanted = self.answer(batch.tokens.masked_fill(~batch.attention_mask, -1), batch.latent)
         order = self.policy.order(batch, self.denoiser, self.num_steps)
         order = order.as_prior() if isinstance(order, PolicyOrder) else order
         with pyro.plate("batch", len(batch), dim=-1):

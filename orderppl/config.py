@@ -8,16 +8,15 @@ import numbers
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from orderppl.calls import PLAIN, call_of
 from orderppl.errors import UserError, first_line, is_out_of_memory
-from orderppl.import_paths import admits_import, admits_text, import_path, locate, parameters_of, suggest
+from orderppl.import_paths import admits_import, admits_text, dotted, import_path, locate, parameters_of, suggest
 
 F = TypeVar("F", bound=Callable[..., Any])
-PLACES = ("device", "dtype")  # of torch's constructors, which keep neither
-PLAIN = (bool, int, float, str)
 LARGEST_TENSOR = 4096  # values that a description can hold
 
 
@@ -86,12 +85,14 @@ def _describe(value: Any, field: str, seen: dict[int, tuple[Any, dict[str, Any]]
         return str(value)
     if isinstance(value, numbers.Number):  # of numpy
         return value.item() if hasattr(value, "item") else value
-    if type(value) in (list, tuple, set, frozenset):
+    if type(value) in (set, frozenset):
+        value = sorted(value, key=repr)
+    if type(value) in (list, tuple):
         return [_describe(item, f"{field}[{index}]", seen) for index, item in enumerate(value)]
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise UserError(field, "has keys that are no names", "use texts as keys")
-        return {key: _describe(item, _join(field, key), seen) for key, item in value.items()}
+        return {key: _describe(item, dotted(field, key), seen) for key, item in value.items()}
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
         return import_path(value, field)
     if torch and isinstance(value, torch.Tensor):
@@ -101,70 +102,22 @@ def _describe(value: Any, field: str, seen: dict[int, tuple[Any, dict[str, Any]]
         init_args: dict[str, Any] = {"data": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
         return {"class_path": "orderppl.config.tensor", "init_args": init_args}
     if id(value) not in seen:
-        path, arguments, maker = _call_of(value, field)
+        path, arguments, maker = call_of(value, field)
         if maker is functools.partial and for_call:
             path, maker = import_path(arguments.pop("func"), field), value.func
         spec: dict[str, Any] = {"class_path": path}
         seen[id(value)] = value, spec  # the value too: its id must not be given to another
         init_args = {
-            key: _describe(item, _join(field, key), seen, admits_import(maker, key)) for key, item in arguments.items()
+            key: _describe(item, dotted(field, key), seen, admits_import(maker, key)) for key, item in arguments.items()
         }
         for key, item in arguments.items():
             is_path = isinstance(init_args[key], str) and not isinstance(item, (str, Path)) and callable(item)
             if is_path and not admits_import(maker, key):
                 problem = f"nothing says that {key!r} is a function or class, so its name would stay text"
-                raise UserError(_join(field, key), problem, f"annotate {key} as Callable or type[...]")
+                raise UserError(dotted(field, key), problem, f"annotate {key} as Callable or type[...]")
         if init_args:
             spec["init_args"] = init_args
     return seen[id(value)][1]
-
-
-def _call_of(thing: Any, field: str) -> tuple[str, dict[str, Any], Any]:
-    """The path of what makes `thing`, its arguments by name, and the maker itself."""
-    if isinstance(thing, functools.partial):
-        given = inspect.signature(thing.func).bind_partial(*thing.args).arguments
-        return "functools.partial", {"func": thing.func, **given, **thing.keywords}, functools.partial
-    state = getattr(thing, "__dict__", {})
-    compiled = state.get("_modules", {}).get("_orig_mod")
-    if compiled is not None:
-        return _call_of(compiled, field)
-    if "_made_by" not in state:
-        return import_path(type(thing), field), dict(_kept_arguments(thing, field)), type(thing)
-    maker, args, kwargs = state["_made_by"]
-    signature = inspect.signature(maker)
-    given = signature.bind(*args, **kwargs).arguments
-    arguments: dict[str, Any] = {}
-    for name, parameter in signature.parameters.items():
-        if name in given and parameter.kind is parameter.VAR_POSITIONAL:
-            raise UserError(_join(field, name), f"{maker.__name__} takes any number of them", "take one list instead")
-        if name in given:
-            arguments |= given[name] if parameter.kind is parameter.VAR_KEYWORD else {name: given[name]}
-        elif parameter.default is None or type(parameter.default) in PLAIN:  # another version may have others
-            arguments[name] = parameter.default
-    if isinstance(arguments.get("cls"), type):  # a classmethod
-        return f"{import_path(arguments.pop('cls'), field)}.{maker.__name__}", arguments, maker
-    return import_path(maker, field), arguments, maker
-
-
-def _kept_arguments(thing: Any, field: str) -> Iterator[tuple[str, Any]]:
-    """Arguments of a constructor that recorded nothing, from attributes of the same names."""
-    kind = type(thing)
-    if kind.__init__.__qualname__ in ("Module.__init__", "object.__init__"):
-        return
-    for name, parameter in inspect.signature(kind).parameters.items():
-        is_open = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD or (is_open and not isinstance(thing, Sized)):
-            continue
-        if not hasattr(thing, name) or is_open:  # torch.nn.Sequential
-            if name in PLACES:
-                continue
-            problem = f"{kind.__name__} does not keep its argument {name!r}"
-            remedy = f"set self.{name} = {name} in its constructor, or derive it from orderppl.config.Configurable"
-            raise UserError(_join(field, name), problem, remedy)
-        value = getattr(thing, name)
-        if isinstance(parameter.default, bool) and not isinstance(value, bool):  # `bias` of torch.nn.Linear
-            value = value is not None
-        yield name, value
 
 
 # ---- from descriptions to objects
@@ -209,7 +162,7 @@ class Builder:
         if not isinstance(spec, Mapping):
             return spec
         if "class_path" not in spec:
-            return {key: self.make(item, _join(field, str(key))) for key, item in spec.items()}
+            return {key: self.make(item, dotted(field, str(key))) for key, item in spec.items()}
         if id(spec) not in self._made:
             self.put(spec, self._call(spec, field, for_call))
         return self._made[id(spec)][1]
@@ -217,7 +170,7 @@ class Builder:
     def _call(self, spec: Mapping[str, Any], field: str, for_call: bool) -> Any:
         for key in spec:
             if key not in ("class_path", "init_args"):
-                raise UserError(_join(field, str(key)), "stands beside class_path", "put arguments under init_args")
+                raise UserError(dotted(field, str(key)), "stands beside class_path", "put arguments under init_args")
         maker = locate(spec["class_path"], trust=self.trust, field=field)
         label, given = str(spec["class_path"]).rpartition(".")[-1], spec.get("init_args") or {}
         if not callable(maker) or not isinstance(given, Mapping):
@@ -225,26 +178,27 @@ class Builder:
         if not self.trust and (given.get("trust_remote_code") or not _makes_safely(maker)):
             raise UserError(field, f"{spec['class_path']} may run foreign code", "allow it by trust_remote_code")
         arguments = {
-            name: self.make(item, _join(field, name), admits_import(maker, name)) for name, item in given.items()
+            name: self.make(item, dotted(field, name), admits_import(maker, name)) for name, item in given.items()
         }
         for name, item in arguments.items():
             if isinstance(item, str) and admits_import(maker, name) and ("." in item or not admits_text(maker, name)):
-                arguments[name] = locate(item, trust=self.trust, field=_join(field, name))
+                arguments[name] = locate(item, trust=self.trust, field=dotted(field, name))
         parameters = parameters_of(maker)
         for name, parameter in parameters.items():
-            if name in self.known and arguments.get(name) is None and parameter.default in (parameter.empty, None):
+            is_open = parameter.default is parameter.empty or parameter.default is None
+            if is_open and name in self.known and arguments.get(name) is None:
                 arguments[name] = self.known[name]
         missing = _check_arguments(label, parameters, arguments, field)
         if missing and for_call:
             return functools.partial(maker, **arguments)
         if missing:
-            raise UserError(_join(field, missing[0]), f"{label} needs it", f"give {_join(field, missing[0])}")
+            raise UserError(dotted(field, missing[0]), f"{label} needs it", f"give {dotted(field, missing[0])}")
         if maker is functools.partial:
             return functools.partial(arguments.pop("func"), **arguments)
         try:
             made = maker(**arguments)
         except UserError as error:
-            raise UserError(_join(field, error.field), error.problem or "", error.remedy) from error
+            raise UserError(dotted(field, error.field), error.problem or "", error.remedy) from error
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -264,14 +218,10 @@ def _check_arguments(
     open_ended = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
     for name in given:
         if name not in named and not open_ended:
-            raise UserError(_join(field, name), f"{label} has no such argument", suggest(name, named))
+            raise UserError(dotted(field, name), f"{label} has no such argument", suggest(name, named))
     return [name for name, item in named.items() if item.default is item.empty and name not in given]
 
 
 def _makes_safely(maker: Any) -> bool:
     """Whether calling it runs no code but that of orderppl and torch.nn."""
     return isinstance(maker, type) or maker is tensor or getattr(maker, "_is_recorded", False)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

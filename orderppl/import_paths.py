@@ -153,3 +153,8 @@ def suggest(given: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]}?"
     return f"known: {', '.join(names[:20])}" if names else "leave it out"
+
+
+def dotted(path: str, name: str) -> str:
+    """The name of a field inside another one."""
+    return f"{path}.{name}" if path else name

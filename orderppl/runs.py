@@ -145,7 +145,7 @@ def learned_state(parts: Mapping[str, Any], train_denoiser: bool = False) -> dic
 # ---- reading
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What a run folder holds.
 
@@ -168,7 +168,11 @@ class Run:
     policy: Any = None
     model: Any = None
     guide: Any = None
-    builder: Builder = field(default_factory=Builder, repr=False)
+    builder: Builder = field(default_factory=Builder)
+
+    def __repr__(self) -> str:
+        held = "" if self.policy is None else f", {type(self.policy).__name__} for {self.num_steps} steps"
+        return f"Run({str(self.folder)!r}: {self.kind}{held}, {self.info.get('updates', 0)} updates)"
 
     @property
     def name(self) -> str:
@@ -267,7 +271,7 @@ def _make(run: Run, denoiser: Any) -> dict[str, Any]:
         builder.put(spec, given)
     if run.kind == "order":
         run.model, run.guide = builder.make(config["model"], "model"), builder.make(config["guide"], "guide")
-        run.denoiser, run.policy = getattr(run.model, "denoiser", None), policy_of(run.model, run.guide, config)
+        run.denoiser, run.policy = getattr(run.model, "denoiser", None), policy_of(run.model, run.guide)
         parts = {"model": run.model, "guide": run.guide}
     else:
         run.denoiser = given if spec is None else builder.make(spec, "denoiser")
@@ -278,28 +282,18 @@ def _make(run: Run, denoiser: Any) -> dict[str, Any]:
     return parts
 
 
-def policy_of(model: Any, guide: Any, config: Mapping[str, Any] | None = None) -> Any:
-    """What decodes after a fit: the model's policy if it was learned, else a guide's that is blind to hidden tokens.
+def policy_of(model: Any, guide: Any) -> Any:
+    """What decodes after a fit: the model's policy if it was learned, else what the guide can be deployed as.
 
     Args:
         model: with a `policy`.
-        guide: a `PolicyGuide` has one, too.
-        config: their descriptions, if they are known.
+        guide: see `Guide.deployable`.
     """
-    own, other = getattr(model, "policy", None), getattr(guide, "policy", None)
-    if own is None or other is None or other is own:
-        return other if own is None else own
-    if any(True for _ in own.parameters()):
+    own = getattr(model, "policy", None)
+    if own is not None and any(True for _ in own.parameters()):
         return own
-    described = describe(other) if config is None else config["guide"]
-    return own if _holds(described, "sees_truth") else other
-
-
-def _holds(spec: Any, name: str) -> bool:
-    """Whether an argument of this name is true anywhere in a description."""
-    if isinstance(spec, dict):
-        return any((key == name and bool(item)) or _holds(item, name) for key, item in spec.items())
-    return isinstance(spec, list) and any(_holds(item, name) for item in spec)
+    deployable = guide.deployable() if hasattr(guide, "deployable") else None
+    return own if deployable is None else deployable
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

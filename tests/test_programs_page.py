@@ -46,9 +46,9 @@ def test_the_graph_of_a_program_has_its_sites_and_their_dependence():
     run_page(session, draw=False)
     import pyro
 
-    source = pyro.render_model(session["model"], model_args=(session["tokens"],), render_distributions=True).source
+    source = pyro.render_model(session["model"], model_args=(session["batch"],), render_distributions=True).source
     assert "reveal_step -> tokens" in source
-    assert "reveal_step ~ StepwiseReveal" in source and "tokens ~ RevealedTokens" in source
+    assert "reveal_step ~ StepwiseOrder" in source and "tokens ~ RevealedTokens" in source
     assert re.search(r"tokens \[label=tokens fillcolor=gray", source)  # observed
     assert re.search(r"reveal_step \[label=reveal_step fillcolor=white", source)
 

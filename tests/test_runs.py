@@ -105,6 +105,7 @@ def test_a_plan_is_the_policy_of_its_run(plan_run: Path) -> None:
     run = load_run(plan_run)
     assert isinstance(run.policy, Plan)
     assert run.policy is run.guide.policy
+    assert repr(run) == f"Run({str(plan_run)!r}: order, Plan for 3 steps, 2 updates)"
     assert run.data.length == 6
     assert torch.equal(run.data.splits()["test"].batch.tokens, DATA.splits()["test"].batch.tokens)
 

@@ -16,8 +16,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the README as the first page, a page for every tutorial, and an index of the results."""
     docs = Path(config.docs_dir)
     pages = {"index.md": as_front_page((docs.parent / "README.md").read_text("utf-8"))}
-    for script in sorted((docs / "tutorials").glob("*.py")):  # `# %%` cells; the tests run them
-        pages[f"tutorials/{script.stem}.md"] = as_markdown(script.read_text("utf-8"))
+    for script in sorted((docs / "tutorials").glob("*.py")):
+        text = script.read_text("utf-8")
+        if text.startswith("# %%"):  # cells; the tests run them. Other files are shown by those that use them.
+            pages[f"tutorials/{script.stem}.md"] = as_markdown(text)
     pages["results.md"] = as_index(sorted((docs / "results").glob("*/README.md")), docs)
     for page, content in pages.items():
         files.append(File.generated(config, page, content=content))
@@ -26,6 +28,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def as_front_page(readme: str) -> str:
     """Turn links into the repository into links within the site; files that the site lacks become plain text."""
+    readme = re.sub(r"\]\(docs/(tutorials/\w+)\.py\)", r"](\1.md)", readme)
     readme = readme.replace("](docs/tutorials)", "](tutorials/swap_guide_and_prior.md)").replace("](docs/", "](")
     return re.sub(r"\[([^\]]+)\]\((CONTRIBUTING\.md|CHANGELOG\.md|LICENSE)\)", r"\1", readme)
 

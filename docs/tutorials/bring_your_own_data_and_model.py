@@ -102,7 +102,7 @@ words = [*map(str.lower, NAMES), "has", "pens", "cups", "in", "all", "and", ",",
 Path("vocab.txt").write_text("\n".join(special + words), encoding="utf-8")
 tokenizer = BertTokenizerFast("vocab.txt")
 torch.manual_seed(0)
-sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)).save_pretrained("bert")
 tokenizer.save_pretrained("bert")
 
@@ -113,7 +113,7 @@ write_lines("holes.jsonl", [{"text": TEMPLATE.format(name), "fill": [a, a, b, b]
 HOLES = "--data JsonLines --data.train holes.jsonl --data.template text --data.response fill"
 orderppl(
     f"""train-denoiser {HOLES} --denoiser load_denoiser --denoiser.name_or_path bert
-    --fit.updates 400 --fit.batch_size 64 --fit.lr 0.005 --fit.progress false --out runs/bert"""
+    --fit.updates 300 --fit.batch_size 64 --fit.lr 0.01 --fit.progress false --out runs/bert"""
 )
 
 # %% [markdown]

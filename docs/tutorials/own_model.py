@@ -10,9 +10,10 @@ class BagOfWords(nn.Module):
     """Predicts every hidden token from the mean of the visible ones and from its place.
 
     Args:
-        vocab_size: number of token classes.
-        mask_index: id of MASK.
+        vocab_size: number of token ids.
+        mask_index: id of MASK, one of them.
         max_length: longest canvas.
+        width: size of the hidden vectors.
     """
 
     def __init__(self, vocab_size: int, mask_index: int, max_length: int, width: int = 32) -> None:
@@ -23,8 +24,8 @@ class BagOfWords(nn.Module):
 
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float [N, S, V], from states int64 [N, S] with MASK where hidden, and bool [N, S]."""
-        attended = attention_mask[..., None]
-        mean = (self.embed(state) * attended).sum(1, keepdim=True) / attended.sum(1, keepdim=True).clamp(min=1)
+        visible = (attention_mask & (state != self.mask_index))[..., None]
+        mean = (self.embed(state) * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True).clamp(min=1)
         place = self.place((attention_mask.cumsum(-1) - 1).clamp(min=0))  # padding does not count
         return self.head(torch.cat([mean.expand_as(place), place], -1))
 

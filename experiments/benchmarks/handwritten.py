@@ -1,8 +1,8 @@
 """SVI updates written by hand in plain torch, without Pyro or distributions: what the library's speed is held against.
 
 Each function returns the loss of one update, the negative ELBO per sequence in nats, with the gradient of
-`RevealTraceGraph_ELBO` (its docstring has the formulas) for one pair of programs. Given the same order, a test finds the
-same value and the same gradient. What the library handles in general is worked out here for the pair at hand:
+`RevealTraceGraph_ELBO` (its docstring has the formulas) for one pair of programs. Given the same order, a test finds
+the same value and the same gradient. What the library handles in general is worked out here for the pair at hand:
 
 - prompts stand on the left, so that only the columns behind them are looked at;
 - the first state is the same for all particles, so it goes through the denoiser once per sequence;
@@ -72,7 +72,7 @@ def advantage(reward: Tensor, at_once: Tensor) -> Tensor:
 
     Args:
         reward: float [K, B], R.
-        at_once: float [T, K, B], v_t: R if everything left were revealed at step t, less what is the same for every set.
+        at_once: float [T, K, B], v_t: R if everything left were revealed at step t.
     """
     count = reward.shape[0]
     if count == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
 import time
@@ -26,9 +27,10 @@ Records = list[dict[str, object]]
 
 
 def command(main: Callable[..., Any]) -> None:
-    """Run a benchmark by the arguments of the command line; bad input is one line."""
+    """Run a benchmark by the arguments of the command line, on one thread; bad input is one line."""
+    torch.set_num_threads(1)
     try:
-        auto_cli(main, as_positional=False)
+        auto_cli(main, as_positional=False, description=(main.__doc__ or "").partition("Args:")[0])
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -78,7 +80,7 @@ def take_turns(variants: Mapping[str, Callable[[], object]], rounds: Rounds, dev
     timing = Timing({name: [] for name in variants}, {name: [] for name in variants})
     begin = time.perf_counter()
     for index in range(rounds.most):
-        for name in variants if index % 2 == 0 else reversed(variants):
+        for name in list(variants)[:: 1 if index % 2 == 0 else -1]:
             _wait(device)
             wall, cpu = time.perf_counter(), time.process_time()
             variants[name]()
@@ -120,7 +122,7 @@ def peak_bytes(update: Callable[[], object], device: torch.device) -> int:
         update()
         _wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         update()
     held = peak = 0
     kineto = profiled.profiler.kineto_results
@@ -132,14 +134,16 @@ def peak_bytes(update: Callable[[], object], device: torch.device) -> int:
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads on the CPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _quiet() -> Iterator[None]:
+    """Keep what torch's profiler says of itself from standard error."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
+        os.dup2(nowhere, 2)
         yield
     finally:
-        torch.set_num_threads(before)
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def random_batch(count: int, prompt: int, length: int, vocab_size: int, seed: int) -> Batch:
@@ -174,32 +178,32 @@ def finish(
     for table in tables:
         layout = {key: table[key] for key in ("title", "rows", "columns")}
         wanted = {key: value for key, value in table.items() if key not in layout and key != "metrics"}
-        shown = [r for r in records if r["metric"] in table["metrics"] and all(r.get(k) == v for k, v in wanted.items())]
+        shown = [r for r in records if all(r.get(key) == value for key, value in wanted.items())]
+        shown = [record for record in shown if record["metric"] in table["metrics"]]
         if shown:
             console.print(results_table(shown, **layout))
     if out is not None:
         console.print(f"{len(records)} records in {write_results(out, name, config, records)}")
 
 
-def ratio_figure(path: Path, records: Records, x: str, lines: Sequence[str], **wanted: object) -> None:
-    """Draw `time_ratio` with its intervals over a label, one panel for each other variant."""
+def interval_figure(path: Path, records: Records, x: str, lines: Sequence[str], **wanted: object) -> None:
+    """Draw values with their intervals over a label, one panel for each thing (`of`) that they are relative to."""
     import matplotlib.pyplot as plt
 
-    shown: Any = [r for r in records if r["metric"] == "time_ratio" and all(r.get(k) == v for k, v in wanted.items())]
-    others = list(dict.fromkeys(record["of"] for record in shown))
+    shown: Any = [r for r in records if all(r.get(key) == value for key, value in wanted.items())]
     if not shown:
         return
-    places = list(dict.fromkeys(record[x] for record in shown))
+    others, places = (list(dict.fromkeys(record[key] for record in shown)) for key in ("of", x))
     figure, panels = plt.subplots(1, len(others), figsize=(5 * len(others), 3.6), squeeze=False, layout="constrained")
     for panel, other in zip(panels[0], others, strict=True):
         for name in dict.fromkeys(tuple(str(record[key]) for key in lines) for record in shown):
             points = [r for r in shown if r["of"] == other and tuple(str(r[key]) for key in lines) == name]
-            middle = [r["value"] for r in points]
             bars = [[r["value"] - r["low"] for r in points], [r["high"] - r["value"] for r in points]]
+            middle = [r["value"] for r in points]
             panel.errorbar([places.index(r[x]) for r in points], middle, bars, marker=".", label=", ".join(name))
         panel.axhline(1.0, color="0.6", linewidth=0.8)
-        panel.set_xticks(range(len(places)), [str(place) for place in places])
-        panel.set(xlabel=x, title=f"time / {other}", ylim=(0, None))
+        panel.set_xticks(range(len(places)), [str(place) for place in places], fontsize="x-small")
+        panel.set(xlabel=x, title=f"{wanted['metric']}, of {other}", ylim=(0, None))
     panels[0][-1].legend(fontsize="x-small")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -49,6 +49,8 @@ class AntibodyDenoiser(Configurable, PretrainedDenoiser):
         UserError: the package is missing or has other contents.
     """
 
+    loads_weights = True  # of a package: no run has to keep them
+
     def __init__(self, chain: Literal["H", "L"] = "H") -> None:
         from transformers import RobertaConfig, RobertaForMaskedLM  # slow to import
 

@@ -51,7 +51,6 @@ class MarkovChainDenoiser(Configurable, nn.Module):
     """
 
     log_power: Tensor
-    reads_itself = False
     tokenizer = None
 
     def __init__(self, num_states: int, stay: float, length: int) -> None:
@@ -98,38 +97,6 @@ class MarkovChainDenoiser(Configurable, nn.Module):
         distance = torch.where(number > 0, position - number, 0).clamp(0, self.length)
         token = token.clamp(0, self.num_states - 1)
         return self.log_power[distance, token]
-
-    def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position from uncertain evidence at the others; see `orderppl.unmasking.SoftDenoiser`.
-
-        A token x_j visible to degree v_j contributes the factor v_j [x = x_j] + 1 - v_j, as if it were revealed with
-        probability v_j; the factors of all other positions meet at i by the forward-backward recursion:
-
-            logits_i = log sum_{x_{<i}} p(x_{<i}, x_i) prod_{j<i} factor_j + the same from the right, up to a constant
-
-        Raises:
-            UserError: the canvas is longer than the chain.
-        """
-        attended = attention_mask.bool()
-        if tokens.shape[-1] > self.length:
-            raise UserError("length", f"a canvas of {tokens.shape[-1]} exceeds {self.length}", "use a longer chain")
-        seen = F.one_hot(tokens.clamp(0, self.num_states - 1), self.num_states).double()  # [N, S, K]
-        degree = (visible.double() * attended).unsqueeze(-1)
-        factor = degree * seen + 1 - degree
-        left = self._soft_side(factor, attended)
-        right = self._soft_side(factor.flip(1), attended.flip(1)).flip(1)
-        return (left + right).to(visible.dtype)
-
-    def _soft_side(self, factor: Tensor, attended: Tensor) -> Tensor:
-        """Log-likelihood of every state given the evidence strictly to the left: float64 [N, S, K]."""
-        transition = self.log_power[1].exp()
-        message, found = torch.ones_like(factor[:, 0]), []
-        for column in range(factor.shape[1]):
-            found.append(message)
-            passed = (message * factor[:, column]) @ transition
-            passed = passed / passed.sum(-1, keepdim=True)
-            message = torch.where(attended[:, column, None], passed, message)  # padding takes no place in the chain
-        return torch.stack(found, 1).log()
 
     def log_evidence(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Log probability of whole chains under the chain itself.

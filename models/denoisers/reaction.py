@@ -28,6 +28,8 @@ class ReactionDenoiser(Configurable, PretrainedDenoiser):
         UserError: the package is missing or has other contents.
     """
 
+    loads_weights = True  # of a package: no run has to keep them
+
     def __init__(self) -> None:
         from transformers import AlbertConfig, AlbertForMaskedLM  # slow to import
 

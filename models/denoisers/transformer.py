@@ -64,8 +64,6 @@ class TransformerDenoiser(Configurable, nn.Module):
             their response and have no separator.
     """
 
-    reads_itself = True
-
     def __init__(
         self,
         vocab_size: int,
@@ -161,17 +159,6 @@ class TransformerDenoiser(Configurable, nn.Module):
         position = attended_positions(attention_mask) + self.prompt_room
         hidden = self.embed(tokens) + self.response
         return self.backbone(hidden, attention_mask, position, before=(prompt, prompt_mask.bool()))
-
-    def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position from embeddings between MASK and the token; see `orderppl.unmasking.SoftDenoiser`.
-
-        A position reads itself as well: what is visible of a token raises its own likelihood.
-        """
-        degree = visible.unsqueeze(-1)
-        mask = self.embed.weight[self.mask_index]
-        mixed = degree * self.embed(tokens) + (1 - degree) * mask  # [N, S, W]
-        state = torch.where(visible > 0.5, tokens, self.mask_index)
-        return self.output_logits(self._read(mixed, state, attention_mask))
 
     def _read(self, hidden: Tensor, state: Tensor, attention_mask: Tensor, start: int = 0) -> Tensor:
         """Hidden states float [N, S - start, W] from embeddings float [N, S, W]."""

@@ -125,6 +125,6 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=device) + 1
+        float(torch.zeros(1, device=device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError("device", f"cannot use {device!r}", "choose cpu or a device of this machine") from error

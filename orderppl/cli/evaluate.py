@@ -38,7 +38,7 @@ class Config:
         data: other data than the run's.
         denoiser: another denoiser than the run's.
         batch_size: rows played together.
-        out: folder of the files; RUN/results/evaluate when left out.
+        out: folder of the files; RUN/results/evaluate (-SPLIT-ROWS) when left out.
         device: such as cpu or cuda:0.
     """
 
@@ -82,7 +82,8 @@ def run(config: Config) -> None:
     if hasattr(loaded.denoiser, "best_policy"):
         arms.append(Arm("best policy", loaded.denoiser.best_policy(loaded.num_steps)[0], loaded.num_steps))
     metrics = ["path_nats", "accuracy"] if examples.answers is not None else ["path_nats"]
-    out = Path(config.out or Path(config.run) / "results" / "evaluate")
+    which = [word for word in (config.split, config.rows) if word not in ("test", None)]
+    out = Path(config.out or Path(config.run) / "results" / "-".join(["evaluate", *map(str, which)]))
     table = evaluate(
         arms, loaded.denoiser, examples, metrics=metrics, batch_size=config.batch_size, device=config.device, out=out
     )

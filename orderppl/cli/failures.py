@@ -46,4 +46,6 @@ def _system_errors(error: BaseException | None) -> Iterator[tuple[int, str | Non
             yield error.errno, error.filename
         elif quoted:
             yield int(quoted[1]), None
+        elif "inline_container" in str(error) and re.search("unexpected pos|write failed|writing file", str(error)):
+            yield errno.ENOSPC, None  # torch.save says no more
         error = error.__cause__ or error.__context__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ class Config:
         dtype: of the networks; for bfloat16 by autocast see --fit.bfloat16.
         out: the run folder.
         resume: go on with the run in --out.
+        estimate: print what the training needs in memory, operations and hours at so many TFLOP/s, and stop.
     """
 
     guide: Guide
@@ -62,6 +64,7 @@ class Config:
     dtype: Literal["float32", "float64"] = "float32"
     out: str = "runs/fit-order"
     resume: bool = False
+    estimate: float | None = None
 
 
 def run(config: Config) -> None:
@@ -76,13 +79,35 @@ def run(config: Config) -> None:
 
     check_device(config.device)
     with default_dtype(getattr(torch, config.dtype)), pyro.validation_enabled(False):  # a third of a small update
-        pyro.set_rng_seed(config.seed)
+        torch.manual_seed(config.seed)
         parts = make_parts(config)
+        if config.estimate is not None:
+            estimate(parts, config.estimate)
+            return
         result = fit(**parts, out=Path(config.out), resume=config.resume)
+    if os.environ.get("RANK", "0") != "0":
+        return
     last = result.validations[-1] if result.validations else {}
     found = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "update")
     print(f"{result.updates} updates in {result.seconds:.1f} s{'; held out: ' * bool(found)}{found}")
     print(f"run folder: {config.out}")
+
+
+def estimate(parts: dict[str, Any], tflops: float) -> None:
+    """Print what the fit of these parts needs."""
+    from dataclasses import fields
+
+    from orderppl.cli.costs import show_costs
+    from orderppl.inference import RevealTraceGraph_ELBO
+    from orderppl.inference.batches import training_rows
+    from orderppl.inference.fit import PairLoss
+    from orderppl.inference.trainer import frozen
+
+    model, objective = parts["model"], parts["objective"] or RevealTraceGraph_ELBO()
+    rows, _ = training_rows(parts["data"], model.denoiser)
+    settings = FitSettings(**{item.name: parts[item.name] for item in fields(FitSettings)})
+    with frozen(model.denoiser, unless=settings.train_denoiser):
+        show_costs(PairLoss(model, parts["guide"], objective), rows, settings, tflops)
 
 
 def make_parts(config: Any) -> dict[str, Any]:

@@ -40,14 +40,14 @@ class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the examples of a description on lines of their own."""
 
 
-def parse(kind: type[C], arguments: Sequence[str], command: str, config: str | None = None) -> C | None:
+def parse(kind: type[C], arguments: Sequence[str], command: str) -> C | None:
     """Read the arguments of a command.
 
     Args:
-        kind: a dataclass; its fields and docstring declare the options, `POSITIONAL` names one without dashes.
+        kind: a dataclass; its fields and docstring declare the options. `POSITIONAL` names one without dashes,
+            `REPEATED` lists of texts that are taken literally, one each time the option is given.
         arguments: as typed.
         command: its name, for help.
-        config: what --config is when it is not given; none when left out.
 
     Returns:
         The dataclass, with plain values for objects, for `orderppl.config.build`; what YAML aliases repeat is one and
@@ -57,10 +57,8 @@ def parse(kind: type[C], arguments: Sequence[str], command: str, config: str | N
         UserError: names the option.
     """
     arguments = _without_positional(kind, list(arguments))
-    sources = (
-        [] if config is None or any(item.split("=")[0] == "--config" for item in arguments) else ["--config", config]
-    )
-    arguments, raw = _read_configs([*sources, *_with_values(arguments, _switches(kind))])
+    arguments = _collected(kind, _in_order(arguments, _switches(kind)))
+    arguments, raw = _read_configs(arguments)
     about = (inspect.getdoc(kind) or "").partition("\nArgs:")[0]
     parser = Parser(
         prog=f"orderppl {command}",
@@ -115,28 +113,45 @@ def _switches(kind: type, prefix: str = "--") -> set[str]:
     return found
 
 
-def _with_values(arguments: list[str], switches: set[str]) -> list[str]:
-    pairs = zip(arguments, [*arguments, "--"][1:], strict=True)
-    return [f"{item}=true" if item in switches and after.startswith("--") else item for item, after in pairs]
+def _in_order(arguments: list[str], switches: set[str]) -> list[str]:
+    """Write every option as `--name=value`; those of an object behind the one that says its class."""
+    found: list[str] = []
+    items = iter(zip(arguments, [*arguments, "--"][1:], strict=False))
+    for item, after in items:
+        is_alone = after.startswith("--") or len(found) == len(arguments)
+        is_switch = item in switches or ("." in item and not item.endswith(".help"))  # of a class that is not known yet
+        if item.startswith("--") and "=" not in item and is_switch and is_alone:
+            item = f"{item}=true"
+        elif item.startswith("--") and "=" not in item and not is_alone:
+            item = f"{item}={after}"
+            next(items, None)
+        found.append(item)
+    return sorted(found, key=lambda item: item.partition("=")[0].count(".") if item.startswith("--") else 0)
+
+
+def _collected(kind: type, arguments: list[str]) -> list[str]:
+    """Gather what is given several times, as one list."""
+    for name in getattr(kind, "REPEATED", ()):
+        option = f"--{name}="
+        texts = [item.removeprefix(option) for item in arguments if item.startswith(option)]
+        if texts:
+            arguments = [*(item for item in arguments if not item.startswith(option)), option + json.dumps(texts)]
+    return arguments
 
 
 def _read_configs(arguments: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Find and check the files of --config, which may be names of packaged ones."""
-    found, documents = [], []
-    items = iter(arguments)
-    for item in items:
-        option, equals, value = item.partition("=")
-        if option == "--config":
-            value = value if equals else next(items, "")
-            path = presets().get(value, Path(value).expanduser())
-            if not path.is_file():
-                raise UserError("--config", f"no file {value!r}", f"give a path, or one of: {', '.join(presets())}")
-            documents.append(read_yaml(path, "--config"))
-            item = f"--config={path}"
-            if not documents[-1]:
-                continue
-        found.append(item)
-    return found, documents
+    """Find and check the files of --config, which may be names of packaged ones; put them first."""
+    files, documents = [], []
+    for item in arguments:
+        option, _, value = item.partition("=")
+        if option != "--config":
+            continue
+        path = presets().get(value, Path(value).expanduser())
+        if not path.is_file():
+            raise UserError("--config", f"no file {value!r}", f"give a path, or one of: {', '.join(presets())}")
+        documents.append(read_yaml(path, "--config"))
+        files += [f"--config={path}"] if documents[-1] else []
+    return [*files, *(item for item in arguments if item.partition("=")[0] != "--config")], documents
 
 
 def restore_sharing(document: Any, values: dict[str, Any]) -> None:
@@ -191,7 +206,7 @@ def plain(value: Any) -> Any:
 class Parser(ArgumentParser):
     """A parser of options that functions and classes declare by their signatures and docstrings."""
 
-    def _add_signature_parameter(  # type: ignore[override]
+    def _add_signature_parameter(
         self, container: Any, nested_key: Any, param: Any, added_args: Any, *args: Any, **kwargs: Any
     ) -> Any:
         hint, default = relaxed(param.annotation), param.default
@@ -231,6 +246,8 @@ class Parser(ArgumentParser):
 def _told(field: str, made: str | None, leaves: list[str], value: str | None, known: Sequence[str]) -> UserError:
     """What jsonargparse says, as a field, a problem and a remedy."""
     prefix, reason = f"{field}." if field else "", leaves[0]
+    if made is not None and made.startswith("abc."):  # the type itself
+        return UserError(field, "says no class", f"give --{field}, such as module.Class")
     if made is not None:
         try:
             known = list(parameters_of(locate(made, field=field)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -49,7 +50,6 @@ class Config:
 
 def run(config: Config) -> None:
     """Train, save, and measure the bound on the test split."""
-    import pyro
     import torch
 
     from orderppl.cli.tables import show, write_table
@@ -58,12 +58,14 @@ def run(config: Config) -> None:
 
     check_device(config.device)
     with default_dtype(getattr(torch, config.dtype)):
-        pyro.set_rng_seed(config.seed)
+        torch.manual_seed(config.seed)
         builder = Builder(Known())
         data = make_data(builder, config.data)
         denoiser = make_denoiser(builder, config.denoiser, data)
         settings = fit_settings(builder, DenoiserSettings, config)
         train_denoiser(denoiser, data, out=Path(config.out), resume=config.resume, **settings)
+        if os.environ.get("RANK", "0") != "0":
+            return
         test = data.splits()["test"]
         found = masked_diffusion_nelbo(denoiser, test, settings["batch_size"], draws=8)
     rows = [{"metric": name, "value": value, "split": "test", "n": len(test)} for name, value in found.items()]

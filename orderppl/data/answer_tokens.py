@@ -50,7 +50,7 @@ class AnswerTokens(Configurable):
         """Which positions are the answer: bool [*, S].
 
         Args:
-            tokens: int64 [*, S].
+            tokens: int64 [*, S], -1 at padding.
             latent: bool [*, S], the positions to reveal.
         """
         # What stands before the first and behind the last of them is prompt or padding.

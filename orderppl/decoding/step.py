@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orderppl.distributions import SetDistribution
+from orderppl.errors import UserError
 from orderppl.policies import Policy
 from orderppl.policies.scores import best_of, confidence
 from orderppl.randomness import TOKENS, sample_categorical, uniform_noise
@@ -58,6 +59,8 @@ def selected_set(sets: SetDistribution, state: State) -> Tensor:
 def or_best(sets: SetDistribution, state: State, selected: Tensor) -> Tensor:
     """What was selected (bool [*, S]); in rows where that is nothing, the position that comes first otherwise."""
     priority = confidence(state) if sets.is_certain else sets.priority
+    if bool((priority.isnan() & state.masked).any()):
+        raise UserError("policy", "gives NaN", "check the weights of its network")
     return torch.where(selected.any(-1, keepdim=True), selected, best_of(priority, state.masked))
 
 

@@ -60,8 +60,13 @@ class FinishingSet(SetDistribution):
         return torch.where(self.masked, finish + (1 - finish) * self.base.probs, 0.0)
 
     @property
-    def priority(self) -> Tensor:
-        """That of the base, float [*, S]."""
+    def shown(self) -> Tensor:
+        """Those of the base, bool [*, S]."""
+        return self.base.shown
+
+    @property
+    def priority(self) -> Tensor | None:
+        """That of the base."""
         return self.base.priority
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -161,4 +161,6 @@ class HiddenTokens(dist.TorchDistribution):
         """Log-likelihood of the revealed tokens, int64 [*, S] -> float [*]."""
         if self._validate_args:
             self._validate_sample(value)
-        return self.state.token_log_prob(value).masked_fill(~self.revealed, 0.0).sum(-1)
+        said = self.state.token_log_prob(value)
+        self.state.predictions.forget()  # the last who asks: a trace would keep the logits of all its steps
+        return said.masked_fill(~self.revealed, 0.0).sum(-1)

@@ -82,8 +82,13 @@ class SetDistribution(dist.TorchDistribution):
         return self.probs
 
     @property
-    def priority(self) -> Tensor:
-        """What ranks the positions where a decoder finds the set empty, float [*, S]."""
+    def shown(self) -> Tensor:
+        """The positions that are decided about one by one, bool [*, S]."""
+        return self.masked
+
+    @property
+    def priority(self) -> Tensor | None:
+        """What ranks the positions where a decoder finds the set empty, float [*, S]; None leaves that to it."""
         return self.probs
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -139,6 +144,11 @@ class DecidedSet(SetDistribution):
     def probs(self) -> Tensor:
         """1 in the set, 0 elsewhere: float [*, S]."""
         return self.decided.to(torch.get_default_dtype())
+
+    @property
+    def priority(self) -> None:
+        """A rule that has decided ranks no more."""
+        return
 
     @property
     def mode(self) -> Tensor:

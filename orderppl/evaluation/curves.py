@@ -270,14 +270,16 @@ def advantages(
         Rows of `metric` "frontier", the best opponent (`of`) at each `target_nfe`, and "advantage", positive where
         the family `arm` is better than it, with `own` and `frontier`: at each target, and, for a `setting` that every
         training seed has, at its own mean NFE. `measured` is the metric; `seed_low`, `seed_high` the range over
-        `training_seeds`.
+        `training_seeds`. Empty without opponents.
     """
     targets, opponents = list(targets), None if opponents is None else list(opponents)
     found: list[dict[str, Any]] = []
     for metric in metrics_of(table) if metrics is None else metrics:
+        rows = by_row(table, metric)
+        if not _opponents(rows.arms, opponents):
+            continue
         options: dict[str, Any] = {"resamples": resamples, "seed": seed}
         edge = frontier(table, metric, opponents=opponents, validation=validation, **options)
-        rows = by_row(table, metric)
         common = {"measured": metric, "n": len(rows.weights)}
         for target in targets:
             best = edge.best(target)

@@ -24,6 +24,7 @@ from orderppl.decoding import decode, follow
 from orderppl.errors import UserError
 from orderppl.evaluation.arms import MEASURED, Arm
 from orderppl.files import write_text
+from orderppl.inference.trainer import module_device
 from orderppl.unmasking import Batch, Denoiser
 
 Run = Literal["decoding", "teacher_forced"]
@@ -76,7 +77,7 @@ def evaluate(
     """
     data = _Data.of(examples, rows, batch_size, grade, "accuracy" in metrics)
     parts = _parts(arms, metrics, data.longest)
-    where = torch.device(device or _device_of(denoiser))
+    where = torch.device(device or (module_device(denoiser) if isinstance(denoiser, nn.Module) else "cpu"))
     for who, thing in [("denoiser", denoiser), *((f"arm {a.name!r}", p) for a in arms for p in (a.policy, a.denoiser))]:
         if isinstance(thing, nn.Module):
             _refuse_nan(thing.to(where), who)
@@ -291,7 +292,7 @@ class _Kept:
         before = _read(path, set(identity))
         changed = [name for name in identity if before[name] != identity[name]]
         if changed:
-            problem = f"the {changed[0]} differs from that of the results in {folder.parent}"
+            problem = f"{folder.parent} holds results of other {changed[0].removesuffix('s')}s"
             raise UserError("out", problem, "choose another folder, or delete that one")
 
     def key(self, part: _Part, number: int) -> str:
@@ -377,8 +378,3 @@ def _refuse_nan(module: nn.Module, who: str) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise UserError(who, f"NaN in its weights ({name})", "train it again, or load other weights")
-
-
-def _device_of(denoiser: object) -> torch.device:
-    tensors = [*denoiser.parameters(), *denoiser.buffers()] if isinstance(denoiser, nn.Module) else []
-    return tensors[0].device if tensors else torch.device("cpu")

@@ -473,8 +473,8 @@ def _parts(loss: nn.Module) -> str:
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Where the parameters of a module are."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    """Where the parameters of a module are, or its buffers."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def described(data: Data) -> Data:

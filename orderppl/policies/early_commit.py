@@ -18,7 +18,7 @@ from orderppl.policies.wrappers import Wrapper
 from orderppl.unmasking import State
 
 Answer = Callable[[Tensor, Tensor], Tensor]
-"""(tokens int64 [*, S], what of them is latent bool [*, S]) -> bool [*, S], which of them are the answer."""
+"""(tokens int64 [*, S], -1 at padding; what of them is latent bool [*, S]) -> bool [*, S], which are the answer."""
 
 
 class EarlyCommit(Wrapper):

@@ -23,6 +23,12 @@ from orderppl.unmasking import VISIBLE, Batch, Denoiser, State
 from orderppl.unmasking.trajectory import Path
 
 
+def next_set(order: Tensor, masked: Tensor) -> DecidedSet:
+    """The next non-empty set of an order (int64 [*, S]) among the masked positions (bool [*, S])."""
+    upcoming = order.masked_fill(~masked, torch.iinfo(torch.int64).max)
+    return DecidedSet(masked & (upcoming == upcoming.amin(-1, keepdim=True)), masked, non_empty=True)
+
+
 class Planned(Policy):
     """Base of plans: a distribution over whole orders that is known at the opening, when nothing has been revealed.
 
@@ -42,8 +48,16 @@ class Planned(Policy):
         raise NotImplementedError
 
     def order(self, batch: Batch, denoiser: Denoiser, num_steps: int) -> OrderDistribution:
-        """The plan itself: nothing on the way changes it."""
-        return self.plan(Path(batch, denoiser, num_steps).opening())
+        """The plan itself: nothing on the way changes it.
+
+        Raises:
+            UserError: a plan of another number of steps.
+        """
+        plan = self.plan(Path(batch, denoiser, num_steps).opening())
+        if plan.num_steps != num_steps:
+            problem = f"{num_steps} steps for a plan of {plan.num_steps}"
+            raise UserError("num_steps", problem, "give model and guide as many steps as the plan has")
+        return plan
 
     def look_back(self, state: State) -> Tensor:
         """The order that is followed, int64 [*, S]."""
@@ -57,8 +71,7 @@ class Planned(Policy):
         """The next set of the order that is followed."""
         if state.carry is None:
             raise UserError("policy", "a plan is played out from its first step on", "ask for its `order`, or decode")
-        upcoming = state.carry.masked_fill(~state.masked, torch.iinfo(torch.int64).max)
-        return DecidedSet(state.masked & (upcoming == upcoming.amin(-1, keepdim=True)), state.masked, non_empty=True)
+        return next_set(state.carry, state.masked)
 
 
 class Plan(Planned):

@@ -42,8 +42,15 @@ class PriceRange(Configurable):
         return self.low * (self.high / self.low) ** even
 
     def places(self, state: State) -> Tensor:
-        """Where the log-prices of a state are in the range, from -1 to 1 (a price outside goes beyond): float [B]."""
+        """Where the log-prices of a state are in the range, from -1 to 1 (a price outside goes beyond): float [B].
+
+        Raises:
+            UserError: when decoding, no price has been chosen: those of the range depend on the batch.
+        """
         sequences, device = state.shape[-2], state.masked.device
+        if state.price is None and not state.is_scored:
+            problem = f"the policy was learned for prices from {self.low} to {self.high} nats a step"
+            raise UserError("price", problem, "choose one to decode at, by AtPrice")
         if state.price is None:
             prices = self.spread(sequences, device)
         else:

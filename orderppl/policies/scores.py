@@ -42,8 +42,9 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 def predicted_tokens(state: State) -> Tensor:
-    """The state with the most likely token at every masked position: int64 [*, S]."""
-    return torch.where(state.masked, state.per_position(lambda log_probs: log_probs.argmax(-1)), state.tokens)
+    """The state with the most likely token at every masked position, -1 at padding: int64 [*, S]."""
+    predicted = state.per_position(lambda log_probs: log_probs.argmax(-1))
+    return torch.where(state.masked, predicted, state.tokens).masked_fill(~state.attention_mask, -1)
 
 
 def entropy_before(nats: Tensor, masked: Tensor) -> Tensor:

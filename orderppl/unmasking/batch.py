@@ -13,6 +13,7 @@ from torch import Tensor
 from orderppl.errors import UserError
 
 ALIASES = {"input_ids": "tokens", "tokens": "tokens", "attention_mask": "attention_mask", "given": "given"}
+NOT_READ = ("token_type_ids",)  # a tokeniser gives them, and nobody needs them
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,7 @@ class Batch:
         if isinstance(source, Batch):
             return source
         if isinstance(source, Mapping):
+            source = {name: values for name, values in source.items() if name not in NOT_READ}
             unknown = [str(name) for name in source if name not in ALIASES]
             if unknown:
                 raise UserError("batch", f"unknown entry {unknown[0]!r}", "use tokens, attention_mask and given")
@@ -82,7 +84,7 @@ class Batch:
 
     @cached_property
     def latent(self) -> Tensor:
-        """The positions to reveal, M_1: attended and not given, bool [B, S]."""
+        """The positions to reveal, all that is masked before the first step: attended and not given, bool [B, S]."""
         return self.attention_mask if self.given is None else self.attention_mask & ~self.given
 
     @cached_property

@@ -40,31 +40,6 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
-class SoftDenoiser(Denoiser, Protocol):
-    """A denoiser that also reads tokens revealed in part, for relaxations of the order.
-
-    Attributes:
-        reads_itself: whether the logits of a position depend on what is visible of its own token.
-    """
-
-    reads_itself: bool
-
-    def soft_logits(self, tokens: Tensor, visible: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score every position, differentiably in `visible`.
-
-        Args:
-            tokens: int64 [N, S], clean tokens; padding may hold any id.
-            visible: float [N, S], from 0 (as good as MASK) to 1 (the token). Where all are 0 or 1, the result is that
-                of the denoiser for the partially revealed sequence.
-            attention_mask: bool [N, S], False at padding.
-
-        Returns:
-            float [N, S, V], as the denoiser does.
-        """
-        ...
-
-
-@runtime_checkable
 class SplitDenoiser(Denoiser, Protocol):
     """A denoiser that offers its output head by itself, so that decoding can run it at the positions it needs only.
 

@@ -35,6 +35,9 @@ class Predictions(ABC):
     def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """log p of given tokens (int64 [*, S] or [B, S], ids of classes) at every position: float [*, S]."""
 
+    def forget(self) -> None:  # noqa: B027  (not everybody keeps something)
+        """Let go of what is kept for others who ask: nobody will."""
+
 
 class Window(Predictions):
     """At every position from the first column on that somebody has to reveal; differentiable.
@@ -67,6 +70,11 @@ class Window(Predictions):
         """Normalised `logits`, float [*, B, S - start, V], which then take their place: one such tensor is enough."""
         self.__dict__["logits"] = normalised = self.logits.log_softmax(-1)
         return normalised
+
+    def forget(self) -> None:
+        """See `Predictions`."""
+        for kept in ("states", "logits", "log_probs"):
+            self.__dict__.pop(kept, None)
 
     def _whole(self, values: Tensor) -> Tensor:
         """Put zeros before the window: [*, B, S - start, ..] -> [*, B, S, ..]."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orderppl.errors import UserError
 from orderppl.unmasking.batch import Batch
 from orderppl.unmasking.denoiser import Denoiser
 from orderppl.unmasking.predictions import Function, Predictions
@@ -31,6 +32,7 @@ class State:
         noise: makes one uniform number per position, float64 [*, S] in (0, 1); None takes modes instead of draws.
         carry: what a policy that looks back has kept from the step before.
         truth: int64 [*, S] or [B, S], the clean tokens where these are known: for oracles and posteriors only.
+        is_scored: whether densities of orders are worked out, in a model or guide, instead of sets for a decoder.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class State:
         noise: Callable[[], Tensor] | None = None,
         carry: Any = None,
         truth: Tensor | None = None,
+        is_scored: bool = False,
     ) -> None:
         self.tokens, self.masked, self.step, self.num_steps = tokens, masked, step, num_steps
         self.batch, self.denoiser, self.predictions = batch, denoiser, predictions
-        self.carry, self.truth = carry, truth
+        self.carry, self.truth, self.is_scored = carry, truth, is_scored
         self.price: float | Tensor | None = None  # of a step, where a policy is told one (see `AtPrice`)
         self._whole: State | None = None
         self._latent: Tensor | None = None
@@ -95,15 +98,19 @@ class State:
     @property
     def takes_mode(self) -> bool:
         """Whether most probable sets are wanted instead of draws."""
-        return self._noise is None
+        return self._noise is None and not self.is_scored
 
     @cached_property
     def noise(self) -> Tensor:
         """Uniform numbers, float64 [*, S] in (0, 1); when decoding they depend on seed, row and step only.
 
         Raises:
+            UserError: densities are worked out, which a policy has to have without drawing.
             ValueError: the state takes modes.
         """
+        if self.is_scored:
+            problem = "draws on the way, which leaves no density of its orders"
+            raise UserError("policy", problem, "use a plan as it is in model and guide, and wrap it for decoding only")
         if self._noise is None:
             raise ValueError("noise: there is none where modes are taken; look at state.takes_mode first")
         return self._noise()

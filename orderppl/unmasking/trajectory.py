@@ -11,7 +11,6 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 
-from orderppl.errors import UserError
 from orderppl.unmasking.batch import Batch
 from orderppl.unmasking.denoiser import Denoiser, Reader
 from orderppl.unmasking.predictions import Predictions, Views, Window
@@ -31,11 +30,6 @@ def steps_used(reveal_step: Tensor) -> Tensor:
 def same_step(step: int, like: Tensor) -> Tensor:
     """One step index for all rows of `like` [*, S]: int64 [*], expanded from a single number."""
     return torch.full((1,) * (like.dim() - 1), step, device=like.device).expand(like.shape[:-1])
-
-
-def _no_noise() -> Tensor:
-    problem = "draws on the way, which leaves no density of its orders"
-    raise UserError("policy", problem, "use a plan as it is in model and guide, and wrap it for decoding only")
 
 
 class Met(NamedTuple):
@@ -73,7 +67,8 @@ class Path:
         if predictions is None:
             predictions = Window(self.reader, tokens)
         batch, denoiser, truth = self.batch, self.denoiser, self.batch.readable
-        return State(tokens, masked, step, self.num_steps, batch, denoiser, predictions, _no_noise, truth=truth)
+        seen = tokens, masked, step, self.num_steps, batch, denoiser, predictions
+        return State(*seen, truth=truth, is_scored=True)
 
     def opening(self) -> State:
         """The state before the first step, leading shape [B]."""

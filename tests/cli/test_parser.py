@@ -141,6 +141,17 @@ def test_switches_and_names_without_dashes() -> None:
     assert read("--part", PART, "--part.width", "1", "--names", "[x, y]").names == ["x", "y"]
 
 
+@pytest.mark.parametrize(
+    "text", ["5", "a: b", "[MASK]", "[a, b]", "- x", "{", "'q'", "x # y", "", "~", "true", "--dashes"]
+)
+def test_texts_are_taken_as_they_are(text: str) -> None:
+    from orderppl.cli.generate import Config
+
+    config = parse(Config, ["runs/one", f"--prompt={text}", "--prompt", "two", f"--template={text}"], "generate")
+    assert config is not None
+    assert (config.prompt, config.template, config.run) == ([text, "two"], [text], "runs/one")
+
+
 # ---- files
 
 

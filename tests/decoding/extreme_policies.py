@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import torch
 
-
-class Nothing:
-    """Selects nothing, has no score: the decoder decides by confidence."""
-
-    def select(self, state):
-        return torch.zeros_like(state.masked)
+from orderppl import Policy, State
+from orderppl.distributions import DecidedSet
 
 
-class Everything:
-    """Selects all positions, visible ones and padding included."""
+class Nothing(Policy):
+    """Selects nothing: the decoder decides by confidence."""
 
-    def select(self, state):
-        return torch.ones_like(state.masked)
+    def forward(self, state: State) -> DecidedSet:
+        return DecidedSet(torch.zeros_like(state.masked), state.masked)
+
+
+class Everything(Policy):
+    """Selects all positions, given ones and padding included."""
+
+    def forward(self, state: State) -> DecidedSet:
+        return DecidedSet(torch.ones_like(state.masked), state.masked)

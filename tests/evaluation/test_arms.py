@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from chain_rows import ROWS, Chain, padded
 from torch import Tensor
 
 from orderppl.errors import UserError
@@ -27,6 +26,8 @@ from orderppl.policies import (
     Smoothed,
     Threshold,
 )
+
+from chain_rows import ROWS, Chain, padded
 
 
 def names(specs: Any, **options: Any) -> dict[str, str | None]:

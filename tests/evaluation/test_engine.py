@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from chain_rows import ARMS, BOTH, CLASSES, MASK, ROWS, STAY, Chain, digits, padded, texts
 from torch import Tensor, nn
 
 from orderppl.data.dataset import Examples
@@ -25,6 +24,8 @@ from orderppl.evaluation import Arm, evaluate, paired_difference, pass_at_k, sum
 from orderppl.models import LearnedPolicy
 from orderppl.policies import EosAware, Oracle, Policy, Ranked, Smoothed, Threshold
 from orderppl.unmasking import Batch
+
+from chain_rows import ARMS, BOTH, CLASSES, MASK, ROWS, STAY, Chain, digits, padded, texts
 
 
 def evidence(row: Sequence[int]) -> float:
@@ -370,9 +371,9 @@ def test_results_of_another_denoiser_or_other_examples_are_refused(tmp_path: Pat
     evaluate(ARMS[:1], Chain(), texts(), out=tmp_path, **BOTH)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     cases = [
-        (Chain(stay=0.7), texts(), {}, "denoiser differs"),
-        (Chain(), texts(end_index=0), {}, "examples differs"),
-        (Chain(), texts(), {"rows": [0, 1]}, "examples differs"),
+        (Chain(stay=0.7), texts(), {}, "results of other denoisers"),
+        (Chain(), texts(end_index=0), {}, "results of other examples"),
+        (Chain(), texts(), {"rows": [0, 1]}, "results of other examples"),
     ]
     for denoiser, examples, options, message in cases:
         with pytest.raises(UserError, match=message):

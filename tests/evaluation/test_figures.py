@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
-from measured_rows import arm, together
 
 from orderppl.errors import UserError
 from orderppl.evaluation import frontier_figure
+
+from measured_rows import arm, together
 
 GREY = to_hex("0.8")
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from measured_rows import arm, together
 
 from orderppl.errors import UserError
 from orderppl.evaluation import Frontier, advantages, aup
 from orderppl.evaluation import frontier as frontier_of
 from orderppl.evaluation.curves import Point
+
+from measured_rows import arm, together
 
 
 def flat(arm: str, family: str, value: float, nfe: float, rows: int = 4) -> Point:
@@ -282,8 +283,10 @@ def test_opponents_can_be_named() -> None:
     assert set(seeds.families) == {"l #0", "l #1"}
     with pytest.raises(UserError, match="no family 'x'"):
         advantages(table, [3.5], opponents=["x"])
+    alone = table[table["kind"] == "learned"]
+    assert advantages(alone, [3.5]).empty
     with pytest.raises(UserError, match="no arms"):
-        frontier_of(table[table["kind"] == "learned"], "path_nats")
+        frontier_of(alone, "path_nats")
 
 
 def test_a_validation_table_chooses_the_opponent() -> None:

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from measured_rows import arm, together
 from rich.console import Console
 
 from orderppl.errors import UserError
 from orderppl.evaluation import advantages, plain_records, read_results, results_table, summary, write_results
 from orderppl.evaluation.results import environment
+
+from measured_rows import arm, together
 
 CONFIG = {"seed": 3, "device": "cpu", "dtype": "float32", "steps": [2, 4]}
 RECORDS: list[dict[str, Any]] = [

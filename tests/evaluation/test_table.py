@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from measured_rows import arm, together
 
 from orderppl.errors import UserError
 from orderppl.evaluation import bootstrap_mean, paired_difference, pass_at_k, summary
+
+from measured_rows import arm, together
 
 
 def lines(frame: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:

@@ -1,0 +1,174 @@
+"""Gradient estimators of one bound, and the problems on which they are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import TraceGraph_ELBO
+from torch import Tensor
+
+from orderppl import Batch, Policy
+from orderppl.data import Antibodies, Chains, Examples, Gsm8k, Reactions, Sudoku
+from orderppl.distributions import SetSequence
+from orderppl.guides import PolicyGuide
+from orderppl.inference import RevealTraceGraph_ELBO
+from orderppl.inference.programs import RevealSites, local_parameters
+from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, UnmaskingModel
+from orderppl.models.denoisers import AntibodyDenoiser, MarkovChainDenoiser, ReactionDenoiser, load_denoiser
+from orderppl.policies import EntropyBound, Plan, RandomSteps
+
+DEFAULT = "default"
+LEFT = 98  # aligned positions of an antibody that are counted from the left end
+
+
+class ExpectedELBO(RevealTraceGraph_ELBO):
+    """The inner expectation over each set in closed form; the score function is left with what comes after the set.
+
+    For policies and plans with inclusion probabilities q_ti, and l_i(s_t) = log p(x_i | s_t),
+
+        surrogate = 1/K sum_k sum_t [ sum_i q_ti l_i(s_t) - w KL_t + stop(A_t) log q(z_t | M_t) ]
+        A_t       = sum_{u > t} [ sum_i q_ui l_i(s_u) - w KL_u ], less its mean over the other orders
+    """
+
+    def _by_step(self, sites: RevealSites) -> tuple[Tensor, Tensor]:
+        q, p, likelihood = sites.guide["fn"], sites.prior["fn"], sites.tokens["fn"]
+        trajectory, met = likelihood.trajectory, q.met_sets() if sites.guide["infer"].get("met") else None
+        sets = met or q.sets(trajectory.order, trajectory)
+        probs = torch.stack([one.probs for one in sets.steps]) if isinstance(sets, SetSequence) else sets.probs
+        hidden = trajectory.token_log_prob()  # l_i(s_t), [T, *, S]
+        expected = (probs * hidden.masked_fill(probs == 0, 0.0)).sum(-1)  # [T, *]
+        log_q, kl, kl_to_come = self._order_terms(q, p, trajectory)
+        to_come = expected.flip(0).cumsum(0).flip(0) - expected - self.kl_weight * kl_to_come
+        objective = expected.sum() - self.kl_weight * kl.sum()
+        advantage = self._advantage(to_come.detach(), torch.zeros_like(to_come))
+        return objective.detach(), -objective - (advantage * log_q).sum()
+
+
+def estimators(particles: int) -> dict[str, TraceGraph_ELBO]:
+    """The ways to estimate the gradient of the bound."""
+    return {
+        DEFAULT: RevealTraceGraph_ELBO(particles),
+        "leave-one-out": RevealTraceGraph_ELBO(particles, control_variate=0.0),
+        "gain": RevealTraceGraph_ELBO(particles, control_variate=1.0),
+        "expected": ExpectedELBO(particles),
+        "stock": TraceGraph_ELBO(particles, max_plate_nesting=1, vectorize_particles=True),
+    }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What learns an order.
+
+    Args:
+        denoiser: frozen.
+        policy: a plan, which is the guide of a uniform prior, or a policy that is its own guide.
+        num_steps: T.
+    """
+
+    denoiser: Any
+    policy: Policy
+    num_steps: int
+
+    @property
+    def programs(self) -> tuple[UnmaskingModel, PolicyGuide]:
+        """Model and guide."""
+        prior = RandomSteps() if isinstance(self.policy, Plan) else self.policy
+        model = UnmaskingModel(self.denoiser, prior, self.num_steps)
+        return model, PolicyGuide(self.policy, self.denoiser, self.num_steps)
+
+    def flat(self, value: Tensor) -> Tensor:
+        """Gradient of a value with respect to what is learned, float64 [P]; the graph stays."""
+        over = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        found = torch.autograd.grad(value, over, retain_graph=True, allow_unused=True)
+        whole = [torch.zeros_like(p) if slope is None else slope for slope, p in zip(found, over, strict=True)]
+        return torch.cat([slope.flatten() for slope in whole]).double()
+
+    def draws(self, batch: Batch, particles: int, count: int) -> dict[str, Tensor]:
+        """Gradients of the bound per sequence, float64 [count, P], by estimator; all see the same orders."""
+        kinds, (model, guide) = estimators(particles), self.programs
+        found: dict[str, list[Tensor]] = {name: [] for name in kinds}
+        with local_parameters(model, guide), pyro.validation_enabled(False):
+            for _ in range(count):
+                (traces,) = kinds[DEFAULT]._get_traces(model, guide, (batch,), {})
+                traces[0].compute_log_prob()
+                traces[1].compute_score_parts()
+                for name, kind in kinds.items():
+                    _, surrogate_loss = kind._loss_and_surrogate_loss_particle(*traces)
+                    found[name].append(self.flat(-surrogate_loss / (particles * len(batch))))
+        return {name: torch.stack(draws) for name, draws in found.items()}
+
+
+# ---- problems
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where data and denoisers are; what is missing is left out.
+
+    Args:
+        antibodies: CSV or FASTA file of heavy chains.
+        reactions: CSV file of reactions.
+        gsm8k: folder of the data set.
+        programs: run folder of a denoiser of GSM8K programs.
+        sudoku: run folder of a denoiser of sudoku puzzles.
+    """
+
+    antibodies: str = "../shared/data/antibodies/heavy.csv"
+    reactions: str = "../shared/data/reactions/reactions.csv"
+    gsm8k: str = "../shared/data/gsm8k"
+    programs: str = "docs/results/frontier-programs/denoiser"
+    sudoku: str = "docs/results/sudoku/denoiser"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pair on real data, and how it is learned; `effort` scales the number of updates."""
+
+    pair: Pair
+    data: Examples
+    batch_size: int
+    lr: float
+    effort: float = 1.0
+
+
+def chain(files: Files) -> Task:
+    """A plan on the exact Markov chain."""
+    pair = Pair(MarkovChainDenoiser(4, 0.85, 16), Plan(PositionTable(16, 4, noise=0.1)), 4)
+    return Task(pair, Chains().splits()["train"], 8, 0.1)
+
+
+def antibodies(files: Files) -> Task:
+    """A plan on a pretrained antibody model."""
+    denoiser, data = AntibodyDenoiser().requires_grad_(False), Antibodies(files.antibodies)
+    plan = Plan(PositionTable(data.length, 4, split=LEFT, counts="attended", noise=0.1))
+    return Task(Pair(denoiser, plan, 4), data.splits(denoiser.tokenizer)["train"], 4, 0.2)
+
+
+def reactions(files: Files) -> Task:
+    """A plan on a pretrained model of reactions."""
+    denoiser, data = ReactionDenoiser().requires_grad_(False), Reactions(files.reactions)
+    train = data.splits(denoiser.tokenizer)["train"]
+    plan = Plan(PositionTable(data.length, 4, noise=0.1))
+    return Task(Pair(denoiser, plan, 4), train, 2, 0.2, 0.25)
+
+
+def programs(files: Files) -> Task:
+    """A policy that is its own guide, on GSM8K programs."""
+    denoiser = load_denoiser(files.programs)
+    data = Gsm8k(files.gsm8k, form="programs", max_prompt=41, max_length=56)
+    policy = LearnedPolicy(PolicyNetwork(denoiser.vocab_size))
+    return Task(Pair(denoiser, policy, 5), data.splits(denoiser.tokenizer)["train"], 8, 0.002, 0.5)
+
+
+def sudoku(files: Files) -> Task:
+    """A policy that is its own guide, on sudoku."""
+    denoiser = load_denoiser(files.sudoku)
+    network = PolicyNetwork(denoiser.vocab_size, width=48, places=16, zero_init=True)
+    pair = Pair(denoiser, LearnedPolicy(network, EntropyBound(0.5, temperature=0.1)), 4)
+    return Task(pair, Sudoku(train=4000, min_clues=2, max_clues=4).splits(denoiser.tokenizer)["train"], 8, 0.003)
+
+
+TASKS = {make.__name__: make for make in (chain, antibodies, reactions, programs, sudoku)}

@@ -1,0 +1,126 @@
+"""The tables of docs/results, from the records that lie there.
+
+    python experiments/tables.py docs/results/frontier-mod20
+    for folder in docs/results/*/; do python experiments/tables.py $folder --write; done      # into the READMEs
+
+A folder holds `results.json`, or folders of runs that do. What is printed stands in its README between `<!-- tables -->`
+and `<!-- end -->`.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jsonargparse import auto_cli
+from rich import box
+from rich.console import Console
+
+from orderppl.evaluation import read_results, results_table
+
+BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
+PLACES = ("domains", "grid", "measured", "steps", "n", "training_seed", "target_nfe")
+Record = dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """A table of the records of some metrics whose labels have some of the values (None: no such label)."""
+
+    title: str
+    metrics: str
+    rows: str
+    columns: str = "metric"
+    where: dict[str, Sequence[object]] = {}
+
+
+PAIRS = "arm domains grid measured steps n training_seed target_nfe of"
+COMPARED = Layout("Learned against the best opponent (`of`)", "learned opponent advantage worst best", PAIRS)
+FITS = {"arm": ("learned", "best fixed order", "random", "fit without the search", "search without a fit")}
+EXACT = Layout("Expected gap to the log evidence, nats", "expected_gap_nats", "length steps", "arm")
+GAPS = Layout("Gap to the log evidence on test rows, nats", "gap_nats", "length steps", "arm", FITS)
+BY_ARM = Layout("Gap to the log evidence, nats", "gap_nats expected_gap_nats", "arm")
+NATS = Layout("Nats per token", "path_nats", "arm nfe")
+BASELINES = {"baseline": (*(f"random uniform T={t}" for t in (2, 4, 8)), "threshold at equal NFE")}
+RANKINGS = {"sizes": ("uniform",), "kind": ("heuristic",)}
+MODES = {"axis": ("steps",), "mode": ("stacked", "sequential", "policy")}
+UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured denoiser mode", "steps", MODES)
+SMDM = "cpu_used_share used_share denoiser_rows part_share peak_megabytes saved_megabytes gradient_megabytes"
+PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
+DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
+ORDER = {"gradient": ("order", None)}
+LAYOUTS: dict[str, list[Layout]] = {
+    "chain": [EXACT, GAPS],
+    "tree": [EXACT, GAPS],
+    "posterior": [BY_ARM],
+    "quickstart": [BY_ARM, NATS._replace(title="Antibodies, nats per residue", rows="arm")],
+    "gsm8k": [Layout("Less the baseline", "path_nats_difference", "form arm nfe baseline", where=BASELINES)],
+    "ablate": [
+        NATS._replace(title="Learned, nats per token", rows="family", where={"kind": ("learned",)}),
+        NATS._replace(title="Rankings, by steps", rows="family", columns="steps", where=RANKINGS),
+        NATS._replace(title="Thresholds", where={"family": ("threshold",)}),
+    ],
+    "benchmark-speed": [UPDATES],
+    "benchmark-speed-smdm": [Layout("An update", SMDM, "metric part variant", "mode")],
+    "benchmark-decode": [DECODING],
+    "gpu": [UPDATES, DECODING],
+    "benchmark-estimators": [
+        Layout("Gradients", "variance_ratio relative_sd bias_z", "task point state estimator", where=ORDER)
+    ],
+}
+
+
+def compared(records: Sequence[Record]) -> Iterator[Record]:
+    """What every advantage is the difference of, as records of one metric each."""
+    nats = {(r["arm"], *map(r.get, PLACES)): r["value"] for r in records if r["metric"] == "path_nats"}
+    for record in records:
+        if record["metric"] != "advantage" or ("own" in record and "target_nfe" not in record):
+            continue
+        labels = {name: record[name] for name in ("arm", *PLACES, "of") if name in record}
+        yield {**labels, **{name: record[name] for name in ("metric", "value", "low", "high")}}
+        values = {"learned": "own", "opponent": "frontier", "worst": "seed_low", "best": "seed_high"}
+        found = {metric: record[name] for metric, name in values.items() if name in record}
+        if "own" not in record:
+            own, other = (nats[record[name], *map(record.get, PLACES)] for name in ("arm", "of"))
+            found |= {"learned": own, "opponent": other}
+        yield from ({**labels, "metric": metric, "value": value} for metric, value in found.items())
+
+
+def markdown(layout: Layout, records: Sequence[Record]) -> str:
+    """One table, without labels that tell nothing apart."""
+    metrics = layout.metrics.split()
+    shown = sorted((r for r in records if r["metric"] in metrics), key=lambda r: metrics.index(r["metric"]))
+    shown = [r for r in shown if all(r.get(name) in values for name, values in layout.where.items())]
+    rows = [name for name in layout.rows.split() if len({record.get(name) for record in shown}) > 1]
+    table = results_table(shown, rows=rows or layout.rows.split()[:1], columns=layout.columns.split())
+    table.box = box.MARKDOWN
+    text = io.StringIO()
+    Console(file=text, width=400).print(table)
+    lines = [" ".join(line.split()) for line in text.getvalue().splitlines() if line.strip()]
+    return "\n".join([f"{layout.title}:", "", *lines, ""])
+
+
+def tables(folder: Path) -> str:
+    """The tables of a folder as Markdown."""
+    documents = [read_results(path.parent) for path in sorted(folder.rglob("results.json"))]
+    records = [record for document in documents for record in document["records"]]
+    found = list(compared(records))
+    layouts = LAYOUTS.get(folder.resolve().name, [COMPARED])
+    return "\n".join(markdown(layout, found if layout is COMPARED else records) for layout in layouts)
+
+
+def main(folder: Path, write: bool = False) -> None:
+    """Print the tables of a folder, or put them into its README.
+
+    Args:
+        folder: of docs/results.
+        write: replace those of the README.
+    """
+    if not write:
+        print(tables(folder))
+        return
+    before, begin, rest = (folder / "README.md").read_text("utf-8").partition(BEGIN)
+    (folder / "README.md").write_text(f"{before}{begin}\n{tables(folder)}\n{END}{rest.partition(END)[2]}", "utf-8")
+
+
+if __name__ == "__main__":
+    auto_cli(main)

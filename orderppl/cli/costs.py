@@ -1,0 +1,64 @@
+"""What a training will need, said before it begins: memory, operations, and time at a throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from orderppl.inference.batches import BatchStream, as_batch
+from orderppl.inference.cost import update_cost
+from orderppl.unmasking import Batch
+
+GIB, TERA, BATCHES = 2**30, 1e12, 4
+
+
+def show_costs(loss: nn.Module, data: Any, settings: Any, tflops: float, processes: int = 1) -> None:
+    """Print what each process needs for the updates of a training; nothing is computed but shapes.
+
+    Args:
+        loss: as for `train`; its trainable parameters are those that require a gradient.
+        data: training rows.
+        settings: `TrainSettings`.
+        tflops: 10^12 floating-point operations a second of one process.
+        processes: that share a batch.
+    """
+    every, rows = as_batch(data), -(-settings.batch_size // processes)
+    stream = BatchStream(every, min(settings.batch_size, len(every)), seed=0, group=settings.group)
+    widest = every.rows(every.attention_mask.sum(-1).argmax().reshape(1)).trimmed()
+    given = None if widest.given is None else widest.given.expand(rows, -1)
+    wide = Batch(widest.tokens.expand(rows, -1), widest.attention_mask.expand(rows, -1), given)
+    make: Callable[[Iterable[Tensor]], Optimizer] = torch.optim.Adam
+    options = {"accumulate": settings.accumulate, "bfloat16": settings.bfloat16}
+    cost = update_cost(loss, wide, make, **options)
+    drawn = [batch for _, batch in zip(range(BATCHES), stream, strict=False)]
+    flops = sum(update_cost(loss, batch, make, **options).flops for batch in drawn) / len(drawn)
+    flops *= settings.batch_size / stream.batch_size
+    trained = sum(p.numel() for p in loss.parameters() if p.requires_grad)
+    copies = (settings.ema_decay is not None) + (processes > 1)
+    average = 4 * copies * trained
+    hours = flops * settings.updates / (tflops * TERA * processes) / 3600
+    table = Table(title="Before training: what each process needs", title_justify="left", show_header=False)
+    for name, value in (
+        ("parameters trained", f"{trained / 1e6:,.2f} M"),
+        ("weights", _gib(cost.weights)),
+        ("optimiser", _gib(cost.optimizer)),
+        ("average, exchange", _gib(average)),
+        ("activations, gradients", _gib(cost.peak - cost.optimizer)),
+        ("memory at most", _gib(cost.weights + average + cost.peak)),
+        ("TFLOP of an update", f"{flops / TERA:,.3g}"),
+        ("updates", f"{settings.updates:,}"),
+        (f"hours at {tflops:g} TFLOP/s", f"{hours:,.3g}"),
+    ):
+        table.add_row(name, value)
+    Console().print(table)
+    print("Not counted: validation, and what kernels and the allocator hold on top.")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:,.2f} MiB"

@@ -1,0 +1,78 @@
+"""Every experiment runs from its own function, on sizes at which the numbers mean nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import antibodies
+import chain
+import posterior
+import pytest
+import reactions
+import tree
+
+from orderppl import load_run
+from orderppl.evaluation import read_results
+from orderppl.policies import ScanPlan
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ROOT.parent / "shared" / "data" / "antibodies" / "heavy.csv"
+RXN = ROOT.parent / "shared" / "data" / "reactions" / "reactions.csv"
+
+
+def test_chain(tmp_path: Path) -> None:
+    chain.main(seeds=2, steps=2, length=6, updates=3, out=tmp_path)
+    records = read_results(tmp_path)["records"]
+    learned = [record for record in records if record["arm"] == "learned"]
+    assert {record["training_seed"] for record in learned} == {0, 1}
+    best = next(r["value"] for r in records if r["metric"] == "expected_gap_nats" and r["arm"] == "best fixed order")
+    assert all(r["value"] >= best - 1e-9 for r in learned if r["metric"] == "expected_gap_nats")
+    assert isinstance(load_run(tmp_path / "seed-0").policy, ScanPlan)
+
+
+def test_tree_and_posterior(tmp_path: Path) -> None:
+    tree.main(seeds=1, steps=2, updates=2, out=tmp_path / "tree")
+    assert read_results(tmp_path / "tree")["config"]["task"] == "tree"
+    posterior.main(seeds=1, updates=2, draws=4, out=tmp_path / "posterior")
+    gaps = {r["arm"]: r["value"] for r in read_results(tmp_path / "posterior")["records"] if r["metric"] == "gap_nats"}
+    assert gaps["importance-weighted bound"] < gaps["bound"]
+
+
+def few(source: Path, count: int, out: Path) -> Path:
+    """The header and the first rows of a CSV file."""
+    out.write_text("".join(source.read_text("utf-8").splitlines(keepends=True)[: count + 1]), "utf-8")
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HEAVY.exists(), reason="the antibodies of ../shared/data are absent")
+@pytest.mark.parametrize("regions", [None, "CDR1,CDR3"])
+def test_antibodies(tmp_path: Path, regions: str | None) -> None:
+    train = few(HEAVY, 14, tmp_path / "heavy.csv")
+    antibodies.main(train, steps=2, regions=regions, rows=40, out=tmp_path / "out")
+    records = read_results(tmp_path / "out")["records"]
+    assert {"path_nats", "nfe", "advantage", "mean_step"} <= {record["metric"] for record in records}
+    shown = {record["region"] for record in records if record["metric"] == "mean_step"}
+    assert shown == ({"CDR1", "CDR3"} if regions else set(antibodies.REGIONS))
+    assert (tmp_path / "out" / "order.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RXN.exists(), reason="the reactions of ../shared/data are absent")
+def test_reactions(tmp_path: Path) -> None:
+    train = few(RXN, 14, tmp_path / "reactions.csv")
+    reactions.main(train, steps=2, rows=30, rows_written=2, out=tmp_path / "out")
+    metrics = {record["metric"] for record in read_results(tmp_path / "out")["records"]}
+    assert {"path_nats", "valid", "exact", "mean_step"} <= metrics
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))
+def test_help(script: str) -> None:
+    source = (ROOT / "experiments" / f"{script}.py").read_text("utf-8")
+    if "auto_cli" not in source:
+        pytest.skip("a module of the others")
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / f"{script}.py"), "--help"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "--out" in found.stdout or "folder" in found.stdout

@@ -1,0 +1,203 @@
+"""Plans of the whole order: how they are followed, and what they cost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from orderppl import Batch, State, UserError, decode, follow
+from orderppl.distributions import RankedOrder, StepwiseOrder
+from orderppl.models import HeldBack, PositionTable
+from orderppl.models.networks import ScanNetwork
+from orderppl.policies import FixedOrder, Plan, Planned, RandomSteps, ScanPlan, Threshold
+
+from programs import PlaceTable, TableDenoiser, make_batch
+from written_denoisers import Table, chosen, masks, state_of
+
+SAME = Table([[0.7, 0.3]] * 4)
+
+
+class Written(nn.Module):
+    """Step logits by hand, and who asked for them."""
+
+    def __init__(self, probs: list[list[float]]) -> None:
+        super().__init__()
+        self.probs = torch.tensor(probs, dtype=torch.float64)
+        self.openings: list[State] = []
+
+    def forward(self, opening: State) -> Tensor:
+        self.openings.append(opening)
+        return self.probs.log().expand(*opening.shape, self.probs.shape[-1])
+
+
+def test_a_fixed_order_skips_empty_steps():
+    """A forward per set, not per step; positions behind the last one come at the end."""
+    out = decode(SAME, FixedOrder([5, 0, 5, 2]), masks(SAME, 4, 3, 2), max_steps=4)
+    assert out.reveal_step.tolist() == [[2, 0, 2, 1], [1, 0, 1, -1], [1, 0, -1, -1]]
+    assert out.nfe.tolist() == [3, 2, 2]
+    assert out.fallback.tolist() == [0, 0, 0]
+    short = decode(SAME, FixedOrder([5, 0, 5, 2]), masks(SAME, 4), max_steps=2)
+    assert short.reveal_step.tolist() == [[1, 0, 1, 1]]
+    behind = decode(SAME, FixedOrder([1, 0]), masks(SAME, 4), max_steps=4)
+    assert behind.reveal_step.tolist() == [[1, 0, 2, 2]]
+
+
+def test_a_pattern_repeats_over_the_positions_to_reveal():
+    denoiser = Table([[0.7, 0.3]] * 7)
+    tokens = torch.tensor([[2, 2, 0, 2, 2, 1, 2]])  # two given in between
+    out = decode(denoiser, FixedOrder([1, 0], periodic=True), tokens, max_steps=4)
+    assert out.reveal_step.tolist() == [[1, 0, -1, 1, 0, -1, 1]]
+
+
+def test_a_fixed_order_is_a_point_mass_over_orders():
+    """Steps beyond the budget are its last one."""
+    batch = make_batch("scattered")
+    q = FixedOrder([0, 4, 1]).order(batch, TableDenoiser(), 3)
+    values = q.enumerate_support()
+    log_probs = q.log_prob(values)
+    place = (batch.latent.cumsum(-1) - 1).clamp(min=0)
+    wanted = torch.tensor([0, 2, 1])[place].masked_fill(~batch.latent, -1)
+    assert torch.equal(log_probs == 0, (values == wanted).all(-1))
+    assert torch.equal(q.sample(), wanted)
+    assert torch.equal(q.mode, wanted)
+
+
+def test_a_learned_plan_by_hand():
+    network = Written([[0.4, 0.3, 0.3], [0.4, 0.1, 0.5], [0.4, 0.35, 0.25], [0.6, 0.3, 0.1]])
+    mode = decode(SAME, Plan(network), masks(SAME, 4), max_steps=3, mode=True)
+    assert mode.reveal_step.tolist() == [[0, 1, 0, 0]]  # nothing at step 1, which is skipped
+    assert len(network.openings) == 1  # planned once, before the first step
+    opening = network.openings[0]
+    assert opening.masked.all() and opening.step.tolist() == [0]
+    assert (opening.tokens == SAME.mask_index).all()
+    with pytest.raises(UserError, match="^num_steps: 2 steps for a plan of 3"):
+        decode(SAME, Plan(network), masks(SAME, 4), max_steps=2)
+    longer = decode(SAME, Plan(network), masks(SAME, 4), max_steps=9, mode=True)
+    assert torch.equal(longer.reveal_step, mode.reveal_step)
+
+
+def test_draws_of_a_plan_have_its_frequencies():
+    # n = 20,000 rows of 2 positions; |z| < 4. Position 1 is always at step 1, so that nothing is compressed at step 0.
+    policy, n = Plan(Written([[0.3, 0.7], [1e-12, 1.0]])), 20_000
+    out = decode(SAME, policy, masks(SAME, *[2] * n), max_steps=2)
+    early = (out.reveal_step[:, 1] == 1).double().mean()  # position 0 stood alone at step 0
+    assert abs(early - 0.3) / math.sqrt(0.21 / n) < 4
+
+
+def test_a_plan_knows_what_is_given():
+    """It is made from the canvas with its given tokens, and from nothing that is hidden."""
+    network = Written([[0.5, 0.5]] * 4)
+    tokens = torch.tensor([[1, 2, 0, 2]])
+    decode(SAME, Plan(network), tokens, max_steps=2)
+    follow(Plan(network), SAME, Batch(torch.tensor([[1, 1, 0, 1]]), given=tokens != 2), 2)
+    for opening in network.openings:
+        assert opening.tokens.tolist() == [[1, 2, 0, 2]]
+        assert opening.latent.tolist() == [[False, True, False, True]]
+
+
+def test_the_order_of_a_plan_is_its_closed_form():
+    """Its hazards, and not a chain of states: as many steps as the plan has."""
+    network, batch = PlaceTable(3), make_batch("scattered")
+    q = Plan(network).order(batch, TableDenoiser(), 3)
+    assert isinstance(q, StepwiseOrder)
+    torch.testing.assert_close(q.probs, network(batch).softmax(-1))
+    assert torch.equal(q.masked, batch.latent)
+    for steps in (2, 4):
+        with pytest.raises(UserError, match=f"^num_steps: {steps} steps for a plan of 3"):
+            Plan(network).order(batch, TableDenoiser(), steps)
+    with pytest.raises(UserError, match="^policy: a plan is played out from its first step on"):
+        Plan(network)(state_of(SAME, [[1, 1, 1]]))
+
+
+class Ranking(Planned):
+    """A user's plan: scores of positions, two at a time."""
+
+    def plan(self, opening: State) -> RankedOrder:
+        scores = torch.arange(opening.shape[-1], dtype=torch.float64).sin().expand(opening.shape)
+        count = opening.latent.sum(-1, keepdim=True)
+        sizes = (count - 2 * torch.arange(opening.num_steps)).clamp(0, 2)
+        sizes[..., -1] = count[..., 0] - sizes[..., :-1].sum(-1)
+        return RankedOrder(5 * scores, sizes, opening.latent)
+
+
+def test_a_plan_of_any_other_distribution():
+    batch, denoiser = make_batch("scattered"), TableDenoiser()
+    q = Ranking().order(batch, denoiser, 3)
+    mass = q.log_prob(q.enumerate_support()).logsumexp(0)
+    torch.testing.assert_close(mass, torch.zeros_like(mass), atol=1e-5, rtol=0)
+    path = follow(Ranking(), denoiser, batch, 3, mode=True)
+    assert torch.equal(path.reveal_step, q.mode)
+    drawn = follow(Ranking(), denoiser, batch, 3)
+    assert torch.equal(drawn.reveal_step >= 0, batch.latent)
+
+
+def scan(noise: float = 2.0) -> ScanPlan:
+    return ScanPlan(ScanNetwork(3, PositionTable(3, 2, noise=noise), width=4))
+
+
+@pytest.mark.parametrize("canvas", ["padded", "scattered", "prompted"])
+def test_a_scan_by_hand(canvas: str):
+    """log p(r) = sum_i log softmax(network(r_1, .., r_{i-1}))_{r_i} over the positions to reveal, step by step."""
+    policy, batch = scan(), make_batch(canvas)
+    q = policy.order(batch, TableDenoiser(), 3)
+    order = q.sample()
+    context = policy.network.context(batch)
+    for row in range(len(batch)):
+        held, before, total = policy.network.start(1), torch.tensor([-1]), torch.zeros(())
+        for place in batch.latent[row].nonzero()[:, 0].tolist():
+            logits, held = policy.network.step(context[row, place][None], before, held)
+            before = order[row, place][None]
+            total = total + logits.log_softmax(-1)[0, before[0]]
+        torch.testing.assert_close(q.log_prob(order)[row], total)
+    mass = q.log_prob(q.enumerate_support()).logsumexp(0)
+    torch.testing.assert_close(mass, torch.zeros_like(mass), atol=1e-5, rtol=0)
+
+
+def test_the_mode_of_a_scan_is_a_likely_order():
+    policy, batch = scan(), make_batch("plain")
+    q = policy.order(batch, TableDenoiser(), 3)
+    assert torch.equal(q.mode, q.mode)
+    likely = q.log_prob(q.mode)
+    assert (likely >= q.log_prob(q.sample((200,))).median(0).values).all()
+    assert torch.equal(
+        follow(policy, TableDenoiser(), batch, 3, mode=True).reveal_step.amax(-1) < 3, torch.ones(4).bool()
+    )
+
+
+def test_random_steps_are_a_plan_blind_to_everything():
+    batch = make_batch("scattered")
+    q = RandomSteps().order(batch, TableDenoiser(), 3)
+    values = q.enumerate_support()
+    possible = q.log_prob(values) > -torch.inf
+    assert possible.sum(0).tolist() == (3 ** batch.latent.sum(-1)).tolist()
+    assert torch.allclose(
+        q.log_prob(values).exp()[possible].log(),
+        -(batch.latent.sum(-1) * math.log(3)).expand_as(q.log_prob(values))[possible],
+        atol=1e-5,
+    )
+
+
+def test_later_sets_of_a_plan_are_held_back():
+    """Plan of two steps over four: E[s] - t / 2 is what a position is early by, if anything."""
+    network, denoiser = PlaceTable(2), Table([[0.7, 0.3]] * 3)
+    base, plan = Threshold(0.5, temperature=1.0), Plan(network)
+    for step in range(4):
+        state = state_of(denoiser, [[1, 1, 0]], step=step)
+        planned = network(state).softmax(-1)[0, :, 1]  # E[s_i], [S]
+        early = (planned - step / 2).clamp(min=0)
+        held_back = HeldBack(base, plan, weight=3.0)
+        torch.testing.assert_close(held_back.logits(state), base.logits(state) - 3.0 * early, check_dtype=False)
+    state = state_of(denoiser, [[1, 1, 1]])
+    held_back.logits(state).sum().backward()
+    assert held_back.weight.grad == pytest.approx(-network(state).softmax(-1)[0, :, 1].sum().item())
+    assert network.table.grad is not None and network.table.grad.abs().sum() > 0
+    assert chosen(held_back, state)
+
+
+@pytest.mark.parametrize(("make", "field"), [(lambda: FixedOrder([]), "steps"), (lambda: FixedOrder([0, -1]), "steps")])
+def test_bad_settings_are_refused(make, field: str):
+    with pytest.raises(UserError, match=f"^{field}: "):
+        make()
