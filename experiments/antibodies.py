@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from antibody_judge import AntibodyJudge
 from jsonargparse import auto_cli
-from molecules import compare, figure_of, learn_plan, mean_by_group, revealed_steps, step_shares
 from torch import Tensor
 
 from orderppl import Batch, decode
@@ -27,6 +26,8 @@ from orderppl.evaluation import bootstrap_mean, write_results
 from orderppl.models import PositionTable
 from orderppl.models.denoisers import AntibodyDenoiser
 from orderppl.policies import Plan, Ranked
+
+from molecules import compare, figure_of, learn_plan, mean_by_group, revealed_steps, step_shares
 
 SHORTEST, LONGEST = 112, 128  # residues of a drawn domain, the bulk of human heavy domains
 LEFT = 98  # aligned positions counted from the left end; the others are counted from the right end
@@ -105,7 +106,8 @@ def main(
     if judged:
         few = test.take(judged)
         found = [judge(domains(few), "held-out domains")]
-        for arm, policy in (("learned", plan), ("random", Ranked("random")), ("entropy cosine", Ranked("entropy", "cosine"))):
+        arms = {"learned": plan, "random": Ranked("random"), "entropy cosine": Ranked("entropy", "cosine")}
+        for arm, policy in arms.items():
             output = decode(denoiser, policy, few.batch, max_steps=steps, mode=arm == "learned", temperature=1.0)
             found.append(judge(domains(few, output.sequences), arm))
         means = pd.concat([means, pd.DataFrame(found)])

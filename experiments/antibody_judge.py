@@ -38,7 +38,7 @@ class AntibodyJudge:
         settings = json.loads(config.read_text(encoding="utf-8"))
         self.model = BertForMaskedLM(BertConfig(**{name: settings[name] for name in known})).eval()
         found = torch.load(weights, map_location="cpu", weights_only=True)
-        own = set(self.model.state_dict())  # the checkpoint has heads for species, chain and grafting, and a pooler, too
+        own = set(self.model.state_dict())  # the checkpoint has further heads, too
         used = {name: tensor for name, tensor in found.items() if name in own}
         load_wheel_tensors(self.model, used, PACKAGE, VERSION, WHAT, "judge")
 

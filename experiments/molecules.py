@@ -92,7 +92,8 @@ def compare(
     nats = records[records["metric"] == "path_nats"].sort_values("value")
     best = nats[nats["kind"] == "heuristic"]["arm"].iloc[0]
     loss = paired_difference(table, "learned", best, "path_nats")
-    gain = {"metric": "advantage", "arm": "learned", "of": best, "value": -loss.value, "low": -loss.high, "high": -loss.low}
+    gain = {"metric": "advantage", "arm": "learned", "of": best}
+    gain |= {"value": -loss.value, "low": -loss.high, "high": -loss.low}
     records = pd.concat([records, pd.DataFrame([gain])]).assign(steps=steps, training_seed=seed)
     Console().print(results_table(nats.head(10), title=f"{title}, {len(test)} held-out, {steps} steps"))
     Console().print(results_table([gain], rows=("arm", "of"), title="Paired: learned better by, nats per token"))

@@ -29,7 +29,9 @@ from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import Plan
 
 
-def learn(data: Chains, denoiser: MarkovChainDenoiser, steps: int, seed: int, updates: int, out: Path) -> tuple[UnmaskingModel, Guide]:
+def learn(
+    data: Chains, denoiser: MarkovChainDenoiser, steps: int, seed: int, updates: int, out: Path
+) -> tuple[UnmaskingModel, Guide]:
     """Fit a learned prior and its posterior; the KL comes in slowly."""
     pyro.set_rng_seed(seed)
     model = UnmaskingModel(denoiser, Plan(PositionTable(denoiser.length, steps, noise=0.5)), steps)
@@ -50,7 +52,9 @@ def learn(data: Chains, denoiser: MarkovChainDenoiser, steps: int, seed: int, up
     return model, guide
 
 
-def main(seeds: int = 3, steps: int = 2, updates: int = 1000, draws: int = 64, out: Path = Path("runs/posterior")) -> None:
+def main(
+    seeds: int = 3, steps: int = 2, updates: int = 1000, draws: int = 64, out: Path = Path("runs/posterior")
+) -> None:
     """Fit per seed and measure the bounds on the test split, beside what is best without a guide.
 
     Args:

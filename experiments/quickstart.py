@@ -8,9 +8,10 @@ known. The second is a pretrained antibody model; without a file, sequences are 
 
 from pathlib import Path
 
+from jsonargparse import auto_cli
+
 import antibodies
 import chain
-from jsonargparse import auto_cli
 
 
 def main(train: Path | None = None, out: Path = Path("runs/quickstart")) -> None:

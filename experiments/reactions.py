@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 from jsonargparse import auto_cli
-from molecules import compare, figure_of, learn_plan, mean_by_group, revealed_steps, step_shares
 from rich.console import Console
 
 from orderppl import Denoiser, Policy, decode
@@ -22,6 +21,8 @@ from orderppl.evaluation import results_table, write_results
 from orderppl.models import OpeningPlan, ScanNetwork
 from orderppl.models.denoisers import ReactionDenoiser
 from orderppl.policies import Plan, Planned, Ranked, ScanPlan
+
+from molecules import compare, figure_of, learn_plan, mean_by_group, revealed_steps, step_shares
 
 
 def token_kind(token: str) -> str | None:
@@ -104,7 +105,8 @@ def main(
     chosen = batch.rows((batch.latent.sum(-1) - 36).abs().argsort(stable=True)[:2])
     shares = step_shares(plan, denoiser, chosen, steps)
     seen = [own[latent] for own, latent in zip(shares, chosen.latent, strict=True)]
-    labels = [[test.spell(t) for t in tokens[latent].tolist()] for tokens, latent in zip(chosen.tokens, chosen.latent, strict=True)]
+    rows_shown = zip(chosen.tokens, chosen.latent, strict=True)
+    labels = [[test.spell(token) for token in tokens[latent].tolist()] for tokens, latent in rows_shown]
     figure_of(seen, labels, means, "kind").savefig(out / "order.png", dpi=150)
     label = {"task": "reactions", "family": family, "rows": rows}
     config = {**label, "steps": steps, "seed": seed, "lr": lr, "bonus": bonus, "period": period}

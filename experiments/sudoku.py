@@ -11,24 +11,23 @@ with. `unique` puzzles have one completion, which a perfect denoiser would see i
 
 On every seed three policies are learned, each its own guide, for a range of step prices: for high and for low prices,
 and one for two steps. All start as an entropy bound. Together they are one curve over the mean number of forwards; the
-table tells how far it is above the best heuristic at the same number. What is finished is kept: repeat the command to
-go on.
+table tells how far it is above the best heuristic there. What is finished is kept: repeat the command to go on.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import pyro
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
+from tables import COMPARED, compared, markdown
 
 from orderppl import Denoiser, evaluate, fit
 from orderppl.data import Sudoku
-from orderppl.evaluation import Arm, advantages, frontier_figure, results_table, summary, sweep, write_results
+from orderppl.evaluation import Arm, advantages, frontier_figure, plain_records, summary, sweep, write_results
 from orderppl.guides import PolicyGuide
 from orderppl.models import LearnedPolicy, PolicyNetwork, UnmaskingModel
 from orderppl.models.denoisers import load_denoiser
@@ -57,7 +56,7 @@ ORDERS = {
     "careful": Order(EntropyBound(0.5, temperature=0.1), steps=8, low=0.03, high=0.4, share=1 / 3),
     "two steps": Order(EntropyBound(2.0, temperature=0.5), steps=2, low=0.05, high=1.0),
 }
-HEURISTICS = [
+HEURISTICS: list[dict[str, Any]] = [
     {
         "policy": "Ranked",
         "score": ["random", "left_to_right", "top_prob", "margin", "entropy"],
@@ -74,10 +73,7 @@ HEURISTICS = [
 
 
 def learn(order: Order, denoiser: Denoiser, data: Sudoku, seed: int, updates: int, out: Path) -> LearnedPolicy:
-    """Fit one policy; it is its own guide, so that the bound is its path likelihood less what the steps cost.
-
-    What independent cells to fill first is often found late, and all at once: fits are longer than they seem to need.
-    """
+    """Fit one policy, its own guide; longer than it seems to need: what to fill first is often found late."""
     pyro.set_rng_seed(seed)
     prices = PriceRange(order.low, order.high)
     network = PolicyNetwork(data.vocab_size, width=48, features=FEATURES, zero_init=True, prices=prices, places=CELLS)
@@ -141,14 +137,11 @@ def main(
             folder = out / f"seed-{seed}" / name.replace(" ", "-")
             arms += arms_of(name, order, learn(order, network, data, seed, updates, folder), seed)
     table = evaluate(arms, network, test, metrics=["accuracy", "path_nats"], batch_size=rows, out=out)
-    gains = advantages(table, TARGETS)
     labels = {"task": "sudoku", "puzzles": puzzles}
-    config = {**labels, "seeds": seeds, "rows": rows, "updates": updates}
-    write_results(out, "sudoku", config, pd.concat([summary(table), gains]).assign(**labels))
+    records = plain_records(pd.concat([summary(table), advantages(table, TARGETS)]).assign(**labels))
+    write_results(out, "sudoku", {**labels, "seeds": seeds, "rows": rows, "updates": updates}, records)
     frontier_figure(table).savefig(out / "frontier.png", dpi=100)
-    at_targets = gains[gains["metric"].eq("advantage") & gains["target_nfe"].notna()]
-    title = f"Sudoku, {puzzles} puzzles: better than the best heuristic at equal mean forwards by"
-    Console().print(results_table(at_targets, rows=("target_nfe", "of"), columns=("measured",), title=title))
+    print(markdown(COMPARED, list(compared(records))))
 
 
 if __name__ == "__main__":

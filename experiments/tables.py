@@ -3,12 +3,11 @@
     python experiments/tables.py docs/results/frontier-mod20
     for folder in docs/results/*/; do python experiments/tables.py $folder --write; done      # into the READMEs
 
-A folder holds `results.json`, or folders of runs that do. What is printed stands in its README between `<!-- tables -->`
-and `<!-- end -->`.
+A folder holds `results.json`, or folders of runs that do. The README has the tables between two comments.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from rich.console import Console
 from orderppl.evaluation import read_results, results_table
 
 BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
-PLACES = ("domains", "grid", "measured", "steps", "n", "training_seed", "target_nfe")
+PLACES = ("domains", "grid", "measured", "steps", "n", "training_seed", "target_nfe")  # what is compared where
 Record = dict[str, Any]
 
 
@@ -30,14 +29,16 @@ class Layout(NamedTuple):
     metrics: str
     rows: str
     columns: str = "metric"
-    where: dict[str, Sequence[object]] = {}
+    where: Mapping[str, Sequence[object]] = {}
 
 
-PAIRS = "arm domains grid measured steps n training_seed target_nfe of"
-COMPARED = Layout("Learned against the best opponent (`of`)", "learned opponent advantage worst best", PAIRS)
+PAIRED = "learned opponent advantage worst best"
+COMPARED = Layout("Learned against the best opponent (`of`)", PAIRED, " ".join(("arm", *PLACES, "of")))
 FITS = {"arm": ("learned", "best fixed order", "random", "fit without the search", "search without a fit")}
-EXACT = Layout("Expected gap to the log evidence, nats", "expected_gap_nats", "length steps", "arm")
-GAPS = Layout("Gap to the log evidence on test rows, nats", "gap_nats", "length steps", "arm", FITS)
+GAPS = [
+    Layout("Expected gap to the log evidence, nats", "expected_gap_nats", "length steps", "arm"),
+    Layout("Gap to the log evidence on test rows, nats", "gap_nats", "length steps", "arm", FITS),
+]
 BY_ARM = Layout("Gap to the log evidence, nats", "gap_nats expected_gap_nats", "arm")
 NATS = Layout("Nats per token", "path_nats", "arm nfe")
 BASELINES = {"baseline": (*(f"random uniform T={t}" for t in (2, 4, 8)), "threshold at equal NFE")}
@@ -49,8 +50,8 @@ PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
 DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
 ORDER = {"gradient": ("order", None)}
 LAYOUTS: dict[str, list[Layout]] = {
-    "chain": [EXACT, GAPS],
-    "tree": [EXACT, GAPS],
+    "chain": GAPS,
+    "tree": GAPS,
     "posterior": [BY_ARM],
     "quickstart": [BY_ARM, NATS._replace(title="Antibodies, nats per residue", rows="arm")],
     "gsm8k": [Layout("Less the baseline", "path_nats_difference", "form arm nfe baseline", where=BASELINES)],
@@ -77,8 +78,8 @@ def compared(records: Sequence[Record]) -> Iterator[Record]:
             continue
         labels = {name: record[name] for name in ("arm", *PLACES, "of") if name in record}
         yield {**labels, **{name: record[name] for name in ("metric", "value", "low", "high")}}
-        values = {"learned": "own", "opponent": "frontier", "worst": "seed_low", "best": "seed_high"}
-        found = {metric: record[name] for metric, name in values.items() if name in record}
+        names = {"learned": "own", "opponent": "frontier", "worst": "seed_low", "best": "seed_high"}
+        found = {metric: record[name] for metric, name in names.items() if name in record}
         if "own" not in record:
             own, other = (nats[record[name], *map(record.get, PLACES)] for name in ("arm", "of"))
             found |= {"learned": own, "opponent": other}
@@ -109,17 +110,17 @@ def tables(folder: Path) -> str:
 
 
 def main(folder: Path, write: bool = False) -> None:
-    """Print the tables of a folder, or put them into its README.
+    """Print the tables of a folder of docs/results.
 
     Args:
-        folder: of docs/results.
-        write: replace those of the README.
+        folder: of the records.
+        write: put them into its README, too.
     """
-    if not write:
-        print(tables(folder))
-        return
-    before, begin, rest = (folder / "README.md").read_text("utf-8").partition(BEGIN)
-    (folder / "README.md").write_text(f"{before}{begin}\n{tables(folder)}\n{END}{rest.partition(END)[2]}", "utf-8")
+    text, readme = tables(folder), folder / "README.md"
+    print(text)
+    if write:
+        before, begin, rest = readme.read_text("utf-8").partition(BEGIN)
+        readme.write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
 
 
 if __name__ == "__main__":

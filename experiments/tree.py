@@ -7,8 +7,9 @@ The experiment is that of chain.py; where a chain is best revealed by bisection,
 
 from pathlib import Path
 
-import chain
 from jsonargparse import auto_cli
+
+import chain
 
 
 def main(seeds: int = 3, steps: int = 3, updates: int = 1500, out: Path = Path("runs/tree")) -> None:

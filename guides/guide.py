@@ -64,7 +64,7 @@ class Guide(PyroProgram):
             The order under its site name, int64 [*, B, S]: -1 where a position is visible from the start.
         """
         batch = Batch.of(batch)
-        order = self.order(batch if self.sees_tokens else batch.hidden())  # networks are read outside of the plate, which slows them down
+        order = self.order(batch if self.sees_tokens else batch.hidden())  # outside of the plate, which slows networks
         with pyro.plate("batch", len(batch), dim=-1):
             # What the draw has met on its way goes along with the site, for objectives that score the order next.
             return {"reveal_step": pyro.sample("reveal_step", order, infer={"met": order.met})}

@@ -28,7 +28,7 @@ class PolicyGuide(Guide):
         self.denoiser = denoiser
 
     def deployable(self) -> Policy | None:
-        """The policy, unless a network of it sees the true tokens."""
+        """The policy, unless a part of it sees the true tokens, which it says by an attribute `sees_truth`."""
         sees_truth = any(getattr(module, "sees_truth", False) for module in self.policy.modules())
         return None if sees_truth else self.policy
 

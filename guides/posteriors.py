@@ -105,6 +105,6 @@ class PlackettLuceGuide(Guide):
         scores, latent = _scores(self.network, batch), batch.latent
         step = torch.arange(self.num_steps, device=scores.device)
         sizes = self.sizes.sizes(latent.sum(-1, keepdim=True), step, self.num_steps)  # [B, T]
-        single = isinstance(self.sizes, UniformSizes) and self.num_steps >= latent.shape[-1] - batch.prefix
-        single = single and self.sizes.num_steps is None
+        one_each = isinstance(self.sizes, UniformSizes) and self.sizes.num_steps is None
+        single = one_each and self.num_steps >= latent.shape[-1] - batch.prefix
         return RankedOrder(scores, sizes, latent, single=single)

@@ -30,7 +30,8 @@ class LearnedPolicy(LogitPolicy):
 
     def __init__(self, network: nn.Module, base: LogitPolicy | None = None, non_empty: bool = True) -> None:
         super().__init__()
-        if base is not None and not isinstance(base, LogitPolicy):
+        known: object = base
+        if known is not None and not isinstance(known, LogitPolicy):
             problem = f"{type(base).__name__} has no log-odds to correct"
             raise UserError("base", problem, "use Threshold, EntropyBound, Ranked or another LogitPolicy")
         self.network = network

@@ -96,8 +96,8 @@ class PositionTable(Configurable, nn.Module):
             indexes everything from the left.
         noise: standard deviation of the initial numbers.
         periodic: repeat the table, for rows of any length: a pattern over the positions.
-        counts: which positions have a place: those to reveal ("latent"), or all that are attended, so that a place means
-            the same whatever is given ("attended").
+        counts: which positions have a place: those to reveal ("latent"), or all that are attended, so that a place
+            means the same whatever is given ("attended").
 
     Raises:
         UserError: a split outside the table, or of a periodic one; when called, a row longer than the table.
@@ -384,8 +384,9 @@ class PolicyNetwork(Configurable, nn.Module):
         start = 0 if self.reads_tokens else state.batch.prefix
         hidden, latent = hidden[..., start:, :], latent[..., start:]
         attention = state.attention_mask if self.reads_tokens else latent
-        lead, (size, width) = hidden.shape[:-2], hidden.shape[-2:]
-        hidden, latent, attention = (x.reshape(-1, size, *x.shape[len(lead) + 1 :]) for x in (hidden, latent, attention))
+        lead, size = hidden.shape[:-2], hidden.shape[-2]
+        parts = hidden, latent, attention
+        hidden, latent, attention = (part.reshape(-1, size, *part.shape[len(lead) + 1 :]) for part in parts)
         if self.near is not None:
             attended = state.attention_mask[..., start:].reshape(-1, size)
             hidden = self.near(hidden, latent, attended)
@@ -413,7 +414,7 @@ class PolicyNetwork(Configurable, nn.Module):
                 "margin": lambda: top.exp() - second.exp(),
                 "entropy": lambda: nats / math.log(state.denoiser.vocab_size),
                 "before": lambda: entropy_before(nats, masked).clamp(max=32) / 8,
-                "chance": lambda: (torch.where(masked, top, 0.0).sum(-1, keepdim=True).clamp(min=-32) / 8).expand_as(top),
+                "chance": lambda: torch.where(masked, top, 0.0).sum(-1, keepdim=True).clamp(min=-32).expand_as(top) / 8,
             }
             columns += [by_name[name]() for name in by_name if name in self.features]
         if "likelihood" in self.features:

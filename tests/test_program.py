@@ -11,6 +11,7 @@ from torch import nn
 
 from orderppl import Batch, RevealTraceGraph_ELBO
 from orderppl.guides import Guide, PolicyGuide
+from orderppl.inference.programs import local_parameters
 from orderppl.models import LearnedPolicy, PolicyNetwork, UnmaskingModel
 from orderppl.models.denoisers import TransformerDenoiser
 
@@ -38,9 +39,10 @@ def test_what_is_trained_is_announced_by_its_name(frozen: bool) -> None:
         assert len(found) == sum(len(list(getattr(program, part).parameters())) for part in parts)
 
 
-def test_where_parameters_are_local_nothing_is_announced() -> None:
-    with pyro.settings.context(module_local_params=True):
-        assert not any(announced(program) for program in make_pair(False))
+def test_in_a_fit_nothing_is_announced() -> None:
+    pair = make_pair(False)
+    with local_parameters(*pair):
+        assert not any(announced(program) for program in pair)
 
 
 def test_svi_trains_what_is_not_frozen() -> None:

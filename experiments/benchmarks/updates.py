@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from orderppl import Batch
 from orderppl.guides import Guide, MeanFieldGuide, PolicyGuide, SequentialGuide
 from orderppl.inference import RevealTraceGraph_ELBO
-from orderppl.inference.fit import PairLoss
+from orderppl.inference.fitting import PairLoss
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, SequentialUnmaskingModel, UnmaskingModel
 from orderppl.models.denoisers import SmdmDenoiser, TransformerDenoiser
 from orderppl.policies import RandomSteps

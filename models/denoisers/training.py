@@ -123,7 +123,7 @@ def train_denoiser(
 
     Args:
         denoiser: module behind the `Denoiser` protocol; it stays in the mode (training or evaluation) it is in.
-        data: see `orderppl.inference.fit`.
+        data: see `orderppl.fit`.
         validation: held-out sequences, the validation split where the data have splits; their bound is logged as
             `nelbo` and `nats_per_token`.
         out: folder of the run, which every command reads: config, log, checkpoints, weights.
@@ -162,7 +162,7 @@ def masked_diffusion_nelbo(denoiser: nn.Module, data: Data, batch_size: int = 64
 
     Args:
         denoiser: what is scored.
-        data: see `orderppl.inference.fit`.
+        data: see `orderppl.fit`.
         batch_size: sequences at a time.
         draws: maskings per sequence.
 

@@ -100,7 +100,7 @@ def estimate(parts: dict[str, Any], tflops: float) -> None:
     from orderppl.cli.costs import show_costs
     from orderppl.inference import RevealTraceGraph_ELBO
     from orderppl.inference.batches import training_rows
-    from orderppl.inference.fit import PairLoss
+    from orderppl.inference.fitting import PairLoss
     from orderppl.inference.trainer import frozen
 
     model, objective = parts["model"], parts["objective"] or RevealTraceGraph_ELBO()

@@ -88,7 +88,9 @@ class _Rows:
     def keep(self, keep: Tensor) -> _Rows:
         """Those in `keep`, int64."""
         tensors = (self.index, self.tokens, self.masked, self.reveal_step, self.log_prob, self.fallback)
-        return _Rows(*(values[keep] for values in tensors), keep_rows(self.carry, keep), self.reader.rows(keep))
+        index, tokens, masked, reveal_step, log_prob, fallback = (values[keep] for values in tensors)
+        carry, reader = keep_rows(self.carry, keep), self.reader.rows(keep)
+        return _Rows(index, tokens, masked, reveal_step, log_prob, fallback, carry, reader)
 
 
 def _unmask(

@@ -66,8 +66,8 @@ class RevealScheduler:
     ) -> None:
         if not temperature >= 0:
             raise UserError("temperature", f"{temperature} is negative", "give 0 for the most likely token, or more")
-        self.config = {
-            "policy": describe(policy),
+        self.arguments = {
+            "policy": policy,
             "mask_token_id": mask_token_id,
             "temperature": temperature,
             "block_size": block_size,
@@ -77,6 +77,12 @@ class RevealScheduler:
         self.mask_token_id, self.temperature, self.mode = mask_token_id, temperature, mode
         self.timesteps = torch.empty(0, dtype=torch.int64)
         self._carry: Any = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments, the policy as `orderppl.config.describe` writes it."""
+        written: dict[str, Any] = describe(self.arguments)
+        return written
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Start over with a budget; `timesteps` int64 [T] holds the steps left after each, T - 1 to 0.
@@ -149,7 +155,8 @@ class RevealScheduler:
     ) -> None:
         rows, num_steps, seed = self._rows, len(self.timesteps), generator_seed(generator)
         tokens = output.prev_sample[rows]
-        attended = None if attention_mask is None else attention_mask[rows]
+        seen = torch.ones_like(output.reveal) if attention_mask is None else attention_mask
+        attended = seen[rows]
         batch = Batch(tokens, attended, given=~self._latent[rows])
         known = _KnownOutput(logits, self.mask_token_id)
         ids = (torch.arange(len(output.prev_sample), device=tokens.device) if row_ids is None else row_ids)[rows]

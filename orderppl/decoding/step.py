@@ -57,11 +57,13 @@ def selected_set(sets: SetDistribution, state: State) -> Tensor:
 
 
 def or_best(sets: SetDistribution, state: State, selected: Tensor) -> Tensor:
-    """What was selected (bool [*, S]); in rows where that is nothing, the position that comes first otherwise."""
-    priority = confidence(state) if sets.is_certain else sets.priority
-    if bool((priority.isnan() & state.masked).any()):
+    """What was selected (bool [*, S]); in rows where that is nothing, the first of what the policy was shown."""
+    priority = confidence(state) if sets.priority is None else sets.priority
+    shown = sets.shown & state.masked
+    shown = torch.where(shown.any(-1, keepdim=True), shown, state.masked)
+    if bool((priority.isnan() & shown).any()):
         raise UserError("policy", "gives NaN", "check the weights of its network")
-    return torch.where(selected.any(-1, keepdim=True), selected, best_of(priority, state.masked))
+    return torch.where(selected.any(-1, keepdim=True), selected, best_of(priority, shown))
 
 
 def unmask(policy: Policy, state: State, write: Write, is_last: bool) -> Step:

@@ -47,8 +47,9 @@ class AutoregressiveOrder(OrderDistribution):
 
         p(r) = prod_i Categorical(r_i; softmax(scan(context_i, r_1, .., r_{i-1})))       over the masked positions i
 
-    Independent steps cannot say "this one or that one, but not both": two halves of a sequence freeze into patterns that
-    do not fit each other. The log-probability takes one pass over all positions; a draw goes through them one by one.
+    Independent steps cannot say "this one or that one, but not both": two halves of a sequence freeze into patterns
+    that do not fit each other. The log-probability takes one pass over all positions; a draw goes through them one by
+    one.
 
     Args:
         scan: see `Scan`.

@@ -4,7 +4,7 @@ from orderppl.inference.annealing import Anneal
 from orderppl.inference.batches import BatchStream
 from orderppl.inference.enumerated import EnumeratedELBO
 from orderppl.inference.exact import all_orders, exact_elbo, exact_evidence, exact_terms
-from orderppl.inference.fit import FitSettings, fit
+from orderppl.inference.fitting import FitSettings, fit
 from orderppl.inference.imitation import Imitation
 from orderppl.inference.importance_weighted import ImportanceWeightedELBO, SequenceWakeSleep, importance_bound
 from orderppl.inference.objective import Objective

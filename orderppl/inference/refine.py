@@ -70,8 +70,8 @@ def refine_plan(
 
     Changes are tried in random order, a block at a time: all of a block on the first `screen` rows, the best few of
     them on all rows, where the best one is made if it is an improvement. A climb ends when none of the whole
-    neighbourhood is: a local optimum of the rows' likelihood under all three changes. A restart then gives a few places of
-    the best plan so far random steps and climbs again (iterated local search, Lourenco et al. 2003): it gets out of
+    neighbourhood is: a local optimum of the rows' likelihood under all three changes. A restart then gives a few places
+    of the best plan so far random steps and climbs again (iterated local search, Lourenco et al. 2003): it gets out of
     local optima without any knowledge of how the positions hang together, which shifts take for granted.
 
     Args:

@@ -25,7 +25,8 @@ class EarlyCommit(Wrapper):
     """Another policy, with one decision before each of its own: reveal all that is left at once.
 
         p(z_t | s_t) = f_t [z_t = M_t] + (1 - f_t) policy(z_t | s_t)
-        logit f_t = (logit min_{i in A and M_t} c_i - logit sure) / temperature + slope u + mean_{i in M_t} network(s_t)_i
+        logit f_t = (logit min_{i in A and M_t} c_i - logit sure) / temperature
+                    + slope u + mean_{i in M_t} network(s_t)_i
 
     A is where the answer stands if every hidden token is the most likely one, u in [-1, 1] the place of the log-price
     in its range. With an answer alone, at temperature 0, it is the heuristic of that name: a row ends once the answer

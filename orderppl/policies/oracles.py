@@ -23,7 +23,12 @@ class Oracle(Ranked):
 
     Raises:
         UserError: another kind; when asked, a state whose true tokens are not known.
+
+    Attributes:
+        sees_truth: says so to whoever looks for something to deploy, as a network that reads the truth does.
     """
+
+    sees_truth = True
 
     def __init__(
         self,

@@ -121,9 +121,8 @@ class ScanPlan(Planned):
     def plan(self, opening: State) -> AutoregressiveOrder:
         """See `Planned`."""
         assert isinstance(opening.num_steps, int)
-        return AutoregressiveOrder(
-            self.network, self.network.context(opening), opening.latent, opening.num_steps
-        )
+        network: Any = self.network
+        return AutoregressiveOrder(network, network.context(opening), opening.latent, opening.num_steps)
 
 
 class RandomSteps(Policy):

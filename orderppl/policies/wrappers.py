@@ -60,7 +60,7 @@ class Blocks(Wrapper):
         UserError: a size below 1.
     """
 
-    looks_back = True  # type: ignore[assignment]
+    looks_back = True
 
     def __init__(self, policy: Policy, size: int) -> None:
         super().__init__(policy)

@@ -39,10 +39,12 @@ class Batch:
 
     def __post_init__(self) -> None:
         """Fill in what was left out, and check the shapes."""
-        if not isinstance(self.tokens, Tensor) or self.tokens.dim() != 2 or self.tokens.is_floating_point():
-            what = f"shape {tuple(self.tokens.shape)}" if isinstance(self.tokens, Tensor) else type(self.tokens).__name__
+        tokens: Any = self.tokens
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+            what = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
             raise UserError("tokens", f"{what} where ids [B, S] are needed", "give an int64 tensor of two dimensions")
-        if self.attention_mask is None:
+        given_mask: Any = self.attention_mask
+        if given_mask is None:
             object.__setattr__(self, "attention_mask", torch.ones_like(self.tokens, dtype=torch.bool))
         for name in ("attention_mask", "given"):
             mask = getattr(self, name)

@@ -72,7 +72,7 @@ class State:
 
     @property
     def latent(self) -> Tensor:
-        """The positions that were to be revealed at the first step (inside a block: those of the block): bool [*, S]."""
+        """The positions that were to be revealed at the first step (inside a block: of the block): bool [*, S]."""
         return self.batch.latent.expand(self.shape) if self._latent is None else self._latent
 
     @property

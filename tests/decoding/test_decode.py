@@ -2,217 +2,279 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
+from written_denoisers import MASK, Confident, RandomTransformer, Table, masks
 
-from orderppl.decoding import (
-    Block,
+from orderppl import Batch, Policy, State, UserError, decode, follow
+from orderppl.decoding import DecodeOutput
+from orderppl.distributions import DecidedSet, IndependentSet
+from orderppl.policies import (
+    Blocks,
+    Eager,
+    EntropyBound,
     EosAware,
-    NetworkPlan,
-    PlannedOrder,
-    StochasticDecision,
-    decode,
-    follow,
-    make_policy,
+    Factor,
+    FixedOrder,
+    Klass,
+    Oracle,
+    Plan,
+    Ranked,
+    Smoothed,
+    Threshold,
 )
-from orderppl.denoising import Canvas
-from orderppl.distributions import RevealSet
-from orderppl.errors import UserError
 
 from extreme_policies import Everything, Nothing
 
-VOCAB, MASK = 7, 6
+DENOISER = RandomTransformer()
 
 
-class Hazard:
-    """A distribution over sets: each masked position with a probability from the denoiser, squashed."""
+class Hazard(Policy):
+    """Each masked position with a probability from the denoiser, squashed."""
 
-    def distribution(self, state):
-        q = 0.05 + 0.6 * state.log_probs.amax(-1).exp() ** 2
-        return RevealSet(q.log(), (1 - q).log(), state.masked)
-
-    def select(self, state):
-        return self.distribution(state).probs > 0.5
+    def forward(self, state: State) -> IndependentSet:
+        q = 0.05 + 0.6 * state.per_position(lambda log_probs: log_probs.amax(-1)).exp() ** 2
+        return IndependentSet(q.log(), (1 - q).log(), state.masked)
 
 
-def plan_logits(canvas):
-    """Plan of up to two steps from the denoiser's features of the empty canvas: float [B, L, 2]."""
-    empty = torch.full(canvas.attention_mask.shape, MASK)
-    return canvas.logits(empty)[..., :2]
+class PlanOfTwo(nn.Module):
+    """Step logits from what the denoiser says of the opening: float [B, S, 2]."""
+
+    def forward(self, opening: State) -> Tensor:
+        return opening.per_position(lambda log_probs: log_probs[..., :2])
 
 
-POLICIES = {
-    **{name: make_policy(name) for name in ("random", "top_prob", "margin", "entropy", "left_to_right")},
-    "entropy_cosine": make_policy("entropy", sizes="cosine"),
-    "random_fractional": make_policy("random", sizes=1.5),
-    "threshold": make_policy("threshold", tau=0.55),
-    "factor": make_policy("factor", factor=1.3),
-    "entropy_bound": make_policy("entropy_bound", gamma=1.0),
-    "klass": make_policy("klass", tau=0.4, eps=0.5),
-    "block_threshold": Block(make_policy("threshold", tau=0.5), 3),
-    "block_margin": Block(make_policy("margin"), 2),
-    "block_eos": Block(EosAware(make_policy("top_prob"), [0, 1]), 3),
-    "eos_block": EosAware(Block(make_policy("factor", factor=1.3), 3), [0, 1]),
-    "eos_entropy": EosAware(make_policy("entropy", sizes="cosine"), [0, 1]),
-    "eos_hazard": EosAware(StochasticDecision(Hazard(), "sample"), [0, 1]),
-    "mode": StochasticDecision(Hazard(), "mode"),
-    "sample": StochasticDecision(Hazard(), "sample", beta=0.7),
+POLICIES: dict[str, Policy] = {
+    **{name: Ranked(name) for name in ("random", "top_prob", "margin", "entropy", "left_to_right")},
+    "entropy_cosine": Ranked("entropy", "cosine"),
+    "random_fractional": Ranked("random", 1.5),
+    "threshold": Threshold(0.55),
+    "factor": Factor(1.3),
+    "entropy_bound": EntropyBound(1.0),
+    "klass": Klass(0.4, 0.5),
+    "block_threshold": Blocks(Threshold(0.5), 3),
+    "block_margin": Blocks(Ranked("margin"), 2),
+    "block_eos": Blocks(EosAware(Ranked("top_prob"), [0, 1]), 3),
+    "eos_block": EosAware(Blocks(Factor(1.3), 3), [0, 1]),
+    "eos_entropy": EosAware(Ranked("entropy", "cosine"), [0, 1]),
+    "eos_hazard": EosAware(Hazard(), [0, 1]),
     "hazard": Hazard(),
-    "plan_sample": PlannedOrder(plan_logits, "sample"),
-    "plan_mode": PlannedOrder(plan_logits, "mode"),
-    "plan_rank": PlannedOrder(plan_logits, "rank"),
+    "lazy": Eager(Hazard(), 0.7),
+    "smoothed": Smoothed(Klass(0.4, 0.5), 0.1),
+    "plan": Plan(PlanOfTwo()),
+    "fixed": FixedOrder([1, 0, 2], periodic=True),
     "nothing": Nothing(),
     "everything": Everything(),
 }
+ROWS = ["12_________", "3____", "201_2__0__"]  # given tokens, and holes
 
 
-def pad(rows, width):
-    context, context_mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width).bool()
-    for i, (prompt, _) in enumerate(rows):
-        context[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-        context_mask[i, : len(prompt)] = True
-    return context, context_mask
+def canvas(rows: list[str]) -> Batch:
+    """Rows of given tokens and holes, padded on the right."""
+    width = max(len(row) for row in rows)
+    cells = [[MASK if cell == "_" else int(cell) for cell in row] + [0] * (width - len(row)) for row in rows]
+    tokens = torch.tensor(cells)
+    attended = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    return Batch(tokens, attended)
 
 
-def run(denoiser, policy, rows, steps, temperature, seed):
-    return decode(
-        denoiser,
-        policy,
-        *pad(rows, max(len(prompt) for prompt, _ in rows)),
-        length=torch.tensor([length for _, length in rows]),
-        max_steps=steps,
-        temperature=temperature,
-        generator=torch.Generator().manual_seed(seed),
-    )
+def run(policy: Policy, rows: list[str], steps: int, temperature: float, seed: int) -> DecodeOutput:
+    generator = torch.Generator().manual_seed(seed)
+    return decode(DENOISER, policy, canvas(rows), max_steps=steps, temperature=temperature, generator=generator)
 
 
-def test_another_seed_gives_another_result(denoiser):
-    rows = [([1, 2], 9)] * 8
-    first, second = (run(denoiser, POLICIES["random"], rows, 3, 1.0, seed) for seed in (0, 1))
+def test_another_seed_gives_another_result():
+    rows = ["12_________"] * 8
+    first, second = (run(POLICIES["random"], rows, 3, 1.0, seed) for seed in (0, 1))
     assert not torch.equal(first.sequences, second.sequences)
     assert not torch.equal(first.reveal_step, second.reveal_step)
     assert len({tuple(row) for row in first.reveal_step.tolist()}) > 1  # rows differ by their ids
 
 
-def test_fallback_reveals_the_arg_max_and_is_counted(denoiser, table):
-    probs = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5]])
-    out = decode(table(probs), Nothing(), length=4, max_steps=4)
+def test_torch_s_seed_counts_without_a_generator():
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(decode(DENOISER, POLICIES["random"], canvas(["______"] * 8), max_steps=3).reveal_step)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_fallback_reveals_the_arg_max_and_is_counted():
+    denoiser = Table([[0.6, 0.4], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5]])
+    out = decode(denoiser, Nothing(), masks(denoiser, 4), max_steps=4)
     assert out.reveal_step.tolist() == [[2, 0, 1, 3]]  # by confidence; the last step is no fallback
     assert out.fallback.tolist() == [3]
     assert out.nfe.tolist() == [4]
 
-    class Leftmost(Nothing):
-        def score(self, state):
-            return -torch.arange(4.0).expand(state.masked.shape)
+    class Rare(Policy):
+        def forward(self, state: State) -> IndependentSet:
+            q = torch.tensor([0.1, 0.2, 0.4, 0.3]).expand(state.shape)
+            return IndependentSet(q.log(), (1 - q).log(), state.masked)
 
-    out = decode(table(probs), Leftmost(), length=4, max_steps=9)
-    assert out.reveal_step.tolist() == [[0, 1, 2, 3]]
+    out = decode(denoiser, Rare(), masks(denoiser, 4), max_steps=9, mode=True)
+    assert out.reveal_step.tolist() == [[3, 2, 0, 1]]  # by its own probabilities
     assert out.fallback.tolist() == [4]
 
-    class Rare(Nothing):
-        def distribution(self, state):
-            q = torch.tensor([0.1, 0.2, 0.4, 0.3]).expand(state.masked.shape)
-            return RevealSet(q.log(), (1 - q).log(), state.masked)
 
-    out = decode(table(probs), Rare(), length=4, max_steps=9)
-    assert out.reveal_step.tolist() == [[3, 2, 0, 1]]
-
-
-def test_last_step_reveals_everything(table):
-    out = decode(table([[0.6, 0.4]] * 6), make_policy("left_to_right", sizes=1.0), length=6, max_steps=3)
+def test_last_step_reveals_everything():
+    denoiser = Table([[0.6, 0.4]] * 6)
+    out = decode(denoiser, Ranked("left_to_right", 1.0), masks(denoiser, 6), max_steps=3)
     assert out.reveal_step.tolist() == [[0, 1, 2, 2, 2, 2]]
     assert out.nfe.tolist() == [3]
     assert out.steps == 3
-    assert decode(table([[0.6, 0.4]] * 6), Nothing(), length=6, max_steps=1).nfe.tolist() == [1]
+    assert decode(denoiser, Nothing(), masks(denoiser, 6), max_steps=1).nfe.tolist() == [1]
 
 
-def test_requested_steps_and_realised_nfe_are_two_numbers(confident):
-    out = decode(confident([0.95] * 4), make_policy("threshold", tau=0.9), length=torch.tensor([4, 2]), max_steps=7)
+def test_requested_steps_and_realised_nfe_are_two_numbers():
+    denoiser = Confident([0.95] * 4)
+    out = decode(denoiser, Threshold(0.9), masks(denoiser, 4, 2), max_steps=7)
     assert out.steps == 7
     assert out.nfe.tolist() == [1, 1]
     assert out.tokens_per_forward.tolist() == [4.0, 2.0]
 
 
-def test_guidance_counts_two_forwards(table):
-    guided = table([[0.6, 0.4]] * 4)
+def test_given_positions_cost_nothing():
+    """Two holes in eight positions are one token a step, and a row without a hole is never read."""
+    denoiser = Confident([0.9] * 8)
+    tokens = torch.tensor([[0, 1, 2, 0, 1, 0, 2, 1], [0, 1, 1, 0, 1, 0, 0, 1]])
+    out = decode(denoiser, Ranked("left_to_right"), tokens, max_steps=8)
+    assert out.reveal_step.tolist() == [[-1, -1, 0, -1, -1, -1, 1, -1], [-1] * 8]
+    assert out.nfe.tolist() == [2, 0]
+    assert out.tokens_per_forward.tolist() == [1.0, 0.0]
+    assert out.sequences.tolist() == [[0, 1, 0, 0, 1, 0, 0, 1], tokens[1].tolist()]
+    assert out.nats.tolist() == pytest.approx([-2 * torch.tensor(0.9).log().item(), 0.0])
+
+
+def test_what_is_said_to_be_given_stays_even_where_it_is_mask():
+    denoiser = Confident([0.9] * 4)
+    tokens = torch.tensor([[2, 2, 0, 2]])
+    given = torch.tensor([[True, False, False, True]])
+    out = decode(denoiser, Ranked("left_to_right"), Batch(tokens, given=given), max_steps=4)
+    assert out.sequences.tolist() == [[2, 0, 0, 2]]
+    assert out.latent.tolist() == [[False, True, True, False]]  # and a token is written over where nothing is given
+
+
+@pytest.mark.parametrize("source", ["tensor", "dict", "batch"])
+def test_any_form_of_a_batch(source: str):
+    denoiser, tokens = Confident([0.9] * 3), torch.tensor([[2, 1, 2]])
+    batch: Any = {"tensor": tokens, "dict": {"input_ids": tokens}, "batch": Batch(tokens)}[source]
+    assert decode(denoiser, Ranked(), batch, max_steps=2).sequences.tolist() == [[0, 1, 0]]
+    assert follow(Ranked(), denoiser, torch.tensor([[1, 1, 0]]), 2).sequences.tolist() == [[1, 1, 0]]
+
+
+def test_guidance_counts_two_forwards():
+    guided = Table([[0.6, 0.4]] * 4)
     guided.forwards_per_call = 2
-    assert decode(guided, make_policy("top_prob"), length=4, max_steps=2).nfe.tolist() == [4]
+    assert decode(guided, Ranked(), masks(guided, 4), max_steps=2).nfe.tolist() == [4]
 
 
-def test_temperature(table):
+def test_temperature():
     # n = 20,000 draws of p proportional to (0.5, 0.3, 0.2) ** 2 at temperature 0.5; |z| < 4.
     probs = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    lengths = torch.full((1000,), 20)
-    out = decode(table(probs.expand(20, 3)), make_policy("random"), length=lengths, max_steps=2, temperature=0.5)
+    denoiser = Table(probs.expand(20, 3))
+    out = decode(denoiser, Ranked("random"), masks(denoiser, *[20] * 1000), max_steps=2, temperature=0.5)
     expected = probs**2 / (probs**2).sum()
     counts = torch.bincount(out.sequences.flatten(), minlength=3)
     z = (counts - 20_000 * expected) / (20_000 * expected * (1 - expected)).sqrt()
     assert z.abs().max() < 4
     # log-probabilities are those of the denoiser, at temperature 1
     torch.testing.assert_close(out.token_log_prob, probs.log()[out.sequences])
-    greedy = decode(table(probs.expand(20, 3)), make_policy("random"), length=20, max_steps=2)
+    greedy = decode(denoiser, Ranked("random"), masks(denoiser, 20), max_steps=2)
     assert (greedy.sequences == 0).all()
 
 
-def test_block_size_of_the_decoder(confident):
-    ramp = confident([0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
-    free = decode(ramp, make_policy("top_prob"), length=6, max_steps=6)
-    blocked = decode(ramp, make_policy("top_prob"), length=6, max_steps=6, block_size=2)
+def test_block_size_of_the_decoder():
+    ramp = Confident([0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
+    free = decode(ramp, Ranked(), masks(ramp, 6), max_steps=6)
+    blocked = decode(ramp, Ranked(), masks(ramp, 6), max_steps=6, block_size=2)
     assert free.reveal_step.tolist() == [[5, 4, 3, 2, 1, 0]]
     assert blocked.reveal_step.tolist() == [[1, 0, 3, 2, 5, 4]]
     with pytest.raises(UserError, match="block_size"):
-        decode(ramp, make_policy("top_prob"), length=6, max_steps=2, block_size=2)
+        decode(ramp, Ranked(), masks(ramp, 6), max_steps=2, block_size=2)
 
 
-def test_dropout_is_off_while_decoding_and_restored(denoiser):
-    denoiser.train()
-    first = run(denoiser, POLICIES["top_prob"], [([1], 8)], 4, 0.0, 0)
-    assert denoiser.training
-    assert denoiser.dropout.training
-    denoiser.eval()
-    second = run(denoiser, POLICIES["top_prob"], [([1], 8)], 4, 0.0, 0)
-    denoiser.train()
-    assert torch.equal(first.token_log_prob, second.token_log_prob)
+def test_dropout_is_off_while_decoding_and_restored():
+    DENOISER.train()
+    try:
+        first = run(POLICIES["top_prob"], ["1________"], 4, 0.0, 0)
+        assert DENOISER.training
+        assert DENOISER.dropout.training
+        DENOISER.eval()
+        second = run(POLICIES["top_prob"], ["1________"], 4, 0.0, 0)
+        assert torch.equal(first.token_log_prob, second.token_log_prob)
+    finally:
+        DENOISER.train()
 
 
-def test_dropout_of_a_planning_network_is_off(table):
-    class Network(torch.nn.Module):
-        """Ranks positions by a random projection of one-hot positions, with dropout on it."""
+def test_dropout_of_a_planning_network_is_off():
+    class Network(nn.Module):
+        """Plans the positions one after another, with dropout on it."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
-            self.dropout = torch.nn.Dropout(0.5)
-            self.seen = []
+            self.dropout = nn.Dropout(0.5)
+            self.seen: list[tuple[Any, bool]] = []
 
-        def forward(self, tokens, attention_mask, context, context_mask):
-            self.seen.append((tokens, attention_mask.shape, self.training))
-            ramp = torch.arange(6.0)[:, None] * torch.tensor([0.0, 1.0, 2.0])
-            return self.dropout(ramp).expand(len(attention_mask), 6, 3)
+        def forward(self, opening: State) -> Tensor:
+            self.seen.append((tuple(opening.shape), self.training))
+            steps = torch.arange(6) // 2
+            return self.dropout(9.0 * nn.functional.one_hot(steps, 3)).expand(*opening.shape, 3)
 
-    network = Network()
-    policy = Block(PlannedOrder(NetworkPlan(network), "rank"), 3)
-    out = decode(table([[0.6, 0.4]] * 6), policy, length=torch.tensor([6, 6]), max_steps=4)
-    assert network.seen == [(None, (2, 6), False)]
+    network, denoiser = Network(), Table([[0.6, 0.4]] * 6)
+    out = decode(denoiser, Blocks(Plan(network), 3), masks(denoiser, 6, 6), max_steps=4, mode=True)
+    assert network.seen == [((2, 6), False)]
     assert network.training
     assert network.dropout.training
-    assert out.reveal_step[0].tolist() == sorted(out.reveal_step[0].tolist())
+    assert out.reveal_step.tolist() == [[0, 0, 1, 2, 3, 3]] * 2
 
 
-def test_single_precision_logits(denoiser, table):
-    single = table([[0.6, 0.4]] * 3)
+def test_single_precision_logits():
+    single = Table([[0.6, 0.4]] * 3)
     single.probs = single.probs.float()
-    out = decode(single, make_policy("margin"), length=3, max_steps=2, temperature=1.0)
+    out = decode(single, Ranked("margin"), masks(single, 3), max_steps=2, temperature=1.0)
     assert out.nfe.tolist() == [2]
-    assert out.token_log_prob[0].exp().tolist() == pytest.approx(
-        [0.6 if t == 0 else 0.4 for t in out.sequences[0].tolist()]
-    )
+    assert out.token_log_prob.dtype == torch.float64
+    found = out.token_log_prob[0].exp().tolist()
+    assert found == pytest.approx([0.6 if t == 0 else 0.4 for t in out.sequences[0].tolist()])
 
 
-def test_empty_batch(denoiser):
-    nobody = torch.zeros(0, dtype=torch.int64)
-    out = decode(denoiser, POLICIES["top_prob"], length=nobody, max_steps=3, record_history=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits_are_normalised_in_float32(dtype: torch.dtype):
+    probs = torch.tensor([[0.6, 0.3, 0.1]] * 3, dtype=torch.float64)
+
+    class Low(Table):
+        def __call__(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().__call__(state, attention_mask).to(dtype)
+
+    denoiser = Low(probs)
+    out = decode(denoiser, Ranked(), masks(denoiser, 3), max_steps=1)
+    wanted = probs.log().to(dtype).float().log_softmax(-1)[0, 0].item()
+    assert out.token_log_prob[0].tolist() == pytest.approx([wanted] * 3, abs=1e-6)
+
+
+def test_empty_batch():
+    nobody = Batch(torch.zeros(0, 0, dtype=torch.int64))
+    out = decode(DENOISER, POLICIES["top_prob"], nobody, max_steps=3, record_history=True)
     assert out.sequences.shape == (0, 0)
     assert out.nfe.shape == (0,)
+    path = follow(POLICIES["top_prob"], DENOISER, nobody, 3)
+    assert path.nfe.shape == (0,)
+
+
+def test_history_goes_from_all_masked_to_finished():
+    denoiser = Confident([0.6, 0.7, 0.8])
+    tokens = torch.tensor([[2, 1, 2], [2, 2, 2]])
+    out = decode(denoiser, Ranked(), tokens, max_steps=5, record_history=True)
+    assert out.history.tolist() == [
+        [[2, 1, 2], [2, 2, 2]],
+        [[2, 1, 0], [2, 2, 0]],
+        [[0, 1, 0], [2, 0, 0]],
+        [[0, 1, 0], [0, 0, 0]],
+    ]
+    assert decode(denoiser, Ranked(), tokens, max_steps=5).history is None
 
 
 @pytest.mark.parametrize(
@@ -221,79 +283,131 @@ def test_empty_batch(denoiser):
         ({"max_steps": 0}, "max_steps"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"length": torch.tensor([3, -1])}, "length"),
-        ({"length": torch.tensor([3, 1]), "row_ids": torch.arange(3)}, "length"),
+        ({"row_ids": torch.arange(3)}, "row_ids"),
         ({"block_size": 0}, "block_size"),
-        ({"context": torch.zeros(3, 2, dtype=torch.int64), "length": torch.tensor([3, 1])}, "length"),
+        ({"batch": torch.zeros(2, 3)}, "tokens"),
+        ({"batch": torch.zeros(3, dtype=torch.int64)}, "tokens"),
+        ({"batch": {"tokens": torch.full((2, 3), MASK), "attn_mask": torch.ones(2, 3)}}, "batch"),
+        ({"batch": torch.zeros(2, 3, dtype=torch.int64)}, "batch"),  # no MASK
     ],
 )
-def test_bad_arguments(denoiser, options, field):
-    with pytest.raises(UserError, match=field):
-        decode(denoiser, POLICIES["top_prob"], **({"length": 4, "max_steps": 2} | options))
+def test_bad_arguments(options: dict[str, Any], field: str):
+    options = {"batch": torch.full((2, 4), MASK), "max_steps": 2} | options
+    with pytest.raises(UserError, match=f"^{field}: ") as caught:
+        decode(DENOISER, POLICIES["top_prob"], options.pop("batch"), **options)
+    assert "\n" not in str(caught.value)
+
+
+class Broken:
+    """A denoiser that returns what it is told to."""
+
+    mask_index, vocab_size = 2, 2
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def __call__(self, state: Tensor, attention_mask: Tensor) -> Any:
+        return self.output(state)
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        (lambda state: torch.full((*state.shape, 2), torch.nan), "NaN"),
+        (lambda state: torch.zeros(*state.shape, 3), "returned 3 token classes, it declares 2"),
+        (lambda state: torch.zeros(*state.shape), "returned"),
+        (lambda state: torch.zeros(len(state), 9, 2), "returned"),
+        (lambda state: "logits", "returned str"),
+        (lambda state: (torch.zeros(*state.shape, 2),), "returned tuple"),
+    ],
+)
+@pytest.mark.parametrize("policy", [Ranked("top_prob"), Ranked("left_to_right"), Hazard()])
+def test_a_broken_denoiser_is_named(output: Any, problem: str, policy: Policy):
+    tokens = torch.tensor([[2, 2, 1]])
+    calls = (
+        lambda denoiser: decode(denoiser, policy, tokens, max_steps=2),
+        lambda denoiser: follow(policy, denoiser, torch.tensor([[0, 1, 1]]), 2),
+    )
+    for call in calls:
+        with pytest.raises(UserError, match=problem) as caught:
+            call(Broken(output))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_policy_of_nan_weights_is_named():
+    class Lost(Policy):
+        def forward(self, state: State) -> IndependentSet:
+            return IndependentSet.bernoulli(torch.full(state.shape, torch.nan), state.masked)
+
+    with pytest.raises(UserError, match="^policy: gives NaN"):
+        decode(Confident([0.6, 0.7]), Lost(), torch.tensor([[2, 2]]), max_steps=2)
 
 
 # ---- teacher-forced paths
 
 
-def test_follow_equals_decoding_its_own_result(denoiser):
+@pytest.mark.parametrize("name", POLICIES)
+def test_follow_equals_decoding_its_own_result(name: str):
     """Following the greedy result of a policy takes the same path and has the same likelihood."""
-    rows = [([1, 2], 9), ([3], 4), ([2, 0, 1], 6)]
-    for name in POLICIES:
-        out = run(denoiser, POLICIES[name], rows, 4, 0.0, 7)
-        canvas = Canvas(denoiser, out.attention_mask, *pad(rows, 3))
-        generator = torch.Generator().manual_seed(7)
-        path = follow(POLICIES[name], canvas, out.sequences, 4, generator=generator)
-        assert torch.equal(path.reveal_step, out.reveal_step), name
-        assert torch.equal(path.nfe, out.nfe)
-        assert torch.equal(path.fallback, out.fallback)
-        torch.testing.assert_close(path.token_log_prob, out.token_log_prob)
-        torch.testing.assert_close(path.nats, -out.token_log_prob.sum(-1))
+    out = run(POLICIES[name], ROWS, 5, 0.0, 7)
+    batch = canvas(ROWS)
+    truth = Batch(out.sequences, batch.attention_mask, ~out.latent)
+    path = follow(POLICIES[name], DENOISER, truth, 5, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(path.reveal_step, out.reveal_step)
+    assert torch.equal(path.nfe, out.nfe)
+    assert torch.equal(path.fallback, out.fallback)
+    torch.testing.assert_close(path.token_log_prob, out.token_log_prob)
+    torch.testing.assert_close(path.nats, -out.token_log_prob.sum(-1))
 
 
-def test_follow_scores_the_truth_at_the_state_that_reveals_it(denoiser):
+def test_follow_scores_the_truth_at_the_state_that_reveals_it():
     tokens = torch.tensor([[1, 4, 2, 5], [3, 3, 0, MASK]])
-    canvas = Canvas(denoiser, torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool())
-    path = follow(make_policy("left_to_right"), canvas, tokens, 2)
+    attended = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    path = follow(Ranked("left_to_right"), DENOISER, Batch(tokens, attended), 2)
     assert path.reveal_step.tolist() == [[0, 0, 1, 1], [0, 1, 1, -1]]
+    DENOISER.eval()
     for row, cut in ((0, 2), (1, 1)):
-        size = int(canvas.attention_mask[row].sum())
-        single = Canvas(denoiser, torch.ones(1, size).bool())
-        denoiser.eval()
-        first = single.logits(torch.full((1, size), MASK)).log_softmax(-1)
-        second = single.logits(torch.where(torch.arange(size) < cut, tokens[[row], :size], MASK)).log_softmax(-1)
-        denoiser.train()
+        size = int(attended[row].sum())
+        here = torch.ones(1, size).bool()
+
+        def scored(state: Tensor, here: Tensor = here) -> Tensor:
+            logits = DENOISER(state, here)
+            return logits.masked_fill(torch.arange(logits.shape[-1]) == MASK, -torch.inf).log_softmax(-1)
+
+        first = scored(torch.full((1, size), MASK))
+        second = scored(torch.where(torch.arange(size) < cut, tokens[[row], :size], MASK))
         expected = [(first if i < cut else second)[0, i, int(tokens[row, i])].item() for i in range(size)]
         assert path.token_log_prob[row, :size].tolist() == pytest.approx(expected)
+    DENOISER.train()
 
 
-def test_follow_gives_the_truth_to_oracles_only(denoiser):
+def test_only_paths_show_the_truth():
+    """What oracles need is there while following, and never while decoding."""
+    seen: list[Any] = []
+
+    class Spy(Policy):
+        def forward(self, state: State) -> DecidedSet:
+            seen.append(state.truth)
+            return DecidedSet(state.masked, state.masked)
+
     tokens = torch.tensor([[1, 4, 2, 5, 0]])
-    canvas = Canvas(denoiser, torch.ones_like(tokens).bool())
-
-    class Spy:
-        needs_truth = False
-        seen: list[set[str]] = []
-
-        def select(self, state):
-            self.seen.append(set(state.memory))
-            return state.masked
-
-    spy = Spy()
-    follow(spy, canvas, tokens, 3)
-    assert spy.seen == [{"row"}]
-    spy.needs_truth = True
-    follow(spy, canvas, tokens, 3)
-    assert spy.seen[1] == {"row", "truth"}
-    for policy in (make_policy("oracle_margin"), make_policy("block", policy="greedy_oracle", size=2)):
-        forced = follow(policy, canvas, tokens, 4)
+    follow(Spy(), DENOISER, tokens, 3)
+    decode(DENOISER, Spy(), torch.full((1, 5), MASK), max_steps=3)
+    assert torch.equal(seen[0], tokens) and seen[1] is None
+    for policy in (Oracle("margin"), Blocks(Oracle("greedy"), 2)):
+        forced = follow(policy, DENOISER, tokens, 4)
         assert sorted(set(forced.reveal_step[0].tolist())) == list(range(int(forced.nfe)))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "steps", "field"),
-    [([[1, 2]], 0, "num_steps"), ([[1, 2, 3]], 2, "tokens"), ([[1, MASK]], 2, "tokens")],
+    ("tokens", "steps", "options", "field"),
+    [
+        ([[1, 2]], 0, {}, "num_steps"),
+        ([[1, MASK]], 2, {}, "tokens"),
+        ([[1, 2, 3]], 2, {"block_size": 1}, "block_size"),
+        ([[1, 2, 3]], 2, {"row_ids": torch.arange(2)}, "row_ids"),
+    ],
 )
-def test_bad_paths(denoiser, tokens, steps, field):
-    canvas = Canvas(denoiser, torch.ones(1, 2).bool())
-    with pytest.raises(UserError, match=field):
-        follow(POLICIES["random"], canvas, torch.tensor(tokens), steps)
+def test_bad_paths(tokens: list[list[int]], steps: int, options: dict[str, Any], field: str):
+    with pytest.raises(UserError, match=f"^{field}: "):
+        follow(POLICIES["random"], DENOISER, torch.tensor(tokens), steps, **options)

@@ -27,8 +27,8 @@ from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.decoding import DecodeOutput, RevealScheduler
 from orderppl.distributions import DecidedSet, IndependentSet
 from orderppl.models import HeldBack, LearnedPolicy, OpeningPlan, PolicyNetwork, PositionTable
-from orderppl.models.networks import ScanNetwork
 from orderppl.models.denoisers import TransformerDenoiser
+from orderppl.models.networks import ScanNetwork
 from orderppl.policies import (
     AtPrice,
     Blocks,
@@ -366,8 +366,10 @@ class Watched(Policy):
         takes_mode = sets.is_certain or state.takes_mode
         self.selected.append((sets.mode if takes_mode else sets.draw(state.noise)) & state.masked)
         confidence = state.per_position(lambda log_probs: log_probs.amax(-1)).exp()
-        score = (confidence if sets.is_certain else sets.priority).masked_fill(~state.masked, -torch.inf)
-        self.best.append(torch.where(state.masked, score, -torch.inf).argmax(-1))
+        score = confidence if sets.priority is None else sets.priority
+        shown = torch.where((sets.shown & state.masked).any(-1, keepdim=True), sets.shown, True) & state.masked
+        score = score.clamp(min=torch.finfo(score.dtype).min)  # impossible positions come after possible ones
+        self.best.append(torch.where(shown, score, -torch.inf).argmax(-1))
         return sets, carry
 
 
@@ -411,6 +413,10 @@ def check_run(problem: Problem, out: DecodeOutput, watched: Watched, calls: list
                 assert revealed.nonzero()[:, 0].tolist() == [int(watched.best[step][place])]
                 fallbacks += 1
         assert out.fallback[number] == fallbacks
+        if isinstance(watched.policy, Blocks):  # one block after the other, whoever decides, and where nobody does
+            own = reveal_step[batch.latent[number]]
+            for first, second in itertools.pairwise(own.split(watched.policy.size)):
+                assert first.max() < second.min()
         if row.latent:
             assert out.tokens_per_forward[number] == pytest.approx(row.latent / int(out.nfe[number]))
 

@@ -210,7 +210,11 @@ def test_expand(name: str):
     assert torch.equal(wide.log_prob(values), q.log_prob(values).expand(5, -1))
     assert wide.sample((2,)).shape == (2, 5, ROWS, LENGTH)
     assert torch.equal(wide.mode, q.mode.expand(5, -1, -1))
-    assert torch.equal(wide.priority, q.priority.expand(5, -1, -1))
+    assert torch.equal(wide.shown, q.shown.expand(5, -1, -1))
+    if q.priority is None:
+        assert wide.priority is None
+    else:
+        assert torch.equal(wide.priority, q.priority.expand(5, -1, -1))
     assert q.expand(q.batch_shape) is q
 
 

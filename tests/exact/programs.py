@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orderppl import Batch, Policy, State
+from orderppl.config import Configurable
 from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.guides import Guide, MeanFieldGuide, PlackettLuceGuide, PolicyGuide, RenormalisedScoreGuide
 from orderppl.models import HeldBack, LearnedPolicy, UnmaskingModel
@@ -53,7 +54,7 @@ class TableDenoiser(nn.Module):
         return self.table[whole.unbind(-1)][:, : seen.shape[-1]]
 
 
-class TokenTable(nn.Module):
+class TokenTable(Configurable, nn.Module):
     """Sequence network: outputs looked up by token and position."""
 
     def __init__(self, out: int) -> None:
@@ -65,7 +66,7 @@ class TokenTable(nn.Module):
         return self.table[seen, torch.arange(seen.shape[-1])]
 
 
-class PlaceTable(nn.Module):
+class PlaceTable(Configurable, nn.Module):
     """Sequence network: outputs looked up by position alone."""
 
     def __init__(self, out: int) -> None:
@@ -76,7 +77,7 @@ class PlaceTable(nn.Module):
         return self.table[: canvas.latent.shape[-1]].expand(*canvas.latent.shape, -1)
 
 
-class StateTable(nn.Module):
+class StateTable(Configurable, nn.Module):
     """Policy network: a logit per position, its state and, with a clock, the step."""
 
     def __init__(self, clock: bool = True) -> None:
@@ -107,8 +108,10 @@ class PricedTable(StateTable):
         return super().forward(state) + self.slope[: state.shape[-1]] * places[:, None]
 
 
-class TruthTable(nn.Module):
+class TruthTable(Configurable, nn.Module):
     """Network of a posterior: the policy's logits and one per true token and position."""
+
+    sees_truth = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import antibodies
-import chain
 import posterior
 import pytest
 import reactions
@@ -14,6 +12,9 @@ import tree
 from orderppl import load_run
 from orderppl.evaluation import read_results
 from orderppl.policies import ScanPlan
+
+import antibodies
+import chain
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ROOT.parent / "shared" / "data" / "antibodies" / "heavy.csv"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from orderppl.guides import RenormalisedScoreGuide
 from orderppl.inference.cost import on_shapes, update_cost
-from orderppl.inference.fit import PairLoss
+from orderppl.inference.fitting import PairLoss
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
 from orderppl.models.denoisers import MaskedDiffusionLoss, SmdmDenoiser

@@ -15,7 +15,7 @@ from orderppl.data import Chains
 from orderppl.errors import UserError
 from orderppl.guides import MeanFieldGuide, PolicyGuide, RenormalisedScoreGuide
 from orderppl.inference.annealing import Anneal
-from orderppl.inference.fit import FitSettings, PairLoss, fit, held_out
+from orderppl.inference.fitting import FitSettings, PairLoss, fit, held_out
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
 from orderppl.inference.trainer import FitResult
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, SequenceEncoder, UnmaskingModel

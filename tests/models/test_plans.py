@@ -20,7 +20,7 @@ from orderppl.guides import MeanFieldGuide
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.annealing import Anneal
 from orderppl.inference.batches import BatchStream
-from orderppl.inference.fit import fit
+from orderppl.inference.fitting import fit
 from orderppl.models import UniformSteps, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser, TransformerDenoiser
 from orderppl.models.plans import OpeningPlan

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
+from written_denoisers import Confident, Table, chosen, chosen_and_kept, masks, state_of
 
 from orderppl import State, UserError, decode, follow
 from orderppl.distributions import DecidedSet, RankedSet, UniformSet
@@ -27,8 +28,6 @@ from orderppl.policies import (
 )
 from orderppl.policies.policy import LOGIT_LIMIT
 from orderppl.policies.scores import reveal_rank
-
-from written_denoisers import Confident, Table, chosen, chosen_and_kept, masks, state_of
 
 
 class Constant(nn.Module):

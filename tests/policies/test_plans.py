@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from written_denoisers import Table, chosen, masks, state_of
 
 from orderppl import Batch, State, UserError, decode, follow
 from orderppl.distributions import RankedOrder, StepwiseOrder
@@ -15,7 +16,6 @@ from orderppl.models.networks import ScanNetwork
 from orderppl.policies import FixedOrder, Plan, Planned, RandomSteps, ScanPlan, Threshold
 
 from programs import PlaceTable, TableDenoiser, make_batch
-from written_denoisers import Table, chosen, masks, state_of
 
 SAME = Table([[0.7, 0.3]] * 4)
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from written_denoisers import Confident, Table, chosen, chosen_and_kept, masks, state_of
 
 from orderppl import Policy, State, UserError, decode, follow
 from orderppl.data.answer_tokens import AnswerTokens
@@ -30,7 +31,6 @@ from orderppl.policies import (
 from orderppl.policies.policy import LOGIT_LIMIT
 
 from programs import PricedTable, TableDenoiser, make_batch
-from written_denoisers import Confident, Table, chosen, chosen_and_kept, masks, state_of
 
 
 class Fixed(Policy):
@@ -222,10 +222,12 @@ def test_finishing_depends_on_the_price():
     prices = PriceRange(0.1, 1.6)
     finishing = EarlyCommit(Threshold(0.9), network=Constant(-0.5), prices=prices, slope=4.0)
     state = state_of(Confident([0.6] * 3), [[1, 1, 0]] * 4, is_scored=True)
-    torch.testing.assert_close(finishing.finish_logit(state), torch.tensor([-3.5, -1.5, 0.5, 2.5]).double())
+    by_hand = torch.tensor([-3.5, -1.5, 0.5, 2.5]).double()
+    torch.testing.assert_close(finishing.finish_logit(state), by_hand, atol=1e-5, rtol=0)
     one = state_of(Confident([0.6] * 3), [[1, 1, 0]])
     for price, logit in ((0.1, -4.5), (0.4, -0.5), (1.6, 3.5)):
-        torch.testing.assert_close(AtPrice(finishing, price)(one).logit, torch.tensor([logit]).double())
+        found = AtPrice(finishing, price)(one).logit.item()
+        assert found == pytest.approx(logit, abs=1e-5)
     assert chosen(AtPrice(finishing, 1.6), one) == [[0, 1]]
     with pytest.raises(UserError, match="^price: "):
         finishing(one)
