@@ -10,7 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-BOUND = re.compile(r"^([\w.-]+)>=([\d.]+)")
+BOUND = re.compile(r"^([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)")  # extras have no place among constraints
 
 
 def pins(pyproject: Path) -> list[str]:

@@ -32,8 +32,8 @@ class Layout(NamedTuple):
     where: Mapping[str, Sequence[object]] = {}
 
 
-PAIRED = "learned opponent advantage worst best"
-COMPARED = Layout("Learned against the best opponent (`of`)", PAIRED, " ".join(("arm", *PLACES, "of")))
+PAIRED = "learned opponent advantage worst best", " ".join(("arm", *PLACES, "of"))
+COMPARED = Layout("Learned against the best opponent (`of`)", *PAIRED)
 FITS = {"arm": ("learned", "best fixed order", "random", "fit without the search", "search without a fit")}
 GAPS = [
     Layout("Expected gap to the log evidence, nats", "expected_gap_nats", "length steps", "arm"),
@@ -45,9 +45,9 @@ BASELINES = {"baseline": (*(f"random uniform T={t}" for t in (2, 4, 8)), "thresh
 RANKINGS = {"sizes": ("uniform",), "kind": ("heuristic",)}
 MODES = {"axis": ("steps",), "mode": ("stacked", "sequential", "policy")}
 UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured denoiser mode", "steps", MODES)
-SMDM = "cpu_used_share used_share denoiser_rows part_share peak_megabytes saved_megabytes gradient_megabytes"
 PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
 DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
+SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
 ORDER = {"gradient": ("order", None)}
 LAYOUTS: dict[str, list[Layout]] = {
     "chain": GAPS,
@@ -61,7 +61,7 @@ LAYOUTS: dict[str, list[Layout]] = {
         NATS._replace(title="Thresholds", where={"family": ("threshold",)}),
     ],
     "benchmark-speed": [UPDATES],
-    "benchmark-speed-smdm": [Layout("An update", SMDM, "metric part variant", "mode")],
+    "benchmark-speed-smdm": [Layout("An update", f"{SHARES} peak_megabytes", "metric part variant", "mode")],
     "benchmark-decode": [DECODING],
     "gpu": [UPDATES, DECODING],
     "benchmark-estimators": [
@@ -94,33 +94,24 @@ def markdown(layout: Layout, records: Sequence[Record]) -> str:
     rows = [name for name in layout.rows.split() if len({record.get(name) for record in shown}) > 1]
     table = results_table(shown, rows=rows or layout.rows.split()[:1], columns=layout.columns.split())
     table.box = box.MARKDOWN
-    text = io.StringIO()
-    Console(file=text, width=400).print(table)
+    Console(file=(text := io.StringIO()), width=400).print(table)
     lines = [" ".join(line.split()) for line in text.getvalue().splitlines() if line.strip()]
     return "\n".join([f"{layout.title}:", "", *lines, ""])
 
 
 def tables(folder: Path) -> str:
     """The tables of a folder as Markdown."""
-    documents = [read_results(path.parent) for path in sorted(folder.rglob("results.json"))]
-    records = [record for document in documents for record in document["records"]]
-    found = list(compared(records))
-    layouts = LAYOUTS.get(folder.resolve().name, [COMPARED])
+    records = [r for path in sorted(folder.rglob("results.json")) for r in read_results(path.parent)["records"]]
+    found, layouts = list(compared(records)), LAYOUTS.get(folder.resolve().name, [COMPARED])
     return "\n".join(markdown(layout, found if layout is COMPARED else records) for layout in layouts)
 
 
 def main(folder: Path, write: bool = False) -> None:
-    """Print the tables of a folder of docs/results.
-
-    Args:
-        folder: of the records.
-        write: put them into its README, too.
-    """
-    text, readme = tables(folder), folder / "README.md"
-    print(text)
+    """Print the tables of a folder of docs/results; `write` puts them into its README."""
+    print(text := tables(folder))
     if write:
-        before, begin, rest = readme.read_text("utf-8").partition(BEGIN)
-        readme.write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
+        before, begin, rest = (folder / "README.md").read_text("utf-8").partition(BEGIN)
+        (folder / "README.md").write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ class PolicyNetwork(Configurable, nn.Module):
         hidden = self.project(self._numbers(state).to(dtype))  # [*, S, W]
         hidden = hidden + self._vectors(state, dtype)
         # Without tokens there is nothing to see before the first position to reveal.
-        start = 0 if self.reads_tokens else state.batch.prefix
+        start = 0 if self.reads_tokens else min(state.batch.prefix, state.shape[-1] - 1)
         hidden, latent = hidden[..., start:, :], latent[..., start:]
         attention = state.attention_mask if self.reads_tokens else latent
         lead, size = hidden.shape[:-2], hidden.shape[-2]

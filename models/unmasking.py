@@ -93,7 +93,7 @@ class UnmaskingModel(PyroProgram):
         with pyro.plate("batch", len(batch), dim=-1):
             reveal_step = pyro.sample("reveal_step", order)
             likelihood = RevealedTokens(path, reveal_step, self.outlier, wanted, self.temperature)
-            pyro.sample("tokens", likelihood, obs=batch.tokens)
+            pyro.sample("tokens", likelihood, obs=batch.readable)
             if self.step_price != 0:
                 pyro.factor("step_price", -self._prices(batch) * steps_used(reveal_step))
         return reveal_step

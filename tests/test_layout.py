@@ -13,25 +13,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ("models", "guides", "experiments")  # at the top of the tree, imported below orderppl
+OUTSIDE = ("models", "guides")  # at the top of the tree, imported below orderppl
 
 # What each part may not import; the first part whose folder holds a file is the part of that file.
 FORBIDDEN = {
-    "models": ("orderppl.guides", "orderppl.experiments"),
-    "guides": ("orderppl.models", "orderppl.experiments"),
-    "experiments": (),
-    "orderppl": ("orderppl.models", "orderppl.guides", "orderppl.experiments"),
+    "models": ("orderppl.guides", "orderppl.cli"),
+    "guides": ("orderppl.models", "orderppl.cli"),
+    "experiments": ("orderppl.cli",),
+    "orderppl/cli": (),  # the commands build on everything
+    "orderppl": ("orderppl.models", "orderppl.guides", "orderppl.cli"),
 }
 
 
 def sources(part: str) -> list[Path]:
     """Python files of a part, without following the symlinks in orderppl/."""
-    return [
+    found = [
         Path(folder) / name
         for folder, _, names in os.walk(ROOT / part, followlinks=False)
         for name in names
         if name.endswith(".py")
     ]
+    return [path for path in found if part != "orderppl" or "cli" not in path.relative_to(ROOT).parts]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -49,7 +51,7 @@ def faults(part: str, source: str) -> list[str]:
     found = []
     for name in imported(ast.parse(source)):
         upward = any(name == module or name.startswith(f"{module}.") for module in FORBIDDEN[part])
-        if upward or name.startswith(".") or name.split(".")[0] in OUTSIDE:
+        if upward or name.startswith(".") or name.split(".")[0] in (*OUTSIDE, "experiments"):
             found.append(name)
     return found
 
@@ -65,10 +67,10 @@ def test_imports_follow_the_direction(part: str) -> None:
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("models", "from orderppl.guides import RandomGuide"),
-        ("guides", "def f():\n    import orderppl.models.priors"),
+        ("models", "from orderppl.guides import PolicyGuide"),
+        ("guides", "def f():\n    import orderppl.models.learned"),
         ("orderppl", "from orderppl import guides"),
-        ("orderppl", "from .states import VISIBLE"),
+        ("orderppl", "from .unmasking import VISIBLE"),
         ("experiments", "from models import UnmaskingModel"),
     ],
 )
@@ -78,7 +80,8 @@ def test_an_import_against_the_direction_is_seen(part: str, source: str) -> None
 
 def test_pyproject_names_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT) for part in FORBIDDEN for path in sources(part)}
+    packaged = [part for part in FORBIDDEN if part != "experiments"]
+    folders = {path.parent.relative_to(ROOT) for part in packaged for path in sources(part)}
     in_tree = {".".join(path.parts if path.parts[0] == "orderppl" else ("orderppl", *path.parts)) for path in folders}
     assert set(settings["packages"]) == in_tree
     assert settings["package-dir"] == {"orderppl": "orderppl"} | {f"orderppl.{part}": part for part in OUTSIDE}
@@ -92,6 +95,11 @@ def test_symlinks_serve_type_checkers(part: str) -> None:
     assert os.readlink(link) == f"../{part}"
 
 
+def test_experiments_are_no_package() -> None:
+    assert not (ROOT / "experiments" / "__init__.py").exists()
+    assert not (ROOT / "orderppl" / "experiments").exists()
+
+
 @pytest.mark.parametrize("part", OUTSIDE)
 def test_a_top_level_import_is_refused(part: str) -> None:
     command = [sys.executable, "-c", f"import {part}"]
@@ -101,5 +109,5 @@ def test_a_top_level_import_is_refused(part: str) -> None:
 
 
 def test_importing_the_command_stays_cheap() -> None:
-    code = "import sys, orderppl, orderppl.experiments.cli; sys.exit(sum(n in sys.modules for n in ('torch', 'pyro')))"
+    code = "import sys, orderppl, orderppl.cli.main; sys.exit(sum(n in sys.modules for n in ('torch', 'pyro')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -105,6 +105,7 @@ class DataSet(Configurable):
     """
 
     tokenizer: Any = None
+    settled: ClassVar[tuple[str, ...]] = ()  # options of a parent that the constructor fills in itself
     _splits: dict[str, Examples] | None = None
     _report: LoadReport
 
@@ -115,7 +116,8 @@ class DataSet(Configurable):
         for owner in cls.__mro__:
             if "__init__" in vars(owner):
                 own = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
-                shown |= {p.name: p for p in own if p.name not in shown and p.kind is not p.VAR_KEYWORD}
+                new = [p for p in own if p.name not in (*shown, *cls.settled) and p.kind is not p.VAR_KEYWORD]
+                shown |= {p.name: p for p in new}
                 if all(p.kind is not p.VAR_KEYWORD for p in own):
                     break
         cls.__signature__ = inspect.Signature(sorted(shown.values(), key=lambda p: p.kind))  # type: ignore[attr-defined]

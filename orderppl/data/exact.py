@@ -95,6 +95,8 @@ class Trees(Field):
         UserError: a setting is out of range.
     """
 
+    settled = ("length",)
+
     def __init__(self, *, depth: int = 4, **options: Any) -> None:
         at_least(1, depth=depth)
         super().__init__(length=2**depth - 1, **options)

@@ -64,6 +64,8 @@ class Gsm8k(RowData):
     usual_shares = (0.1, 0.05)
     what = "problems"
 
+    settled = ("train",)
+
     def __init__(
         self,
         source: str = "openai/gsm8k",

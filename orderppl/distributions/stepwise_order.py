@@ -58,10 +58,16 @@ class StepwiseOrder(OrderDistribution):
 
     @cached_property
     def _hazards(self) -> tuple[Tensor, Tensor]:
-        """log h and log(1 - h) of h_it = P(r_i = t | r_i >= t), float [.., S, T] each; the last hazard is 1."""
+        """log h and log(1 - h) of h_it = P(r_i = t | r_i >= t), float [.., S, T] each.
+
+        The last hazard is 1, and so is that of a step that no position can be left for.
+        """
         remaining = self._compact.flip(-1).logcumsumexp(-1).flip(-1)
         later = torch.cat([remaining[..., 1:], torch.full_like(remaining[..., :1], -torch.inf)], -1)
-        return (self._compact - remaining).clamp_max(0.0), (later - remaining).clamp_max(0.0)
+        never = remaining.isneginf()
+        remaining = remaining.masked_fill(never, 0.0)  # no -inf less -inf
+        reveal, keep = (self._compact - remaining).clamp_max(0.0), (later - remaining).clamp_max(0.0)
+        return reveal.masked_fill(never, 0.0), keep
 
     def set_at(self, masked: Tensor, step: Tensor) -> IndependentSet:
         """Reveal by hazard."""

@@ -170,7 +170,12 @@ def _expanded(spec: Mapping[str, Any], known: Mapping[str, Any] | None, name: st
         options = dict(zip(axes, values, strict=True))
         played = {name: options.pop(name, None) for name in ("policy", "budgets", "block_size", "mode")}
         ends, sure = bool(options.pop("eos_aware", False)), options.pop("sure", None)
+        given = dict(options)
+        if "price" in options and str(played["policy"]).split(".")[-1] != "AtPrice":  # of the policy that is wrapped
+            at = {"price": options.pop("price")}
+            options["policy"] = {"class_path": "orderppl.policies.AtPrice", "init_args": at}
         made: Any = {"class_path": played["policy"], "init_args": options}
+        options = given
         if ends:
             made = {"class_path": "EosAware", "init_args": {"policy": made}}
         if sure is not None:

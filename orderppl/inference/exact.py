@@ -45,18 +45,25 @@ class ExactTerms(NamedTuple):
         return self.log_joint().softmax(0)
 
 
-def _trace_of_all_orders(program: Program, orders: Tensor, batch: Batch) -> poutine.Trace:
+def _sites_of_all_orders(program: Program, orders: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Log-density of every order at every site of one program, float [N, B] (or [B]).
+
+    Raises:
+        UserError: a site outside of the plate of the sequences.
+    """
     with poutine.trace() as tracer, poutine.condition(data={"reveal_step": orders}):
         program(batch)
-    trace = tracer.trace
+    trace = poutine.util.prune_subsample_sites(tracer.trace)
     trace.compute_log_prob()
-    return trace
+    densities = {name: site["log_prob"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+    for name, density in densities.items():
+        if density.shape[-1:] != (len(batch),):
+            raise UserError(name, "is no term of one sequence", "sample it within the plate over the batch")
+    return densities
 
 
-def _log_probs_of_all_orders(program: Program, orders: Tensor, batch: Batch) -> Tensor:
-    """Log-density of every order under one program, float [N, B]."""
-    trace = _trace_of_all_orders(program, orders, batch)
-    return sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")
+def _added(densities: dict[str, Tensor]) -> Tensor:
+    return sum(densities.values(), torch.zeros(()))
 
 
 def order_distribution(guide: Program, batch: Batch) -> OrderDistribution:
@@ -69,8 +76,10 @@ def order_distribution(guide: Program, batch: Batch) -> OrderDistribution:
         guide(batch)
     site = tracer.trace.nodes.get("reveal_step")
     if site is None or not isinstance(site["fn"], OrderDistribution):
-        what = "has no such site" if site is None else f"is a {type(site['fn']).__name__}, no OrderDistribution"
-        raise UserError("reveal_step", f"the guide's site {what}", "exact sums need its support")
+        what = "the guide has no such site"
+        if site is not None:
+            what = f"the guide's site is a {type(site['fn']).__name__}, no OrderDistribution"
+        raise UserError("reveal_step", what, "exact sums need its support")
     return site["fn"]
 
 
@@ -87,7 +96,7 @@ def exact_evidence(model: Program, orders: Tensor, batch: Batch) -> Tensor:
         orders: int64 [N, B, S] from `all_orders`.
         batch: clean sequences.
     """
-    return _log_probs_of_all_orders(model, orders, batch).logsumexp(0)
+    return _added(_sites_of_all_orders(model, orders, batch)).logsumexp(0)
 
 
 def exact_terms(model: Program, guide: Program, orders: Tensor, batch: Batch) -> ExactTerms:
@@ -99,11 +108,10 @@ def exact_terms(model: Program, guide: Program, orders: Tensor, batch: Batch) ->
         orders: int64 [N, B, S] from `all_orders`.
         batch: clean sequences.
     """
-    log_guide = _log_probs_of_all_orders(guide, orders, batch)
-    sites = _trace_of_all_orders(model, orders, batch).nodes
-    log_prior = sites["reveal_step"]["log_prob"]
-    observed = [s["log_prob"] for s in sites.values() if s["type"] == "sample" and s["name"] != "reveal_step"]
-    return ExactTerms(orders, sum(observed), log_prior, log_guide)
+    log_guide = _added(_sites_of_all_orders(guide, orders, batch))
+    densities = _sites_of_all_orders(model, orders, batch)
+    log_prior = densities.pop("reveal_step")
+    return ExactTerms(orders, _added(densities), log_prior, log_guide)
 
 
 def exact_elbo(model: Program, guide: Program, orders: Tensor, batch: Batch, kl_weight: float = 1.0) -> Tensor:

@@ -11,7 +11,7 @@ from pyro.infer.util import get_dependent_plate_dims, torch_sum
 from pyro.poutine import Trace
 from torch import Tensor
 
-from orderppl.inference.programs import order_metrics, reveal_sites
+from orderppl.inference.programs import mean_metrics, order_metrics, reveal_sites
 
 
 class ParticleDensities(NamedTuple):
@@ -52,8 +52,7 @@ def particle_densities(traces: Iterable[tuple[Trace, Trace]], vectorized: bool) 
             metrics.append(order_metrics(log_likelihood, log_guide - log_prior, sites.guide["value"]))
     together = found[0] if vectorized else [torch.stack(parts) for parts in zip(*found, strict=True)]
     likelihood, prior, guide, score = together
-    mean = {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]} if metrics else {}
-    return ParticleDensities(likelihood, prior, guide, score, mean)
+    return ParticleDensities(likelihood, prior, guide, score, mean_metrics(metrics))
 
 
 def _densities(model_trace: Trace, guide_trace: Trace) -> list[Tensor]:

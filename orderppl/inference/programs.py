@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
+import torch
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
@@ -58,9 +59,27 @@ def reveal_sites(model_trace: Trace, guide_trace: Trace) -> RevealSites | None:
     guide, prior = latent[0], model_trace.nodes[latent[0]["name"]]
     if len(sites) != len(observed) + 1:
         return None
+    plates = [{frame.name for frame in site["cond_indep_stack"]} for site in (*tokens, *observed)]
+    if not all(plates[0] >= others for others in plates):  # a term within further plates
+        return None
     if not all(isinstance(site["fn"], OrderDistribution) for site in (guide, prior)):
         return None
     return RevealSites(guide, prior, tokens[0], [s for s in observed if s is not tokens[0]])
+
+
+def temper(model_trace: Trace, guide_trace: Trace, weight: float) -> None:
+    """Weigh log q - log p of any pair of traces, whose densities have been computed, in place."""
+    latent = [site for site in model_trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
+    for site in latent + [site for site in guide_trace.nodes.values() if site["type"] == "sample"]:
+        site["log_prob"], site["log_prob_sum"] = weight * site["log_prob"], weight * site["log_prob_sum"]
+        if "score_parts" in site:  # path-wise; the score itself has no weight
+            parts = site["score_parts"]
+            site["score_parts"] = parts._replace(entropy_term=weight * parts.entropy_term)
+
+
+def mean_metrics(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The means of `order_metrics` over particles that were drawn one after the other; empty without any."""
+    return {name: torch.stack([each[name] for each in found]).mean() for name in found[0]} if found else {}
 
 
 def order_metrics(log_likelihood: Tensor, kl: Tensor, order: Tensor) -> dict[str, Tensor]:

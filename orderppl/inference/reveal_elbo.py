@@ -22,8 +22,8 @@ from orderppl.distributions import OrderDistribution, PolicyOrder, RevealedToken
 from orderppl.distributions.order_distribution import kl_by_step
 from orderppl.errors import UserError
 from orderppl.inference.objective import Objective
-from orderppl.inference.programs import RevealSites, order_metrics, reveal_sites
-from orderppl.unmasking import Trajectory
+from orderppl.inference.programs import RevealSites, mean_metrics, order_metrics, reveal_sites, temper
+from orderppl.unmasking import Batch, Trajectory
 
 
 class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
@@ -76,12 +76,15 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         if isinstance(control_variate, str) and control_variate != "fitted":
             raise UserError("control_variate", f"{control_variate!r}", 'use "fitted", or a number such as 0')
         self.control_variate = control_variate
+        self._found: list[dict[str, Tensor]] = []  # metrics of every particle, or of all together
 
     def value_and_surrogate(
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
+        self._found.clear()
         elbo, surrogate_loss = self._loss_and_surrogate_loss(model, guide, args, kwargs)
+        self.metrics = mean_metrics(self._found)
         return elbo, -surrogate_loss
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
@@ -110,16 +113,24 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
     def _loss_and_surrogate_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
         sites = reveal_sites(model_trace, guide_trace)
         if sites is None:
+            temper(model_trace, guide_trace, self.kl_weight)
             return super()._loss_and_surrogate_loss_particle(model_trace, guide_trace)
         return self._by_step(sites)
 
     def _by_step(self, sites: RevealSites) -> tuple[Tensor, Tensor]:
         q, p, likelihood = sites.guide["fn"], sites.prior["fn"], sites.tokens["fn"]
         order = detach_provenance(sites.guide["value"])  # [*, S]
-        met = sites.guide["infer"].get("met")
-        trajectory = Trajectory(likelihood.path, order, met) if met else likelihood.trajectory
-        reward, baseline = self._rewards(sites, likelihood, trajectory)  # R [*], v_t [T, *]
+        path, met = likelihood.path, sites.guide["infer"].get("met")
+        if q.num_steps != p.num_steps:
+            problem = f"{q.num_steps} in the guide, {p.num_steps} in the model"
+            raise UserError("num_steps", problem, "give both the same number of steps")
+        # A guide may look at other tokens, or through another denoiser: the model has to read its states itself then.
+        is_shared = bool(met) and met[0].state.denoiser is path.denoiser
+        is_shared = is_shared and met[0].state.batch.tokens is path.batch.tokens
+        trajectory = Trajectory(path, order, met) if is_shared else likelihood.trajectory
+        reward, shared, baseline = self._rewards(sites, likelihood, trajectory)  # [*], [K, 1] or a number, v_t [T, *]
         log_q, kl, kl_to_come = self._order_terms(q, p, trajectory)  # [P, *] each; P = T, or 1 for a whole order
+        kl = kl.masked_fill(~_is_proper(order, path.batch), torch.inf)
 
         def scaled(values: Tensor) -> Tensor:
             return scale_and_mask(values, sites.guide["scale"], sites.guide["mask"])
@@ -127,14 +138,22 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         kl, kl_to_come = scaled(kl), scaled(kl_to_come)
         if len(log_q) == 1:
             baseline = baseline[:1]
-        advantage = self._advantage((reward - self.kl_weight * kl_to_come).detach(), baseline.detach())
-        objective = reward.sum() - self.kl_weight * kl.sum()
+        advantage = self._advantage((reward + shared - self.kl_weight * kl_to_come).detach(), baseline.detach())
+        log_likelihood = reward.sum() + torch.as_tensor(shared).sum()
+        objective = log_likelihood - self.kl_weight * kl.sum()
         surrogate = objective + (advantage * log_q).sum()
-        self.metrics = order_metrics(reward.sum(), kl.sum(), order)
+        self._found.append(order_metrics(log_likelihood, kl.sum(), order))
         return objective.detach(), -surrogate
 
-    def _rewards(self, sites: RevealSites, likelihood: RevealedTokens, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-        """R of every order, float [*], and v_t: R if everything left were revealed at step t, float [T, *]."""
+    def _rewards(
+        self, sites: RevealSites, likelihood: RevealedTokens, trajectory: Trajectory
+    ) -> tuple[Tensor, Tensor | float, Tensor]:
+        """What every order earns.
+
+        Returns:
+            R of every order, float [*]; further factors of all sequences together, outside of their plate; and v_t: R
+            if everything left were revealed at step t, float [T, *].
+        """
 
         def scored(log_likelihood: Tensor) -> Tensor:
             robust = likelihood.robust(log_likelihood)
@@ -147,11 +166,14 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             at_once = likelihood.observed(hidden, trajectory.masked, trajectory.masked)
             before = by_step.cumsum(0) - by_step
             baseline = scored(before + at_once)
-        reward = scored(by_step.sum(0))
+        reward, shared = scored(by_step.sum(0)), 0.0
         for site in sites.factors:
             log_factor = scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
-            reward = reward + detach_provenance(log_factor)
-        return reward, baseline
+            if site["cond_indep_stack"] == sites.tokens["cond_indep_stack"]:
+                reward = reward + detach_provenance(log_factor)
+            else:
+                shared = shared + detach_provenance(log_factor)
+        return reward, shared, baseline
 
     def _order_terms(
         self, q: OrderDistribution, p: OrderDistribution, trajectory: Trajectory
@@ -218,6 +240,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
                 return None
             likelihood, order = sites.tokens["fn"], detach_provenance(sites.guide["value"])
             batch, trajectory = likelihood.path.batch, Trajectory(likelihood.path, order)
+            if not bool(_is_proper(order, batch).all()):
+                return "the guide reveals given positions or padding, or leaves out what is to be revealed"
             mask_index = likelihood.path.denoiser.mask_index
             if bool(((batch.tokens == mask_index) & batch.latent).any()):
                 return "the MASK token is among the tokens to reveal"
@@ -234,6 +258,11 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             if bool(kl.isposinf().any()):
                 return "the guide reveals sets that the model's policy forbids, such as none at all"
         return None
+
+
+def _is_proper(order: Tensor, batch: Batch) -> Tensor:
+    """Whether orders (int64 [*, S]) reveal what is to be revealed, and nothing else: bool [*]."""
+    return ((order >= 0) == batch.latent).all(-1)
 
 
 def _centred(values: Tensor) -> Tensor:

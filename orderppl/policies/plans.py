@@ -89,6 +89,18 @@ class Plan(Planned):
         super().__init__()
         self.network = network
 
+    def order(self, batch: Batch, denoiser: Denoiser, num_steps: int) -> OrderDistribution:
+        """See `Planned`.
+
+        Raises:
+            UserError: a plan of another number of steps.
+        """
+        plan = super().order(batch, denoiser, num_steps)
+        if plan.num_steps != num_steps:
+            problem = f"{type(self.network).__name__} gives {plan.num_steps} numbers per position for {num_steps} steps"
+            raise UserError("network", problem, f"set its output size to {num_steps}")
+        return plan
+
     def plan(self, opening: State) -> StepwiseOrder:
         """See `Planned`.
 

@@ -13,6 +13,7 @@ from orderppl.config import Configurable
 from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.guides import Guide, MeanFieldGuide, PlackettLuceGuide, PolicyGuide, RenormalisedScoreGuide
 from orderppl.models import HeldBack, LearnedPolicy, UnmaskingModel
+from orderppl.models.networks import ScanNetwork
 from orderppl.policies import (
     AtPrice,
     Blocks,
@@ -27,6 +28,7 @@ from orderppl.policies import (
     PriceRange,
     RandomSteps,
     Ranked,
+    ScanPlan,
     Smoothed,
     Threshold,
     UniformSizes,
@@ -71,6 +73,7 @@ class PlaceTable(Configurable, nn.Module):
 
     def __init__(self, out: int) -> None:
         super().__init__()
+        self.out = out
         self.table = nn.Parameter(torch.randn(WIDTH, out))
 
     def forward(self, canvas: Batch | State) -> Tensor:
@@ -143,6 +146,15 @@ def priced_commit() -> EarlyCommit:
     return EarlyCommit(other, answer, 0.5, 2.0, StateTable(), PRICES, slope=1.5)
 
 
+def scan(num_steps: int) -> ScanPlan:
+    """Steps that depend on those of earlier positions, with random weights."""
+    network = ScanNetwork(num_steps, PlaceTable(2), width=4)
+    for parameter in network.cell.parameters():
+        nn.init.normal_(parameter)
+    nn.init.normal_(network.first)
+    return ScanPlan(network)
+
+
 MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "uniform": (lambda steps: RandomSteps(), {}),
     "cosine": (lambda steps: RandomSteps("cosine"), {}),
@@ -157,6 +169,7 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "random_sizes": (lambda steps: Ranked("random", 2.0), {}),
     "early_commit": (lambda steps: early_commit(), {}),
     "plan": (lambda steps: Plan(PlaceTable(steps)), {}),
+    "scan": (scan, {}),
     "smoothed": (lambda steps: Smoothed(Ranked("top_prob"), 0.3), {}),
     "looking_back": (lambda steps: Smoothed(Klass(0.3, eps=0.5), 0.2, non_empty=False), {}),
     "blocks": (lambda steps: Blocks(LearnedPolicy(StateTable(), non_empty=False), 2), {}),
@@ -172,11 +185,11 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "at_price": (lambda steps: AtPrice(LearnedPolicy(PricedTable(PRICES)), 0.5), {"step_price": 0.5}),
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
-GUIDES += ["plackett_luce", "one_each", "point", "oracle", "fixed", "smoothed", "klass", "blocks", "finishing"]
+GUIDES += ["plackett_luce", "one_each", "point", "oracle", "fixed", "smoothed", "klass", "blocks", "finishing", "scan"]
 
 
 def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) -> Guide:
-    """Build a guide; `policy` is tied to the prior, `plan` too if that is one. Others wait only if the prior does."""
+    """Build a guide; `policy` is tied to the prior, plans too if that is one. Others wait only if the prior does."""
     waits = not prior.non_empty
 
     def of(policy: Policy) -> PolicyGuide:
@@ -186,6 +199,7 @@ def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) ->
         "random": lambda: of(RandomSteps()),
         "mean_field": lambda: MeanFieldGuide(TokenTable(num_steps), num_steps),
         "plan": lambda: of(prior if isinstance(prior, Plan) else Plan(PlaceTable(num_steps))),
+        "scan": lambda: of(prior if isinstance(prior, ScanPlan) else scan(num_steps)),
         "renormalised": lambda: RenormalisedScoreGuide(TokenTable(1), num_steps, temperature=1.5),
         "policy": lambda: of(prior),
         "other_policy": lambda: of(LearnedPolicy(StateTable(), non_empty=not waits)),
@@ -214,8 +228,8 @@ def is_finite_pair(guide: str, model: str) -> bool:
     }
     if model in same_sets:
         return guide in same_sets[model]
-    may_wait = {"uniform", "cosine", "may_wait", "residual", "plan", "looking_back", "priced_uniform"}
-    return model in may_wait or guide not in {"random", "mean_field", "plan"}
+    may_wait = {"uniform", "cosine", "may_wait", "residual", "plan", "scan", "looking_back", "priced_uniform"}
+    return model in may_wait or guide not in {"random", "mean_field", "plan", "scan"}
 
 
 PAIRS = [(model, guide) for model in MODELS for guide in GUIDES if is_finite_pair(guide, model)]

@@ -209,6 +209,7 @@ PATHS = [
     ("looking_back", "klass", "scattered"),
     ("blocks", "policy", "prompted"),
     ("eos_aware", "policy", "scattered"),
+    ("uniform", "scan", "scattered"),
 ]
 
 
