@@ -53,7 +53,6 @@ def learn_plan(
         train,
         objective=RevealTraceGraph_ELBO(num_particles=particles),
         optimizer=partial(torch.optim.Adam, lr=lr),
-        schedule="cosine",
         updates=updates,
         batch_size=batch_size,
         seed=seed,

@@ -48,6 +48,10 @@ class Guide(PyroProgram):
         """Return q(r | x), batch shape [B], event [S]."""
         raise NotImplementedError
 
+    def shown(self, batch: Batch) -> Batch:
+        """What the guide may see of a batch."""
+        return batch if self.sees_tokens else batch.hidden()
+
     def deployable(self) -> Policy | None:
         """The policy that the guide is without the tokens; None for a posterior, which cannot do without."""
         from orderppl.guides.plan import GuidePlan  # which is made of guides
@@ -64,7 +68,7 @@ class Guide(PyroProgram):
             The order under its site name, int64 [*, B, S]: -1 where a position is visible from the start.
         """
         batch = Batch.of(batch)
-        order = self.order(batch if self.sees_tokens else batch.hidden())  # outside of the plate, which slows networks
+        order = self.order(self.shown(batch))  # outside of the plate, which slows networks
         with pyro.plate("batch", len(batch), dim=-1):
             # What the draw has met on its way goes along with the site, for objectives that score the order next.
             return {"reveal_step": pyro.sample("reveal_step", order, infer={"met": order.met})}

@@ -7,6 +7,7 @@ from pyro.ops.provenance import detach_provenance, get_provenance
 from torch import Tensor
 
 from orderppl.distributions import PolicyOrder, Tracked
+from orderppl.errors import UserError
 from orderppl.guides.guide import Guide
 from orderppl.program import PyroProgram
 from orderppl.unmasking import Batch
@@ -20,6 +21,9 @@ class SequentialGuide(PyroProgram):
 
     Args:
         guide: says how the sets are distributed.
+
+    Raises:
+        UserError: when called, a guide that draws whole orders, whose sets are not known one by one.
     """
 
     def __init__(self, guide: Guide) -> None:
@@ -37,7 +41,9 @@ class SequentialGuide(PyroProgram):
         drawn: dict[str, Tensor] = {}
         provenance: frozenset[str] = frozenset()  # of the sets so far, which work on plain tensors
         with pyro.plate("batch", len(batch), dim=-1):
-            order = self.guide.order(batch)
+            order = self.guide.order(self.guide.shown(batch))
+            if not order.has_steps:
+                raise UserError("guide", "draws whole orders, whose sets are not known one by one", "use it as it is")
             for t in range(order.num_steps - 1):
                 if isinstance(order, PolicyOrder):
                     state = order.path.state(masked, same_step(t, masked)).replace(carry=carry)

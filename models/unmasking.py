@@ -162,4 +162,7 @@ def _next_sets(policy: Policy, order: Any, state: State) -> tuple[SetDistributio
     """The distribution of the next set, and what the policy keeps."""
     if isinstance(order, PolicyOrder):
         return policy.at_step(state)
+    if not order.has_steps:
+        problem = "draws whole orders, whose sets are not known one by one"
+        raise UserError("policy", problem, "use UnmaskingModel, which scores them whole")
     return order.set_at(state.masked, state.step), None

@@ -78,6 +78,29 @@ def test_an_import_against_the_direction_is_seen(part: str, source: str) -> None
     assert faults(part, source)
 
 
+# What the parts of the core build on, besides what stands at its top; imports for type checkers alone do not count.
+BUILDS_ON = {
+    "unmasking": set(),
+    "distributions": {"unmasking"},
+    "policies": {"unmasking", "distributions"},
+    "decoding": {"unmasking", "distributions", "policies"},
+    "inference": {"unmasking", "distributions"},
+    "data": {"unmasking"},
+}
+
+
+@pytest.mark.parametrize("part", BUILDS_ON)
+def test_the_core_is_in_layers(part: str) -> None:
+    found: set[str] = set()
+    for path in sources(f"orderppl/{part}"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                node.body = []
+        found |= {name.split(".")[1] for name in imported(tree) if name.startswith("orderppl.")}
+    assert found & BUILDS_ON.keys() - {part} <= BUILDS_ON[part]
+
+
 def test_pyproject_names_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     packaged = [part for part in FORBIDDEN if part != "experiments"]

@@ -63,7 +63,7 @@ def make_denoiser(builder: Builder, spec: Spec | None, data: Any) -> Any:
         raise UserError("denoiser", "there is none", remedy)
     about = {
         "tokenizer": Asked(lambda: next(iter(data.splits().values())).tokenizer),
-        "max_length": Asked(lambda: data.length),
+        "max_length": Asked(lambda: max(data.length, 256)),  # room for prompts longer than those of the data
         "prompt_room": Asked(lambda: max(data.prompt_length, 1)),
         "separator_index": Asked(lambda: data.separator_index),
     }

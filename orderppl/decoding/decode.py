@@ -219,8 +219,9 @@ def decode(
     """Write the positions to reveal, in the sets that `policy` selects.
 
     A row's result depends on its own tokens, its id and the seed only: not on the other rows, their order or the
-    padding. A step costs one denoiser call on the rows that are not finished, whatever the policy reads. The last
-    budgeted step reveals everything that is left.
+    padding; in low precision only as far as the denoiser's kernels round alike in batches of another shape. A step
+    costs one denoiser call on the rows that are not finished, whatever the policy reads. The last budgeted step reveals
+    everything that is left.
 
     Args:
         denoiser: see `Denoiser`. An attribute `forwards_per_call` (2 under guidance) multiplies the NFE.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from orderppl.distributions.order_distribution import OrderDistribution
-from orderppl.errors import UserError
 from orderppl.randomness import sample_categorical, uniform, uniform_noise
 from orderppl.unmasking import VISIBLE
 
@@ -71,15 +70,6 @@ class AutoregressiveOrder(OrderDistribution):
         """Return the same distribution at a broader batch shape."""
         masked = self.masked.expand(torch.Size(batch_shape) + self.event_shape)
         return AutoregressiveOrder(self.scan, self.context, masked, self.num_steps, self._validate_args)
-
-    def set_at(self, masked: Tensor, step: Tensor) -> NoReturn:
-        """Refused: the probability of one set would be a sum over all that the other positions may do.
-
-        Raises:
-            UserError: always.
-        """
-        problem = "its positions are read one after another, which leaves no distribution of one set after another"
-        raise UserError("reveal_step", problem, "use UnmaskingModel, and the guide as it is")
 
     def _packed(self, lead: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """Masked positions first: context [N, L, W], their columns and whether there is one, int64 and bool [N, L]."""

@@ -48,9 +48,9 @@ def kl_by_step(q: SetDistribution | SetSequence, p: SetDistribution | SetSequenc
 
 
 class OrderDistribution(dist.TorchDistribution):
-    """A distribution over ordered partitions: reveal sets z_1, .., z_T that together reveal every masked position.
+    """A distribution over ordered partitions: reveal sets z_0, .., z_{T-1} that together reveal every masked position.
 
-        log p(r) = sum_{t < T} log p(z_t | M_t),      z_t = {i : r_i = t},  M_t = {i : r_i >= t},  z_T = M_T
+        log p(r) = sum_{t < T - 1} log p(z_t | M_t),      z_t = {i : r_i = t},  M_t = {i : r_i >= t},  z_{T-1} = M_{T-1}
 
     The value is `reveal_step`, int64 [*, S]: 0-based, -1 where nothing is ever masked (padding and given positions). A
     subclass says how one set is distributed (`set_at`); everything else follows.
@@ -147,10 +147,21 @@ class OrderDistribution(dist.TorchDistribution):
         """An order that is likely, int64 [*, S]: what a decoder follows that takes modes."""
         raise NotImplementedError(f"{type(self).__name__} has no order that stands for it")
 
+    @property
+    def columns(self) -> Tensor:
+        """Where some row has a masked position, int64 [C]."""
+        return self.masked.reshape(-1, self.event_shape[0]).any(0).nonzero()[:, 0]
+
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All T**S assignments, int64 [T**S, *, S]; where positions are visible, repeats have log-probability -inf."""
-        size = self.event_shape[0]
-        grid = torch.cartesian_prod(*[torch.arange(self.num_steps, device=self.masked.device)] * size)
+        """All T**C orders of the C columns that some row has masked, int64 [T**C, *, S].
+
+        Rows with fewer masked positions meet some orders again, which have log-probability -inf there.
+        """
+        size, columns = self.event_shape[0], self.columns
+        steps = torch.arange(self.num_steps, device=self.masked.device)
+        grid = torch.zeros(self.num_steps ** len(columns), size, dtype=torch.int64, device=steps.device)
+        if len(columns):
+            grid[:, columns] = torch.cartesian_prod(*[steps] * len(columns)).reshape(-1, len(columns))
         values = grid.reshape((-1,) + (1,) * len(self.batch_shape) + (size,))
         if expand or not bool(self.masked.all()):
             values = torch.where(self.masked | (values > 0), values, VISIBLE)
@@ -160,7 +171,7 @@ class OrderDistribution(dist.TorchDistribution):
 class PolicyOrder(OrderDistribution):
     """The order that a policy plays out along clean tokens: its sets depend on what has been revealed.
 
-        p(r) = prod_{t < T} policy(s_t)(z_t),      s_{t+1} = s_t with the tokens of z_t
+        p(r) = prod_{t < T - 1} policy(s_t)(z_t),      s_{t+1} = s_t with the tokens of z_t
 
     Args:
         policy: see `orderppl.policies.Policy`.
@@ -212,7 +223,7 @@ class PolicyOrder(OrderDistribution):
 
     def sets(self, order: Tensor, trajectory: Trajectory | None = None) -> SetDistribution | SetSequence:
         """See `OrderDistribution`; all states at once, or one by one for a policy that looks back."""
-        if trajectory is None:
+        if trajectory is None or not self.path.is_that_of(trajectory.path):
             trajectory = Trajectory(self.path, order)
         if not self.policy.looks_back:
             states = self._seen(trajectory.states)
@@ -262,7 +273,7 @@ class PolicyOrder(OrderDistribution):
 @register_kl(PolicyOrder, PolicyOrder)
 def _kl_tied(q: PolicyOrder, p: PolicyOrder) -> Tensor:
     """KL(q || p) in nats, float [*]: 0 for one policy as guide and prior; no closed form otherwise."""
-    if q.policy is not p.policy:
+    if q.policy is not p.policy or not q.path.is_that_of(p.path):
         raise NotImplementedError
     return torch.zeros(q.batch_shape, device=q.masked.device)
 

@@ -16,13 +16,14 @@ from orderppl.unmasking import steps_used
 class EnumeratedELBO(Objective, Trace_ELBO):
     """The ELBO without Monte Carlo, for few positions and steps.
 
-        ELBO = sum_r q(r | x) [ log p(x | r) + kl_weight (log p(r) - log q(r | x)) ]     over all T^S orders r
+        ELBO = sum_r q(r | x) [ log p(x | r) + kl_weight (log p(r) - log q(r | x)) ]     over all T^C orders r
 
-    Value and gradient are exact, for model and guide, up to rounding. Needs T^S B T denoiser rows: an oracle for tests
-    and for telling an optimisation failure from a noisy gradient.
+    with C columns in which some row has a position to reveal. Value and gradient are exact, for model and guide, up to
+    rounding. Needs T^C B T denoiser rows: an oracle for tests and for telling an optimisation failure from a noisy
+    gradient.
 
     Args:
-        max_orders: largest T^S that is enumerated.
+        max_orders: largest T^C that is enumerated.
         kl_weight: 1 for the ELBO.
 
     Attributes:
@@ -42,7 +43,7 @@ class EnumeratedELBO(Objective, Trace_ELBO):
     ) -> tuple[Tensor, Tensor]:
         """See `Objective`."""
         guide_order = order_distribution(guide, *args, **kwargs)
-        length, steps = guide_order.event_shape[0], guide_order.num_steps
+        length, steps = len(guide_order.columns), guide_order.num_steps
         if steps**length > self.max_orders:
             problem = f"{steps}^{length} = {steps**length} orders of {length} positions in {steps} steps, more than"
             remedy = "use RevealTraceGraph_ELBO, fewer positions or steps, or raise max_orders"

@@ -49,15 +49,19 @@ def _sites_of_all_orders(program: Program, orders: Tensor, batch: Batch) -> dict
     """Log-density of every order at every site of one program, float [N, B] (or [B]).
 
     Raises:
-        UserError: a site outside of the plate of the sequences.
+        UserError: a site outside of the plate of the sequences, or another latent one.
     """
     with poutine.trace() as tracer, poutine.condition(data={"reveal_step": orders}):
         program(batch)
     trace = poutine.util.prune_subsample_sites(tracer.trace)
     trace.compute_log_prob()
-    densities = {name: site["log_prob"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+    sites = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    for name, site in sites.items():
+        if not site["is_observed"]:
+            raise UserError(name, "is drawn besides the order", "exact sums are over orders alone")
+    densities = {name: site["log_prob"] for name, site in sites.items()}
     for name, density in densities.items():
-        if density.shape[-1:] != (len(batch),):
+        if density.shape[-1:] != (len(Batch.of(batch)),):
             raise UserError(name, "is no term of one sequence", "sample it within the plate over the batch")
     return densities
 
@@ -84,7 +88,7 @@ def order_distribution(guide: Program, batch: Batch) -> OrderDistribution:
 
 
 def all_orders(guide: Program, batch: Batch) -> Tensor:
-    """Every order the guide can draw for a batch, int64 [T**S, B, S]."""
+    """Every order the guide can draw for a batch, int64 [T**C, B, S]."""
     return order_distribution(guide, batch).enumerate_support()
 
 

@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from orderppl.distributions import OrderDistribution, RevealedTokens
+from orderppl.errors import UserError
 from orderppl.program import announcing
 from orderppl.unmasking import steps_used
 
@@ -49,7 +50,11 @@ class RevealSites(NamedTuple):
 
 
 def reveal_sites(model_trace: Trace, guide_trace: Trace) -> RevealSites | None:
-    """The sites of an unmasking program, or None when the pair has another shape."""
+    """The sites of an unmasking program, or None when the pair has another shape.
+
+    Raises:
+        UserError: orders of different numbers of steps.
+    """
     latent = [s for s in guide_trace.nodes.values() if s["type"] == "sample"]
     sites = [s for s in model_trace.nodes.values() if s["type"] == "sample"]
     observed = [s for s in sites if s["is_observed"]]
@@ -64,6 +69,9 @@ def reveal_sites(model_trace: Trace, guide_trace: Trace) -> RevealSites | None:
         return None
     if not all(isinstance(site["fn"], OrderDistribution) for site in (guide, prior)):
         return None
+    if guide["fn"].num_steps != prior["fn"].num_steps:
+        problem = f"{guide['fn'].num_steps} in the guide and {prior['fn'].num_steps} in the model"
+        raise UserError("num_steps", problem, "give both the same")
     return RevealSites(guide, prior, tokens[0], [s for s in observed if s is not tokens[0]])
 
 

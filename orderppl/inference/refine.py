@@ -90,7 +90,7 @@ def refine_plan(
         seed: of the random order and the restarts.
 
     Raises:
-        UserError: a step outside the budget, or no rows.
+        UserError: a step outside the budget, too few of them, or no rows.
     """
     if not len(batch):
         raise UserError("batch", "no rows", "give training sequences")
@@ -98,6 +98,10 @@ def refine_plan(
         raise UserError("steps", f"a plan outside 0..{num_steps - 1}", f"give one row of steps below {num_steps}")
     generator = torch.Generator().manual_seed(seed)
     rows = _Rows(denoiser, batch, index, num_steps)
+    places = int(rows.index.masked_fill(~batch.latent, -1).max()) + 1
+    if places > len(steps):
+        problem = f"{len(steps)} places for rows of up to {places} positions to reveal"
+        raise UserError("steps", problem, "give a step for every place")
     limit = math.inf if max_evaluations is None else max_evaluations
     first = rows if screen >= len(batch) else rows.head(screen)
     search = _Search(rows, first, finalists, block, limit, generator)

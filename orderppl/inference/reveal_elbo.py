@@ -47,7 +47,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
     What has no closed form stands in as it was drawn: log q_t - log p_t for KL_t, with the score of the step's own set
     as well. A likelihood with outliers puts its function of the whole sequence around R and v_t; where only an answer
     is wanted, both are over what is observed (see `RevealedTokens`). Any other pair of programs goes through Pyro's own
-    `TraceGraph_ELBO`.
+    `TraceGraph_ELBO`, with the weight of the KL.
 
     Args:
         num_particles: orders drawn per sequence, K.
@@ -121,13 +121,9 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         q, p, likelihood = sites.guide["fn"], sites.prior["fn"], sites.tokens["fn"]
         order = detach_provenance(sites.guide["value"])  # [*, S]
         path, met = likelihood.path, sites.guide["infer"].get("met")
-        if q.num_steps != p.num_steps:
-            problem = f"{q.num_steps} in the guide, {p.num_steps} in the model"
-            raise UserError("num_steps", problem, "give both the same number of steps")
-        # A guide may look at other tokens, or through another denoiser: the model has to read its states itself then.
-        is_shared = bool(met) and met[0].state.denoiser is path.denoiser
-        is_shared = is_shared and met[0].state.batch.tokens is path.batch.tokens
-        trajectory = Trajectory(path, order, met) if is_shared else likelihood.trajectory
+        # A guide may look at other tokens, or through another denoiser: the model reads its states itself then.
+        is_met = bool(met) and path.is_that_of(met[0].state)
+        trajectory = Trajectory(path, order, met) if is_met else likelihood.trajectory
         reward, shared, baseline = self._rewards(sites, likelihood, trajectory)  # [*], [K, 1] or a number, v_t [T, *]
         log_q, kl, kl_to_come = self._order_terms(q, p, trajectory)  # [P, *] each; P = T, or 1 for a whole order
         kl = kl.masked_fill(~_is_proper(order, path.batch), torch.inf)
@@ -234,29 +230,30 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
     def explain(self, model: Any, guide: Any, *args: Any) -> str | None:
         """Why the bound of a batch is not finite, where that can be told."""
         with torch.no_grad():
-            model_trace, guide_trace = self._get_trace(model, guide, args, {})
-            sites = reveal_sites(model_trace, guide_trace)
-            if sites is None:
-                return None
-            likelihood, order = sites.tokens["fn"], detach_provenance(sites.guide["value"])
-            batch, trajectory = likelihood.path.batch, Trajectory(likelihood.path, order)
-            if not bool(_is_proper(order, batch).all()):
-                return "the guide reveals given positions or padding, or leaves out what is to be revealed"
-            mask_index = likelihood.path.denoiser.mask_index
-            if bool(((batch.tokens == mask_index) & batch.latent).any()):
-                return "the MASK token is among the tokens to reveal"
-            said = trajectory.token_log_prob(None, likelihood.temperature)
-            if bool(said.isnan().any()):
-                return "the denoiser gives NaN"
-            impossible = (said.isneginf() & trajectory.revealed).nonzero()
-            if len(impossible):
-                row, place = impossible[0, -2:].tolist()
-                return f"token {int(batch.tokens[row, place])} at position {place} has probability 0"
-            _, kl, _ = self._order_terms(sites.guide["fn"], sites.prior["fn"], trajectory)
-            if bool(kl.isnan().any()):
-                return "the guide or the model's policy gives NaN"
-            if bool(kl.isposinf().any()):
-                return "the guide reveals sets that the model's policy forbids, such as none at all"
+            pairs = [reveal_sites(*traces) for traces in self._get_traces(model, guide, args, {})]
+            causes = (self._cause(sites) for sites in pairs if sites is not None)
+            return next((cause for cause in causes if cause is not None), None)
+
+    def _cause(self, sites: RevealSites) -> str | None:
+        likelihood, order = sites.tokens["fn"], detach_provenance(sites.guide["value"])
+        batch, trajectory = likelihood.path.batch, Trajectory(likelihood.path, order)
+        if not bool(_is_proper(order, batch).all()):
+            return "the guide reveals given positions or padding, or leaves out what is to be revealed"
+        mask_index = likelihood.path.denoiser.mask_index
+        if bool(((batch.tokens == mask_index) & batch.latent).any()):
+            return "the MASK token is among the tokens to reveal"
+        said = trajectory.token_log_prob(None, likelihood.temperature)
+        if bool(said.isnan().any()):
+            return "the denoiser gives NaN"
+        impossible = (said.isneginf() & trajectory.revealed).nonzero()
+        if len(impossible):
+            row, place = impossible[0, -2:].tolist()
+            return f"token {int(batch.tokens[row, place])} at position {place} has probability 0"
+        _, kl, _ = self._order_terms(sites.guide["fn"], sites.prior["fn"], trajectory)
+        if bool(kl.isnan().any()):
+            return "the guide or the model's policy gives NaN"
+        if bool(kl.isposinf().any()):
+            return "the guide reveals sets that the model's policy forbids, such as none at all"
         return None
 
 

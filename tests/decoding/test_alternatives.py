@@ -18,10 +18,8 @@ def problem(kind: str) -> Batch:
     generator = torch.Generator().manual_seed(1)
     given = torch.randint(0, 6, (8, 12), generator=generator)
     attended = torch.arange(12) < torch.arange(5, 13)[:, None]
-    if kind == "prompt":
-        hidden = (torch.arange(12) >= 3).expand(8, 12)
-    else:
-        hidden = torch.rand(8, 12, generator=generator) < 0.6
+    behind, scattered = torch.arange(12) >= 3, torch.rand(8, 12, generator=generator) < 0.6
+    hidden = behind if kind == "prompt" else scattered
     return Batch(torch.where(hidden & attended, MASK, given), attended)
 
 

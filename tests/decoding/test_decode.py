@@ -255,6 +255,25 @@ def test_low_precision_logits_are_normalised_in_float32(dtype: torch.dtype):
     assert out.token_log_prob[0].tolist() == pytest.approx([wanted] * 3, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float32, 1e-5), (torch.float64, 1e-12)]
+)
+def test_a_row_by_itself_as_far_as_its_denoiser_rounds_alike(dtype: torch.dtype, tolerance: float):
+    """Along one path, of the same tokens: log-probabilities alone and in a batch differ by the rounding of kernels."""
+    denoiser = RandomTransformer().eval().to(dtype)
+    rows = ["12_________", "3____", "201_2__0__", "1_1_1_1_1_1_1"]
+    batch = canvas(rows)
+    truth = Batch(torch.where(batch.tokens == MASK, 2, batch.tokens), batch.attention_mask, batch.tokens != MASK)
+    together = follow(Ranked("left_to_right"), denoiser, truth, 4)
+    for row in range(len(rows)):
+        here = truth.attention_mask[row]
+        single = Batch(truth.tokens[row : row + 1, here], given=truth.given[row : row + 1, here])
+        alone = follow(Ranked("left_to_right"), denoiser, single, 4)
+        assert torch.equal(alone.reveal_step[0], together.reveal_step[row, here])
+        difference = (alone.token_log_prob[0] - together.token_log_prob[row, here]).abs().max()
+        assert difference <= tolerance
+
+
 def test_empty_batch():
     nobody = Batch(torch.zeros(0, 0, dtype=torch.int64))
     out = decode(DENOISER, POLICIES["top_prob"], nobody, max_steps=3, record_history=True)

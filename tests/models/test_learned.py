@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from written_denoisers import Confident, state_of
 
 from orderppl import Policy, State, UserError, decode
 from orderppl.config import Configurable, build, describe
@@ -36,7 +37,6 @@ from orderppl.policies import (
 from orderppl.policies.policy import LOGIT_LIMIT
 
 from programs import MODELS, VOCAB, TableDenoiser, make_batch
-from written_denoisers import Confident, state_of
 
 STEPS = 3
 
