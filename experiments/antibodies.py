@@ -22,7 +22,8 @@ from torch import Tensor
 from orderppl import Batch, decode
 from orderppl.data import Antibodies, Examples
 from orderppl.data.sequences import REGIONS, antibody_regions
-from orderppl.evaluation import bootstrap_mean, write_results
+from orderppl.evaluation.intervals import bootstrap_mean
+from orderppl.evaluation.results import write_results
 from orderppl.models import PositionTable
 from orderppl.models.denoisers import AntibodyDenoiser
 from orderppl.policies import Plan, Ranked

@@ -21,7 +21,8 @@ from rich.console import Console
 
 from orderppl import evaluate, fit
 from orderppl.data import Chains, DataSet, Trees
-from orderppl.evaluation import Arm, results_table, summary, write_results
+from orderppl.evaluation import Arm, summary
+from orderppl.evaluation.results import results_table, write_results
 from orderppl.guides import PolicyGuide
 from orderppl.inference import Anneal, RevealTraceGraph_ELBO
 from orderppl.models import PositionTable, ScanNetwork, UnmaskingModel

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from orderppl import Batch, Denoiser, Policy, evaluate, fit, follow
 from orderppl.data import Examples
-from orderppl.evaluation import Arm, paired_difference, results_table, summary, sweep
+from orderppl.evaluation import Arm, paired_difference, summary, sweep
+from orderppl.evaluation.results import results_table
 from orderppl.guides import PolicyGuide
 from orderppl.inference import Anneal, RevealTraceGraph_ELBO
 from orderppl.models import UnmaskingModel
-from orderppl.policies import Oracle, Planned, RandomSteps
+from orderppl.policies import Oracle, RandomSteps
+from orderppl.policies.plans import Planned
 
 
 def updates_within(rows: int, batch_size: int, particles: int, steps: int) -> int:

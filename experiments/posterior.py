@@ -21,9 +21,11 @@ from torch import Tensor
 from orderppl import fit
 from orderppl.data import Chains
 from orderppl.diagnostics import draw_orders
-from orderppl.evaluation import bootstrap_mean, results_table, write_results
+from orderppl.evaluation.intervals import bootstrap_mean
+from orderppl.evaluation.results import results_table, write_results
 from orderppl.guides import Guide, MeanFieldGuide
-from orderppl.inference import Anneal, RevealTraceGraph_ELBO, importance_bound
+from orderppl.inference import Anneal, RevealTraceGraph_ELBO
+from orderppl.inference.importance_weighted import importance_bound
 from orderppl.models import PositionTable, SequenceEncoder, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import Plan

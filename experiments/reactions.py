@@ -17,10 +17,11 @@ from rich.console import Console
 from orderppl import Denoiser, Policy, decode
 from orderppl.data import Examples, Reactions
 from orderppl.data.smiles import smiles_problem
-from orderppl.evaluation import results_table, write_results
+from orderppl.evaluation.results import results_table, write_results
 from orderppl.models import OpeningPlan, ScanNetwork
 from orderppl.models.denoisers import ReactionDenoiser
-from orderppl.policies import Plan, Planned, Ranked, ScanPlan
+from orderppl.policies import Plan, Ranked, ScanPlan
+from orderppl.policies.plans import Planned
 
 from molecules import compare, figure_of, learn_plan, mean_by_group, revealed_steps, step_shares
 

@@ -27,7 +27,8 @@ from tables import COMPARED, compared, markdown
 
 from orderppl import Denoiser, evaluate, fit
 from orderppl.data import Sudoku
-from orderppl.evaluation import Arm, advantages, frontier_figure, plain_records, summary, sweep, write_results
+from orderppl.evaluation import Arm, advantages, frontier_figure, summary, sweep
+from orderppl.evaluation.results import plain_records, write_results
 from orderppl.guides import PolicyGuide
 from orderppl.models import LearnedPolicy, PolicyNetwork, UnmaskingModel
 from orderppl.models.denoisers import load_denoiser

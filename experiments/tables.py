@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 from rich import box
 from rich.console import Console
 
-from orderppl.evaluation import read_results, results_table
+from orderppl.evaluation.results import read_results, results_table
 
 BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
 PLACES = ("domains", "grid", "measured", "steps", "n", "training_seed", "target_nfe")  # what is compared where

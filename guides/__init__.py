@@ -4,14 +4,12 @@ if __name__ != "orderppl.guides":
     raise ImportError("import orderppl.guides, not guides")
 
 from orderppl.guides.guide import Guide
-from orderppl.guides.plan import GuidePlan
 from orderppl.guides.policy import PolicyGuide
 from orderppl.guides.posteriors import MeanFieldGuide, PlackettLuceGuide, RenormalisedScoreGuide
 from orderppl.guides.sequential import SequentialGuide
 
 __all__ = [
     "Guide",
-    "GuidePlan",
     "MeanFieldGuide",
     "PlackettLuceGuide",
     "PolicyGuide",

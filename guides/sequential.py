@@ -6,7 +6,8 @@ import pyro
 from pyro.ops.provenance import detach_provenance, get_provenance
 from torch import Tensor
 
-from orderppl.distributions import PolicyOrder, Tracked
+from orderppl.distributions.order_distribution import PolicyOrder
+from orderppl.distributions.tracked import Tracked
 from orderppl.errors import UserError
 from orderppl.guides.guide import Guide
 from orderppl.program import PyroProgram

@@ -19,7 +19,8 @@ from orderppl.errors import UserError
 from orderppl.models.backbone import Backbone, Neighbours, Positions, attended_positions
 from orderppl.policies import PriceRange
 from orderppl.policies.scores import entropy, entropy_before
-from orderppl.unmasking import Batch, State, distinct_rows
+from orderppl.unmasking import Batch, State
+from orderppl.unmasking.denoiser import distinct_rows
 
 Canvas = Batch | State
 
@@ -326,8 +327,6 @@ class PolicyNetwork(Configurable, nn.Module):
         places: most positions to reveal, to give every one an embedding of its own, for canvases on which it has a
             meaning of its own (the cells of a grid). None tells positions apart by distance only.
         hidden: size of the denoiser's hidden states, for the feature `hidden`.
-        kernel: positions that convolutions before the attention see, odd: which neighbours are hidden, and how certain
-            they are. None leaves them out.
 
     Raises:
         UserError: an unknown feature, or one without what it needs.
@@ -348,7 +347,6 @@ class PolicyNetwork(Configurable, nn.Module):
         prices: PriceRange | None = None,
         places: int | None = None,
         hidden: int | None = None,
-        kernel: int | None = None,
     ) -> None:
         super().__init__()
         _check_features(features, reads_tokens, sees_truth, prices, hidden)
@@ -361,7 +359,6 @@ class PolicyNetwork(Configurable, nn.Module):
         self.hidden_size = hidden
         numbers = [name for name in self.features if name not in ("prediction", "hidden")]
         self.project = nn.Linear(len(numbers) + 4, width)
-        self.near = None if kernel is None else Neighbours(width, kernel)
         self.backbone = Backbone(width, layers, heads)
         self.head = nn.Linear(width, 1)
         if zero_init:
@@ -387,9 +384,6 @@ class PolicyNetwork(Configurable, nn.Module):
         lead, size = hidden.shape[:-2], hidden.shape[-2]
         parts = hidden, latent, attention
         hidden, latent, attention = (part.reshape(-1, size, *part.shape[len(lead) + 1 :]) for part in parts)
-        if self.near is not None:
-            attended = state.attention_mask[..., start:].reshape(-1, size)
-            hidden = self.near(hidden, latent, attended)
         hidden = hidden * latent[..., None]
         if self.embed is not None:
             hidden = hidden + self.embed(state.tokens.reshape(-1, size))

@@ -10,12 +10,15 @@ import torch
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from orderppl.distributions import DecidedSet, HiddenTokens, PolicyOrder, RevealedTokens, SetDistribution, Tracked
+from orderppl.distributions import DecidedSet, SetDistribution
+from orderppl.distributions.order_distribution import PolicyOrder
+from orderppl.distributions.revealed_tokens import HiddenTokens, RevealedTokens
+from orderppl.distributions.tracked import Tracked
 from orderppl.errors import UserError
 from orderppl.policies import Policy, PriceRange
 from orderppl.program import PyroProgram
-from orderppl.unmasking import Batch, Denoiser, State, steps_used
-from orderppl.unmasking.trajectory import Path, same_step
+from orderppl.unmasking import Batch, Denoiser, State
+from orderppl.unmasking.trajectory import Path, same_step, steps_used
 
 
 class UnmaskingModel(PyroProgram):
@@ -35,11 +38,11 @@ class UnmaskingModel(PyroProgram):
         step_price: nats per executed step, at least 0: a geometric prior on the number of steps, up to a constant.
             Without it nothing in the bound asks for fewer than T steps. A range gives every sequence a price of its
             own, for a policy that reads it.
-        outlier: share of sequences that may be anything, at least 0 and below 1.
+        robustness: share of sequences that may be anything, at least 0 and below 1.
         answer: which tokens are wanted: (tokens int64 [B, S], -1 at padding; latent bool [B, S]) -> bool [B, S], such
             as `AnswerTokens`; all when left out.
         temperature: at which tokens are drawn, that of the decoder; positive. Greedy tokens are the limit 0, towards
-            which the likelihood becomes a yes or no per token: 0.25 with outliers comes close.
+            which the likelihood becomes a yes or no per token: 0.25 with a robust mixture comes close.
 
     Raises:
         UserError: a number outside its bounds.
@@ -52,7 +55,7 @@ class UnmaskingModel(PyroProgram):
         num_steps: int,
         *,
         step_price: float | PriceRange = 0.0,
-        outlier: float = 0.0,
+        robustness: float = 0.0,
         answer: Callable[[Tensor, Tensor], Tensor] | None = None,
         temperature: float = 1.0,
     ) -> None:
@@ -60,8 +63,8 @@ class UnmaskingModel(PyroProgram):
             raise UserError("num_steps", f"{num_steps} is below 1", "use at least one step")
         if not isinstance(step_price, PriceRange) and not step_price >= 0:
             raise UserError("step_price", f"{step_price} is negative", "use 0 or more nats per step")
-        if not 0 <= outlier < 1:
-            raise UserError("outlier", f"{outlier} is not in [0, 1)", "use 0 for none, or a share such as 0.5")
+        if not 0 <= robustness < 1:
+            raise UserError("robustness", f"{robustness} is not in [0, 1)", "use 0 for none, or a share such as 0.5")
         if not temperature > 0:
             remedy = "use 1, or 0.25 to come close to greedy tokens"
             raise UserError("temperature", f"{temperature} is not positive", remedy)
@@ -70,7 +73,7 @@ class UnmaskingModel(PyroProgram):
         self.policy = policy
         self.num_steps = num_steps
         self.step_price = step_price
-        self.outlier = outlier
+        self.robustness = robustness
         self.answer = answer
         self.temperature = temperature
 
@@ -92,7 +95,7 @@ class UnmaskingModel(PyroProgram):
         order = order.as_prior() if isinstance(order, PolicyOrder) else order
         with pyro.plate("batch", len(batch), dim=-1):
             reveal_step = pyro.sample("reveal_step", order)
-            likelihood = RevealedTokens(path, reveal_step, self.outlier, wanted, self.temperature)
+            likelihood = RevealedTokens(path, reveal_step, self.robustness, wanted, self.temperature)
             pyro.sample("tokens", likelihood, obs=batch.readable)
             if self.step_price != 0:
                 pyro.factor("step_price", -self._prices(batch) * steps_used(reveal_step))

@@ -61,5 +61,6 @@ def test_every_dependency_has_a_lower_bound() -> None:
     printed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["lm-eval"]]
-    assert printed.splitlines() == [re.sub(r"\[.*\]", "", text.partition(",")[0]).replace(">=", "==") for text in wanted]
+    bounds = [re.sub(r"\[.*\]", "", text.partition(",")[0]) for text in wanted]
+    assert printed.splitlines() == [bound.replace(">=", "==") for bound in bounds]
     assert all("==" in line for line in printed.splitlines())

@@ -8,7 +8,8 @@ import tables
 import torch
 
 from orderppl.data import Arithmetic, Gsm8k, Sudoku
-from orderppl.evaluation import Arm, evaluate, read_results, summary
+from orderppl.evaluation import Arm, evaluate, summary
+from orderppl.evaluation.results import read_results
 from orderppl.models.denoisers import load_denoiser
 from orderppl.policies import Ranked, Threshold
 from orderppl.runs import load_run

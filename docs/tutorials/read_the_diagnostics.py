@@ -16,9 +16,10 @@ import torch
 
 from orderppl import Batch, RevealTraceGraph_ELBO, fit
 from orderppl.data import Chains
-from orderppl.diagnostics import alarms, bound_curve, importance_report, summarise, to_inference_data
+from orderppl.diagnostics import bound_curve, importance_report, to_inference_data
+from orderppl.diagnostics.statistics import alarms, summarise
 from orderppl.guides import MeanFieldGuide
-from orderppl.inference import all_orders, exact_evidence
+from orderppl.inference.exact import all_orders, exact_evidence
 from orderppl.models import PositionTable, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import RandomSteps

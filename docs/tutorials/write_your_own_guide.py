@@ -21,7 +21,7 @@ from orderppl import Batch, RevealTraceGraph_ELBO, evaluate, fit, load_run
 from orderppl.cli.main import main
 from orderppl.data import Chains
 from orderppl.evaluation import Arm, summary
-from orderppl.inference import all_orders, exact_elbo, exact_evidence
+from orderppl.inference.exact import all_orders, exact_elbo, exact_evidence
 from orderppl.models import PositionTable, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import Plan, RandomSteps

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from orderppl.data import Chains
 from orderppl.errors import UserError
-from orderppl.inference import RevealTraceGraph_ELBO, all_orders, exact_elbo, fit
+from orderppl.inference import RevealTraceGraph_ELBO, fit
+from orderppl.inference.exact import all_orders, exact_elbo
 from orderppl.inference.programs import local_parameters
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable
 from orderppl.models.denoisers import MarkovChainDenoiser

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orderppl import Batch, Policy
 from orderppl.data import Antibodies, Chains, Examples, Gsm8k, Reactions, Sudoku
-from orderppl.distributions import SetSequence
+from orderppl.distributions.order_distribution import SetSequence
 from orderppl.guides import PolicyGuide
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.programs import RevealSites, local_parameters

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from orderppl import Batch
 from orderppl.errors import UserError
-from orderppl.evaluation import results_table, write_results
+from orderppl.evaluation.results import results_table, write_results
 
 Records = list[dict[str, object]]
 

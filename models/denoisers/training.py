@@ -26,7 +26,8 @@ from orderppl.inference.trainer import (
     train,
 )
 from orderppl.randomness import keyed_draws, stratified_uniform, uniform
-from orderppl.unmasking import Batch, Reader
+from orderppl.unmasking import Batch
+from orderppl.unmasking.denoiser import Reader
 
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.01, betas=(0.9, 0.98))
 

@@ -37,7 +37,7 @@ def run(config: Config) -> None:
     """Load the run, and write what decodes."""
     from orderppl.config import build
     from orderppl.errors import UserError
-    from orderppl.evaluation import read_results
+    from orderppl.evaluation.results import read_results
     from orderppl.runs import load_run
     from orderppl.sharing import share_run
 

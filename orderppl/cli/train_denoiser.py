@@ -10,7 +10,7 @@ from typing import Literal
 from orderppl.cli.assemble import Known, check_device, fit_settings, make_data, make_denoiser
 from orderppl.config import Builder
 from orderppl.data import DataSet
-from orderppl.models.denoisers import DenoiserSettings
+from orderppl.models.denoisers.training import DenoiserSettings
 from orderppl.unmasking import Denoiser
 
 TRANSFORMER = {"class_path": "orderppl.models.denoisers.TransformerDenoiser"}
@@ -53,7 +53,8 @@ def run(config: Config) -> None:
     import torch
 
     from orderppl.cli.tables import show, write_table
-    from orderppl.models.denoisers import masked_diffusion_nelbo, train_denoiser
+    from orderppl.models.denoisers import train_denoiser
+    from orderppl.models.denoisers.training import masked_diffusion_nelbo
     from orderppl.runs import default_dtype
 
     check_device(config.device)

@@ -19,12 +19,14 @@ from torch import Tensor
 from orderppl.cli.assemble import Known, check_device, make_denoiser
 from orderppl.cli.generate import Config
 from orderppl.config import Builder
-from orderppl.data import Tokenizer, prompt_batch, template_batch
+from orderppl.data.prompts import prompt_batch, template_batch
+from orderppl.data.tokenizers import Tokenizer
 from orderppl.decoding import decode
 from orderppl.distributions import SetDistribution
 from orderppl.errors import UserError
 from orderppl.files import write_text
-from orderppl.policies import Policy, Wrapper
+from orderppl.policies import Policy
+from orderppl.policies.wrappers import Wrapper
 from orderppl.runs import Run, load_order
 from orderppl.unmasking import Batch, State
 

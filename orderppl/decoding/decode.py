@@ -15,8 +15,10 @@ from orderppl.decoding.step import Write, keep_rows, row_noise, token_writer, un
 from orderppl.errors import UserError
 from orderppl.policies import Blocks, Policy
 from orderppl.randomness import SELECTION, generator_seed
-from orderppl.unmasking import VISIBLE, Batch, Denoiser, Reader, State
+from orderppl.unmasking import Batch, Denoiser, State
+from orderppl.unmasking.denoiser import Reader
 from orderppl.unmasking.predictions import MaskedOnly, true_places
+from orderppl.unmasking.trajectory import VISIBLE
 
 
 @dataclass

@@ -14,7 +14,8 @@ from orderppl.decoding.step import keep_rows, row_noise, token_writer, unmask
 from orderppl.errors import UserError
 from orderppl.policies import Blocks, Policy
 from orderppl.randomness import SELECTION, generator_seed
-from orderppl.unmasking import Batch, Reader, State
+from orderppl.unmasking import Batch, State
+from orderppl.unmasking.denoiser import Reader
 from orderppl.unmasking.predictions import MaskedOnly
 
 

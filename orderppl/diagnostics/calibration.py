@@ -17,7 +17,8 @@ from orderppl.decoding.decode import evaluation_mode
 from orderppl.diagnostics.draws import checked, chunks, numbers, order_site, scored, seeded, traced
 from orderppl.errors import UserError
 from orderppl.inference.programs import Program, local_parameters
-from orderppl.unmasking import VISIBLE, Batch, steps_used
+from orderppl.unmasking import Batch
+from orderppl.unmasking.trajectory import VISIBLE, steps_used
 
 TestFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(reveal_step int64 [*, B, S], latent bool [B, S], log p(x, r) float64 [*, B]) -> float [*, B]."""
@@ -107,7 +108,7 @@ def calibrate(
 
     Raises:
         UserError: see `simulate`; fewer than 80 simulations, no draws, a row with nothing to reveal, or a model that is
-            not what the step-by-step one generates from: with a price, outliers, an answer or a temperature.
+            not what the step-by-step one generates from: with a price, a robust mixture, an answer or a temperature.
     """
     batch = checked(batch)
     if num_simulations < 80:
@@ -161,9 +162,9 @@ def _log_joint(model: Program, batch: Batch, orders: Tensor) -> Tensor:
     for some in orders.split(chunks(model, batch, len(orders))):
         sites = scored(model, batch, len(some), some)
         likelihood = sites.tokens["fn"]
-        plain = likelihood.outlier == 0 and likelihood.wanted is None and likelihood.temperature == 1
+        plain = likelihood.robustness == 0 and likelihood.wanted is None and likelihood.temperature == 1
         if sites.factors or not plain:
-            problem = "has a price, outliers, an answer or a temperature, with which sequences are not generated"
+            problem = "has a price, a robust mixture, an answer or a temperature, with which sequences are not generated"
             raise UserError("model", problem, "calibrate a pair without them")
         found.append(numbers(sites).log_joint)
     return torch.cat(found)

@@ -13,7 +13,8 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from orderppl.decoding.decode import evaluation_mode
-from orderppl.distributions import OrderDistribution, RevealedTokens
+from orderppl.distributions import OrderDistribution
+from orderppl.distributions.revealed_tokens import RevealedTokens
 from orderppl.errors import UserError
 from orderppl.inference.programs import Program, RevealSites, Site, local_parameters
 from orderppl.unmasking import Batch

@@ -17,14 +17,14 @@ from orderppl.decoding.decode import evaluation_mode
 from orderppl.diagnostics.backend import Array, InferenceData, add_groups
 from orderppl.diagnostics.draws import STATES, checked, drawn, numbers, scored, seeded
 from orderppl.diagnostics.statistics import STATISTICS, order_statistics
-from orderppl.distributions import SetDistribution, SetSequence
-from orderppl.distributions.order_distribution import kl_by_step
+from orderppl.distributions import SetDistribution
+from orderppl.distributions.order_distribution import SetSequence, kl_by_step
 from orderppl.errors import UserError
 from orderppl.inference.programs import Program, RevealSites
 from orderppl.policies import Oracle
 from orderppl.policies.scores import confidence, margin, prediction_entropy
-from orderppl.unmasking import VISIBLE, Batch, Trajectory, steps_used
-from orderppl.unmasking.trajectory import Path
+from orderppl.unmasking import Batch
+from orderppl.unmasking.trajectory import VISIBLE, Path, Trajectory, steps_used
 
 POSITION_SCORES: dict[str, Callable[[Any], Tensor]] = {  # of every heuristic: the higher, the sooner it reveals
     "top_prob": confidence,

@@ -10,7 +10,7 @@ from torch.distributions.kl import register_kl
 
 from orderppl.distributions.order_distribution import OrderDistribution
 from orderppl.randomness import sample_categorical, uniform, uniform_noise
-from orderppl.unmasking import VISIBLE
+from orderppl.unmasking.trajectory import VISIBLE
 
 DRAWS = 16  # of which the most probable one stands for the distribution
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributions.kl import kl_divergence, register_kl
 
 from orderppl.distributions.set_distribution import DecidedSet, SetDistribution
-from orderppl.unmasking import VISIBLE, State, Trajectory
-from orderppl.unmasking.trajectory import Met, Path, same_step
+from orderppl.unmasking import State
+from orderppl.unmasking.trajectory import VISIBLE, Met, Path, Trajectory, same_step
 
 
 class SetSequence:
@@ -276,4 +276,3 @@ def _kl_tied(q: PolicyOrder, p: PolicyOrder) -> Tensor:
     if q.policy is not p.policy or not q.path.is_that_of(p.path):
         raise NotImplementedError
     return torch.zeros(q.batch_shape, device=q.masked.device)
-

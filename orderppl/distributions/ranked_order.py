@@ -10,7 +10,7 @@ from torch import Tensor
 from orderppl.distributions.independent_set import IndependentSet
 from orderppl.distributions.order_distribution import OrderDistribution
 from orderppl.distributions.ranked_set import RankedSet, open_uniform, perturbed, rank_masked
-from orderppl.unmasking import VISIBLE
+from orderppl.unmasking.trajectory import VISIBLE
 
 
 class RankedOrder(OrderDistribution):

@@ -279,5 +279,3 @@ def _kl_ranked(q: RankedSet, p: RankedSet) -> Tensor:
         raise NotImplementedError
     impossible = (q.size != p.size) | ((q.probs > 0) & ~p.masked).any(-1)
     return (-q.entropy() - log_p).masked_fill(impossible, torch.inf)
-
-

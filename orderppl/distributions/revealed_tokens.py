@@ -13,8 +13,8 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 from torch import Tensor
 
 from orderppl.randomness import sample_categorical, uniform
-from orderppl.unmasking import State, Trajectory
-from orderppl.unmasking.trajectory import Path
+from orderppl.unmasking import State
+from orderppl.unmasking.trajectory import Path, Trajectory
 
 
 class RevealedTokens(dist.TorchDistribution):
@@ -22,9 +22,9 @@ class RevealedTokens(dist.TorchDistribution):
 
         log p(x | r) = sum_t sum_{i : r_i = t} log p(x_i | s_t)
 
-    With a share of outliers it is the robust likelihood of a sequence that may be anything instead,
+    As a robust mixture it is the likelihood of a sequence that may be anything instead,
 
-        log[ (1 - outlier) p(x | r) + outlier ]
+        log[ (1 - robustness) p(x | r) + robustness ]
 
     so that sequences which no order makes likely stop to matter. Towards 1 it is affine in p(x | r): what is maximised
     is then the probability of the whole sequence, not its logarithm.
@@ -39,7 +39,7 @@ class RevealedTokens(dist.TorchDistribution):
     Args:
         path: the sequences and the denoiser.
         reveal_step: int64 [*, S], the order; its provenance is carried by `log_prob`.
-        outlier: share of outliers, at least 0 and below 1.
+        robustness: share of outliers, at least 0 and below 1.
         wanted: bool [B, S], the tokens A; None wants all.
         temperature: at which tokens are drawn, positive; towards 0 these are the most likely ones.
     """
@@ -50,14 +50,14 @@ class RevealedTokens(dist.TorchDistribution):
         self,
         path: Path,
         reveal_step: Tensor,
-        outlier: float = 0.0,
+        robustness: float = 0.0,
         wanted: Tensor | None = None,
         temperature: float = 1.0,
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.path, self.reveal_step = path, reveal_step
-        self.outlier, self.wanted, self.temperature = outlier, wanted, temperature
+        self.robustness, self.wanted, self.temperature = robustness, wanted, temperature
         event_shape = path.batch.tokens.shape[-1:]
         if batch_shape is None:
             batch_shape = torch.broadcast_shapes(reveal_step.shape[:-1], (len(path.batch),))
@@ -70,7 +70,7 @@ class RevealedTokens(dist.TorchDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealedTokens:
         """Return the same distribution at a broader batch shape."""
-        settings = (self.outlier, self.wanted, self.temperature)
+        settings = (self.robustness, self.wanted, self.temperature)
         return RevealedTokens(self.path, self.reveal_step, *settings, batch_shape, validate_args=self._validate_args)
 
     @cached_property
@@ -93,11 +93,11 @@ class RevealedTokens(dist.TorchDistribution):
         return token_log_prob.masked_fill(~revealed, 0.0).sum(-1)
 
     def robust(self, log_likelihood: Tensor) -> Tensor:
-        """The log-likelihood of whole sequences among outliers, float of any shape."""
-        if self.outlier == 0:
+        """The log-likelihood of whole sequences in the robust mixture, float of any shape."""
+        if self.robustness == 0:
             return log_likelihood
-        anything = torch.full_like(log_likelihood, math.log(self.outlier))
-        return torch.logaddexp(log_likelihood + math.log1p(-self.outlier), anything)
+        anything = torch.full_like(log_likelihood, math.log(self.robustness))
+        return torch.logaddexp(log_likelihood + math.log1p(-self.robustness), anything)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-likelihood of the tokens, int64 [*, S] -> float [*]."""

@@ -12,7 +12,7 @@ from torch.distributions.kl import register_kl
 from orderppl.distributions.independent_set import IndependentSet, weighted
 from orderppl.distributions.order_distribution import OrderDistribution
 from orderppl.randomness import sample_categorical, uniform
-from orderppl.unmasking import VISIBLE, Trajectory
+from orderppl.unmasking.trajectory import VISIBLE, Trajectory
 
 
 class StepwiseOrder(OrderDistribution):

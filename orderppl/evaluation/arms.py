@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from orderppl.config import build
 from orderppl.errors import UserError
-from orderppl.policies import AtPrice, Blocks, EarlyCommit, EosAware, FixedOrder, Klass, Oracle, Policy, Wrapper
+from orderppl.policies import AtPrice, Blocks, EarlyCommit, EosAware, FixedOrder, Klass, Oracle, Policy
+from orderppl.policies.wrappers import Wrapper
 from orderppl.unmasking import Denoiser
 
 MEASURED = ("run", "seed", "row", "tokens", "tokens_written", "nfe", "fallback", "nats", "correct")

@@ -12,8 +12,9 @@ from lm_eval.api.model import LM
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from orderppl.data import Tokenizer, answers_match
+from orderppl.data.answers import answers_match
 from orderppl.data.dataset import padded
+from orderppl.data.tokenizers import Tokenizer
 from orderppl.decoding import decode, follow
 from orderppl.errors import UserError
 from orderppl.policies import Policy

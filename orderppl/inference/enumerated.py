@@ -10,7 +10,7 @@ from torch import Tensor
 from orderppl.errors import UserError
 from orderppl.inference.exact import all_orders, exact_terms, order_distribution
 from orderppl.inference.objective import Objective
-from orderppl.unmasking import steps_used
+from orderppl.unmasking.trajectory import steps_used
 
 
 class EnumeratedELBO(Objective, Trace_ELBO):

@@ -14,7 +14,7 @@ from orderppl.distributions import OrderDistribution
 from orderppl.errors import UserError
 from orderppl.inference.objective import Objective
 from orderppl.inference.programs import Program, make_local
-from orderppl.unmasking import steps_used
+from orderppl.unmasking.trajectory import steps_used
 
 
 class Imitation(Objective, Trace_ELBO):

@@ -12,10 +12,11 @@ from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from orderppl.distributions import OrderDistribution, RevealedTokens
+from orderppl.distributions import OrderDistribution
+from orderppl.distributions.revealed_tokens import RevealedTokens
 from orderppl.errors import UserError
 from orderppl.program import announcing
-from orderppl.unmasking import steps_used
+from orderppl.unmasking.trajectory import steps_used
 
 Program = Callable[..., Any]
 Site = dict[str, Any]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from orderppl.errors import UserError
-from orderppl.unmasking import VISIBLE, Batch, Denoiser
-from orderppl.unmasking.trajectory import Path, same_step
+from orderppl.unmasking import Batch, Denoiser
+from orderppl.unmasking.trajectory import VISIBLE, Path, same_step
 
 STATES_AT_ONCE = 2048  # denoiser rows per call
 CACHED_NUMBERS = 2**25  # float32, 128 MiB

@@ -18,12 +18,14 @@ from pyro.util import check_if_enumerated, check_model_guide_match, check_site_s
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import OrderDistribution, PolicyOrder, RevealedTokens
-from orderppl.distributions.order_distribution import kl_by_step
+from orderppl.distributions import OrderDistribution
+from orderppl.distributions.order_distribution import PolicyOrder, kl_by_step
+from orderppl.distributions.revealed_tokens import RevealedTokens
 from orderppl.errors import UserError
 from orderppl.inference.objective import Objective
 from orderppl.inference.programs import RevealSites, mean_metrics, order_metrics, reveal_sites, temper
-from orderppl.unmasking import Batch, Trajectory
+from orderppl.unmasking import Batch
+from orderppl.unmasking.trajectory import Trajectory
 
 
 class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
@@ -45,7 +47,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
     sequence, within [0, 1]; r^k has no part in it, so the gradient is unbiased. With less than three orders it is 0.
 
     What has no closed form stands in as it was drawn: log q_t - log p_t for KL_t, with the score of the step's own set
-    as well. A likelihood with outliers puts its function of the whole sequence around R and v_t; where only an answer
+    as well. A robust likelihood puts its function of the whole sequence around R and v_t; where only an answer
     is wanted, both are over what is observed (see `RevealedTokens`). Any other pair of programs goes through Pyro's own
     `TraceGraph_ELBO`, with the weight of the KL.
 

@@ -3,37 +3,30 @@
 from orderppl.policies.adaptive import EntropyBound, Factor, Klass, Threshold
 from orderppl.policies.early_commit import EarlyCommit
 from orderppl.policies.oracles import Oracle
-from orderppl.policies.plans import FixedOrder, Plan, Planned, RandomSteps, ScanPlan
+from orderppl.policies.plans import FixedOrder, Plan, RandomSteps, ScanPlan
 from orderppl.policies.policy import LogitPolicy, Policy
 from orderppl.policies.price import PriceRange
 from orderppl.policies.ranked import Ranked
-from orderppl.policies.schedules import CosineSizes, FractionalSizes, SetSizes, UniformSizes
-from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EosAware, Smoothed, Wrapper
+from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EosAware, Smoothed
 
 __all__ = [
     "AtPrice",
     "Blocks",
-    "CosineSizes",
     "Eager",
     "EarlyCommit",
     "EntropyBound",
     "EosAware",
     "Factor",
     "FixedOrder",
-    "FractionalSizes",
     "Klass",
     "LogitPolicy",
     "Oracle",
     "Plan",
-    "Planned",
     "Policy",
     "PriceRange",
     "RandomSteps",
     "Ranked",
     "ScanPlan",
-    "SetSizes",
     "Smoothed",
     "Threshold",
-    "UniformSizes",
-    "Wrapper",
 ]

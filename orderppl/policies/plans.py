@@ -19,8 +19,8 @@ from orderppl.distributions import (
 )
 from orderppl.errors import UserError
 from orderppl.policies.policy import Policy
-from orderppl.unmasking import VISIBLE, Batch, Denoiser, State
-from orderppl.unmasking.trajectory import Path
+from orderppl.unmasking import Batch, Denoiser, State
+from orderppl.unmasking.trajectory import VISIBLE, Path
 
 
 def next_set(order: Tensor, masked: Tensor) -> DecidedSet:

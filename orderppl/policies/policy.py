@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from orderppl.config import Configurable
-from orderppl.distributions import IndependentSet, OrderDistribution, PolicyOrder, SetDistribution
+from orderppl.distributions import IndependentSet, OrderDistribution, SetDistribution
+from orderppl.distributions.order_distribution import PolicyOrder
 from orderppl.errors import UserError
 from orderppl.unmasking import Batch, Denoiser, State
 from orderppl.unmasking.trajectory import Path

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from orderppl.distributions import DecidedSet, RankedSet, SetDistribution, UniformSet
+from orderppl.distributions import DecidedSet, RankedSet, SetDistribution
+from orderppl.distributions.ranked_set import UniformSet
 from orderppl.errors import UserError
 from orderppl.policies.policy import LOGIT_LIMIT, LogitPolicy, Policy, check_temperature, need_temperature
 from orderppl.policies.schedules import SetSizes, make_sizes

@@ -15,9 +15,10 @@ from typing import Any
 
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, read_results, results_table, sweep
+from orderppl.evaluation import Arm, sweep
 from orderppl.evaluation.arms import draws
 from orderppl.evaluation.results import FILE as RESULTS_FILE
+from orderppl.evaluation.results import read_results, results_table
 from orderppl.files import TEMPORARY, write_text
 from orderppl.identity import weights_digest
 from orderppl.report.markup import Markup, join, table, tag

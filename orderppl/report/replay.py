@@ -16,11 +16,14 @@ from torch import Tensor
 
 from orderppl.data.answers import same_text
 from orderppl.data.dataset import Examples
-from orderppl.decoding import DecodeOutput, alternatives_at_reveal, decode, follow
+from orderppl.decoding import decode, follow
+from orderppl.decoding.alternatives import alternatives_at_reveal
+from orderppl.decoding.decode import DecodeOutput
 from orderppl.errors import UserError
 from orderppl.evaluation import Arm
 from orderppl.inference.trainer import module_device
-from orderppl.unmasking import VISIBLE, Batch, Denoiser
+from orderppl.unmasking import Batch, Denoiser
+from orderppl.unmasking.trajectory import VISIBLE
 
 SCHEMA = 2  # of the document
 DIGITS = 6  # decimals of its probabilities and nats

@@ -17,7 +17,7 @@ from own_things import save_bert, write_rows
 from orderppl import load_order, load_run
 from orderppl.cli import main as module
 from orderppl.cli.main import COMMANDS, main
-from orderppl.evaluation import read_results
+from orderppl.evaluation.results import read_results
 from orderppl.inference import FitSettings
 
 

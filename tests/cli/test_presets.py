@@ -18,7 +18,7 @@ from orderppl.evaluation import sweep
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.fitting import PairLoss
 from orderppl.models import UnmaskingModel
-from orderppl.models.denoisers import DenoiserSettings, masked_diffusion_nelbo
+from orderppl.models.denoisers.training import DenoiserSettings, masked_diffusion_nelbo
 from orderppl.policies import Ranked
 
 from tiny_models import write_model

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from orderppl.data import Arithmetic, LoadReport, Row
+from orderppl.data import Arithmetic
 from orderppl.data.arithmetic import Variant
-from orderppl.data.dataset import texts_of
+from orderppl.data.dataset import Row, texts_of
+from orderppl.data.report import LoadReport
 from orderppl.data.tokenizers import WordTokenizer
 from orderppl.errors import UserError
 

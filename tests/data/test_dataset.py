@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from orderppl.config import build, describe
-from orderppl.data import Examples, LoadReport, Row, RowData, TextData, exact_match, load_tokenizer
-from orderppl.data.report import BadRow
-from orderppl.data.tokenizers import Tokenizer, WordTokenizer
+from orderppl.data import Examples, exact_match
+from orderppl.data.dataset import Row, RowData, TextData
+from orderppl.data.report import BadRow, LoadReport
+from orderppl.data.tokenizers import Tokenizer, WordTokenizer, load_tokenizer
 from orderppl.errors import UserError
 from orderppl.unmasking import Batch
 

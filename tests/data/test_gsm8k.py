@@ -8,9 +8,10 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from orderppl.data import Gsm8k, LoadReport, Row
-from orderppl.data.dataset import texts_of
+from orderppl.data import Gsm8k
+from orderppl.data.dataset import Row, texts_of
 from orderppl.data.gsm8k import Form, augment_programs, evaluate_expression
+from orderppl.data.report import LoadReport
 from orderppl.data.tokenizers import WordTokenizer
 from orderppl.errors import UserError
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
-from orderppl.data import load_tokenizer, prompt_batch, template_batch
 from orderppl.data.dataset import Row, TextData
+from orderppl.data.prompts import prompt_batch, template_batch
 from orderppl.data.report import LoadReport
-from orderppl.data.tokenizers import PretrainedTokenizer, WordTokenizer
+from orderppl.data.tokenizers import PretrainedTokenizer, WordTokenizer, load_tokenizer
 from orderppl.errors import UserError
 
 WORDS = WordTokenizer.build(["Tom has 3 pens and buys 20 more ."])

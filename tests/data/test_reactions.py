@@ -3,7 +3,9 @@ from typing import Any
 
 import pytest
 
-from orderppl.data import LoadReport, Reactions, Row
+from orderppl.data import Reactions
+from orderppl.data.dataset import Row
+from orderppl.data.report import LoadReport
 from orderppl.data.smiles import SmilesTokenizer
 from orderppl.errors import UserError
 

@@ -4,9 +4,11 @@ from typing import Any
 import pytest
 import torch
 
-from orderppl.data import Antibodies, Fasta, LoadReport, Row, load_tokenizer
+from orderppl.data import Antibodies, Fasta
+from orderppl.data.dataset import Row
+from orderppl.data.report import LoadReport
 from orderppl.data.sequences import REGIONS, antibody_regions
-from orderppl.data.tokenizers import LetterTokenizer
+from orderppl.data.tokenizers import LetterTokenizer, load_tokenizer
 from orderppl.errors import UserError
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "antibodies" / "heavy.csv"

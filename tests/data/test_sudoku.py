@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from orderppl.data import LoadReport, Row, Sudoku
+from orderppl.data import Sudoku
+from orderppl.data.dataset import Row
+from orderppl.data.report import LoadReport
 from orderppl.data.sudoku import all_grids, completions, solved
 from orderppl.errors import UserError
 

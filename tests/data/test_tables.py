@@ -7,11 +7,12 @@ from typing import Any
 import datasets
 import pytest
 
-from orderppl.data import CsvFile, HubDataset, JsonLines, LoadReport, exact_match, load_tokenizer
+from orderppl.data import CsvFile, HubDataset, JsonLines, exact_match
 from orderppl.data.dataset import Row
 from orderppl.data.reading import LONGEST
-from orderppl.data.report import BadRow
+from orderppl.data.report import BadRow, LoadReport
 from orderppl.data.tables import fill, holes_of
+from orderppl.data.tokenizers import load_tokenizer
 from orderppl.errors import UserError
 
 PAIRS = [{"prompt": f"{i} + {i}", "response": f"{i} + {i} = {2 * i} # {2 * i}", "answer": 2 * i} for i in range(40)]

@@ -7,7 +7,7 @@ import torch
 from written_denoisers import MASK, RandomTransformer
 
 from orderppl import Batch, UserError, decode, follow
-from orderppl.decoding import alternatives_at_reveal
+from orderppl.decoding.alternatives import alternatives_at_reveal
 from orderppl.policies import Ranked
 
 DENOISER = RandomTransformer()

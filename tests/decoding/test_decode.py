@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from written_denoisers import MASK, Confident, RandomTransformer, Table, masks
 
 from orderppl import Batch, Policy, State, UserError, decode, follow
-from orderppl.decoding import DecodeOutput
+from orderppl.decoding.decode import DecodeOutput
 from orderppl.distributions import DecidedSet, IndependentSet
 from orderppl.policies import (
     Blocks,

@@ -24,7 +24,8 @@ from torch import Tensor
 import orderppl.policies
 from orderppl import Batch, Policy, State, UserError, decode, follow, generate
 from orderppl.data.answer_tokens import AnswerTokens
-from orderppl.decoding import DecodeOutput, RevealScheduler
+from orderppl.decoding import RevealScheduler
+from orderppl.decoding.decode import DecodeOutput
 from orderppl.distributions import DecidedSet, IndependentSet
 from orderppl.models import HeldBack, LearnedPolicy, OpeningPlan, PolicyNetwork, PositionTable
 from orderppl.models.denoisers import TransformerDenoiser
@@ -42,16 +43,16 @@ from orderppl.policies import (
     LogitPolicy,
     Oracle,
     Plan,
-    Planned,
     PriceRange,
     RandomSteps,
     Ranked,
     ScanPlan,
     Smoothed,
     Threshold,
-    Wrapper,
 )
-from orderppl.unmasking import Reader
+from orderppl.policies.plans import Planned
+from orderppl.policies.wrappers import Wrapper
+from orderppl.unmasking.denoiser import Reader
 
 from extreme_policies import Everything, Nothing
 
@@ -267,7 +268,7 @@ def opening_plan() -> Plan:
 PRICES = PriceRange(0.1, 2.0)
 EVERYTHING_SEEN = ("confidence", "margin", "entropy", "before", "chance", "prediction", "hidden")
 LEARNED = LearnedPolicy(of_network(), non_empty=False)
-SEEING = LearnedPolicy(of_network(features=EVERYTHING_SEEN, hidden=VOCAB, kernel=3), non_empty=True)
+SEEING = LearnedPolicy(of_network(features=EVERYTHING_SEEN, hidden=VOCAB), non_empty=True)
 PRICED = LearnedPolicy(of_network(features=("confidence", "price"), prices=PRICES), non_empty=False)
 BLIND = LearnedPolicy(of_network(features=(), reads_tokens=False), Threshold(0.4, temperature=1.0))
 OPENING = opening_plan()

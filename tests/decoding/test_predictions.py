@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from orderppl import Batch, Policy, UserError, decode, follow
-from orderppl.decoding import DecodeOutput
+from orderppl.decoding.decode import DecodeOutput
 from orderppl.models import LearnedPolicy, PolicyNetwork
 from orderppl.models.denoisers import TransformerDenoiser
 from orderppl.policies import Blocks, EntropyBound, EosAware, Factor, Klass, Ranked, Threshold
-from orderppl.unmasking import PromptDenoiser, Reader, SplitDenoiser, TailDenoiser
+from orderppl.unmasking.denoiser import PromptDenoiser, Reader, SplitDenoiser, TailDenoiser
 from orderppl.unmasking.predictions import MaskedOnly, Window
 
 VOCAB, MASK, SEPARATOR = 12, 11, 10

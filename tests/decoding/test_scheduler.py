@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from written_denoisers import Confident
 
 from orderppl import State, UserError, generate
-from orderppl.decoding import RevealScheduler, with_response
+from orderppl.decoding import RevealScheduler
+from orderppl.decoding.generate import with_response
 from orderppl.policies import Blocks, Klass, Plan, Ranked
 
 

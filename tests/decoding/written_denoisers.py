@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from orderppl import Batch, Policy, State
 from orderppl.decoding.step import selected_set
-from orderppl.unmasking import Reader
+from orderppl.unmasking.denoiser import Reader
 from orderppl.unmasking.predictions import Window
 
 VOCAB, MASK = 7, 6  # the head has a MASK class, which must never be emitted

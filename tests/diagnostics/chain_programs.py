@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from orderppl.data import Chains
-from orderppl.distributions import OrderDistribution, RevealedTokens
+from orderppl.distributions import OrderDistribution
+from orderppl.distributions.revealed_tokens import RevealedTokens
 from orderppl.guides import Guide, MeanFieldGuide, PolicyGuide
-from orderppl.inference import all_orders, exact_evidence
+from orderppl.inference.exact import all_orders, exact_evidence
 from orderppl.inference.programs import local_parameters
 from orderppl.models import PositionTable, SequentialUnmaskingModel, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser

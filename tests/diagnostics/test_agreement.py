@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from orderppl.diagnostics import agreement, to_inference_data
-from orderppl.diagnostics.agreement import auroc, overlap
+from orderppl.diagnostics import to_inference_data
+from orderppl.diagnostics.agreement import agreement, auroc, overlap
 from orderppl.errors import UserError
 from orderppl.guides import PolicyGuide
 from orderppl.models import LearnedPolicy

@@ -12,7 +12,8 @@ import torch
 
 from orderppl import RevealTraceGraph_ELBO, fit, load_run
 from orderppl.data import Chains
-from orderppl.diagnostics import diagnose, load
+from orderppl.diagnostics import diagnose
+from orderppl.diagnostics.backend import load
 from orderppl.errors import UserError
 from orderppl.guides import PolicyGuide
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequentialUnmaskingModel, UnmaskingModel

@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from orderppl.diagnostics import (
-    alarms,
-    draw_orders,
-    load,
-    order_statistics,
-    save,
-    summarise,
-    to_inference_data,
-)
-from orderppl.diagnostics.backend import InferenceData
+from orderppl.diagnostics import draw_orders, order_statistics, to_inference_data
+from orderppl.diagnostics.backend import InferenceData, load, save
 from orderppl.diagnostics.inference_data import set_correlation
+from orderppl.diagnostics.statistics import alarms, summarise
 from orderppl.errors import UserError
 from orderppl.guides import PlackettLuceGuide, PolicyGuide
 from orderppl.models import LearnedPolicy, PositionTable, UnmaskingModel

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from orderppl import RevealTraceGraph_ELBO, fit
-from orderppl.diagnostics import bound_curve, calibrate, plots, to_inference_data, training_trace
+from orderppl.diagnostics import bound_curve, calibrate, plots, to_inference_data
 from orderppl.diagnostics.backend import InferenceData, add_groups
+from orderppl.diagnostics.training import training_trace
 from orderppl.errors import UserError
 
 from chain_programs import chain_batch, chain_programs, plan_guide, with_holes

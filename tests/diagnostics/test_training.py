@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from orderppl.diagnostics import read_log, training_trace
+from orderppl.diagnostics.training import read_log, training_trace
 from orderppl.errors import UserError
-from orderppl.inference import TrainSettings, train
+from orderppl.inference.trainer import TrainSettings, train
 from orderppl.unmasking import Batch
 
 

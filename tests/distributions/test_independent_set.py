@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import DecidedSet, IndependentSet, decided_set
-from orderppl.distributions.independent_set import log1mexp
+from orderppl.distributions import DecidedSet, IndependentSet
+from orderppl.distributions.independent_set import decided_set, log1mexp
 
 LENGTH = 4
 MASKED = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()

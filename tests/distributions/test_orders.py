@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from orderppl import Batch
-from orderppl.distributions import OrderDistribution, PolicyOrder, RankedOrder, RenormalisedOrder, StepwiseOrder
-from orderppl.distributions.order_distribution import kl_by_step
+from orderppl.distributions import OrderDistribution, RankedOrder, RenormalisedOrder, StepwiseOrder
+from orderppl.distributions.order_distribution import PolicyOrder, kl_by_step
 from orderppl.models import LearnedPolicy
 from orderppl.policies import Blocks, EarlyCommit, EosAware, Policy
 from orderppl.policies.schedules import make_sizes

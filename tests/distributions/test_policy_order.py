@@ -10,7 +10,8 @@ from torch import Tensor
 
 from orderppl import Batch, Policy, State, UserError, follow
 from orderppl.data.answer_tokens import AnswerTokens
-from orderppl.distributions import DecidedSet, PolicyOrder, SetDistribution
+from orderppl.distributions import DecidedSet, SetDistribution
+from orderppl.distributions.order_distribution import PolicyOrder
 from orderppl.models import HeldBack, LearnedPolicy
 from orderppl.policies import (
     Blocks,
@@ -28,8 +29,7 @@ from orderppl.policies import (
     Smoothed,
     Threshold,
 )
-from orderppl.unmasking import Trajectory
-from orderppl.unmasking.trajectory import Path
+from orderppl.unmasking.trajectory import Path, Trajectory
 
 from programs import CANVASES, PlaceTable, StateTable, TableDenoiser, copies, make_batch
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import DecidedSet, FinishingSet, IndependentSet, RankedSet, SetDistribution, UniformSet
+from orderppl.distributions import DecidedSet, FinishingSet, IndependentSet, RankedSet, SetDistribution
+from orderppl.distributions.ranked_set import UniformSet
 
 LENGTH = 4
 # Everything masked, some of it, one position (not the first), nothing.

@@ -6,7 +6,8 @@ import torch
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import IndependentSet, Tracked
+from orderppl.distributions import IndependentSet
+from orderppl.distributions.tracked import Tracked
 
 MASKED = torch.tensor([[True, True, False], [True, False, False]])
 

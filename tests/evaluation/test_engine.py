@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate, paired_difference, pass_at_k, summary
+from orderppl.evaluation import Arm, evaluate, paired_difference, summary
+from orderppl.evaluation.table import pass_at_k
 from orderppl.models import LearnedPolicy
 from orderppl.policies import EosAware, Oracle, Policy, Ranked, Smoothed, Threshold
 from orderppl.unmasking import Batch

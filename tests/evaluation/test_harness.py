@@ -13,7 +13,9 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from orderppl.data import Examples, LoadReport, Row, TextData, exact_match
+from orderppl.data import Examples, exact_match
+from orderppl.data.dataset import Row, TextData
+from orderppl.data.report import LoadReport
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer
 from orderppl.decoding import follow
 from orderppl.errors import UserError

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from orderppl.errors import UserError
-from orderppl.evaluation import bootstrap_mean
-from orderppl.evaluation.intervals import Resamples
+from orderppl.evaluation.intervals import Resamples, bootstrap_mean
 
 
 def test_matches_the_standard_error() -> None:

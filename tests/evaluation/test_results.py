@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from orderppl.errors import UserError
-from orderppl.evaluation import advantages, plain_records, read_results, results_table, summary, write_results
-from orderppl.evaluation.results import environment
+from orderppl.evaluation import advantages, summary
+from orderppl.evaluation.results import environment, plain_records, read_results, results_table, write_results
 
 from measured_rows import arm, together
 

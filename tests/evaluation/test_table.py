@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from orderppl.errors import UserError
-from orderppl.evaluation import bootstrap_mean, paired_difference, pass_at_k, summary
+from orderppl.evaluation import paired_difference, summary
+from orderppl.evaluation.intervals import bootstrap_mean
+from orderppl.evaluation.table import pass_at_k
 
 from measured_rows import arm, together
 

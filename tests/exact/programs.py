@@ -31,8 +31,8 @@ from orderppl.policies import (
     ScanPlan,
     Smoothed,
     Threshold,
-    UniformSizes,
 )
+from orderppl.policies.schedules import UniformSizes
 
 LENGTH, VOCAB = 3, 4  # positions to reveal, at most
 WIDTH = 5  # of the widest canvas, with what is given and padding

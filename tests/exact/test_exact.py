@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from orderppl import Batch, UserError
 from orderppl.guides import PolicyGuide
-from orderppl.inference import RevealTraceGraph_ELBO, exact_elbo, exact_evidence
-from orderppl.inference.exact import all_orders, exact_terms
+from orderppl.inference import RevealTraceGraph_ELBO
+from orderppl.inference.exact import all_orders, exact_elbo, exact_evidence, exact_terms
 from orderppl.models import LearnedPolicy, UnmaskingModel
-from orderppl.policies import RandomSteps, UniformSizes
+from orderppl.policies import RandomSteps
+from orderppl.policies.schedules import UniformSizes
 
 from programs import (
     CANVASES,
@@ -276,7 +277,7 @@ def test_gradient_beside_a_frozen_denoiser_is_unbiased(model: str, guide: str, c
 )
 def test_gradient_with_outliers_is_unbiased(model: str, guide: str, frozen: bool, canvas: str, control: Any):
     """60 calls of 64 particles, the likelihood of whole sequences mixed with outliers; |z| < 5 in every coordinate."""
-    program, guide_program = make_pair(model, guide, 3, frozen, outlier=0.05)  # about that of three tokens of four
+    program, guide_program = make_pair(model, guide, 3, frozen, robustness=0.05)  # about that of three tokens of four
     elbo = RevealTraceGraph_ELBO(64, control_variate=control)
     assert_unbiased(elbo, program, guide_program, make_batch(canvas))
 
@@ -287,7 +288,7 @@ def test_outliers_enter_the_likelihood_of_whole_sequences():
     batch = make_batch("scattered")
     orders = all_orders(guide, batch)
     plain = exact_terms(model, guide, orders, batch).log_likelihood
-    model.outlier = 0.25
+    model.robustness = 0.25
     mixed = exact_terms(model, guide, orders, batch).log_likelihood
     torch.testing.assert_close(mixed, (0.75 * plain.exp() + 0.25).log())
     exact = exact_elbo(model, guide, orders, batch).sum().detach()
@@ -303,7 +304,7 @@ def every_second(tokens: Tensor, latent: Tensor) -> Tensor:
     return (latent.cumsum(-1) % 2 == 0) & latent
 
 
-@pytest.mark.parametrize("outlier", [0.0, 0.05])
+@pytest.mark.parametrize("robustness", [0.0, 0.05])
 @pytest.mark.parametrize(
     ("model", "guide", "frozen", "canvas"),
     [
@@ -313,9 +314,9 @@ def every_second(tokens: Tensor, latent: Tensor) -> Tensor:
         ("price_range_commit", "policy", True, "scattered"),
     ],
 )
-def test_gradient_with_an_answer_is_unbiased(model: str, guide: str, frozen: bool, canvas: str, outlier: float):
+def test_gradient_with_an_answer_is_unbiased(model: str, guide: str, frozen: bool, canvas: str, robustness: float):
     """60 calls of 64 particles where part of a sequence is wanted; |z| < 5 in every coordinate."""
-    options = {"answer": every_second, "outlier": outlier}
+    options = {"answer": every_second, "robustness": robustness}
     program, guide_program = make_pair(model, guide, 3, frozen, **options)
     assert_unbiased(RevealTraceGraph_ELBO(64), program, guide_program, make_batch(canvas))
 
@@ -385,7 +386,7 @@ def test_the_likelihood_has_the_temperature_of_the_tokens():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", 0.0), ("outlier", 1.0), ("outlier", -0.1), ("step_price", -1.0), ("num_steps", 0)],
+    [("temperature", 0.0), ("robustness", 1.0), ("robustness", -0.1), ("step_price", -1.0), ("num_steps", 0)],
 )
 def test_settings_no_model_can_have_are_refused(option: str, value: float):
     settings = {"num_steps": 3} | {option: value}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from orderppl import Batch, UserError
-from orderppl.inference import Imitation, all_orders, exact_terms
+from orderppl.inference import Imitation
+from orderppl.inference.exact import all_orders, exact_terms
 
 from programs import copies, flat_gradient, largest_z, learned, make_batch, make_guide, make_pair
 

@@ -14,21 +14,14 @@ from torch import Tensor, nn
 
 from orderppl import Batch, UserError
 from orderppl.guides import PolicyGuide
-from orderppl.inference import (
-    EnumeratedELBO,
-    ImportanceWeightedELBO,
-    RevealTraceGraph_ELBO,
-    SequenceWakeSleep,
-    all_orders,
-    exact_elbo,
-    exact_terms,
-    importance_bound,
-)
+from orderppl.inference import EnumeratedELBO, ImportanceWeightedELBO, RevealTraceGraph_ELBO, SequenceWakeSleep
+from orderppl.inference.exact import all_orders, exact_elbo, exact_terms
+from orderppl.inference.importance_weighted import importance_bound
 from orderppl.inference.objective import as_objective
 from orderppl.models import UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import Threshold
-from orderppl.unmasking import steps_used
+from orderppl.unmasking.trajectory import steps_used
 
 from programs import copies, flat_gradient, largest_z, learned, make_batch, make_pair
 

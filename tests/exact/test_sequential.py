@@ -11,8 +11,8 @@ import torch
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 
 from orderppl.guides import SequentialGuide
-from orderppl.inference import ImportanceWeightedELBO, RevealTraceGraph_ELBO, all_orders, exact_elbo, exact_evidence
-from orderppl.inference.exact import exact_terms
+from orderppl.inference import ImportanceWeightedELBO, RevealTraceGraph_ELBO
+from orderppl.inference.exact import all_orders, exact_elbo, exact_evidence, exact_terms
 from orderppl.models import SequentialUnmaskingModel
 
 from programs import copies, flat_gradient, largest_z, learned, make_batch, make_pair

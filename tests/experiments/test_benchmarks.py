@@ -16,7 +16,7 @@ from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 
 from orderppl import Batch, RevealTraceGraph_ELBO
-from orderppl.evaluation import read_results
+from orderppl.evaluation.results import read_results
 from orderppl.guides import MeanFieldGuide, PolicyGuide, SequentialGuide
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, SequentialUnmaskingModel, UnmaskingModel
 from orderppl.models.denoisers import TransformerDenoiser

@@ -10,7 +10,7 @@ import reactions
 import tree
 
 from orderppl import load_run
-from orderppl.evaluation import read_results
+from orderppl.evaluation.results import read_results
 from orderppl.policies import ScanPlan
 
 import antibodies

@@ -7,7 +7,7 @@ import pytest
 import sudoku
 
 from orderppl import load_run
-from orderppl.evaluation import read_results
+from orderppl.evaluation.results import read_results
 from orderppl.policies import PriceRange
 
 DENOISER = Path(__file__).parents[2] / "docs" / "results" / "sudoku" / "denoiser"

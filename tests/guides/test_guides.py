@@ -28,7 +28,8 @@ from orderppl.guides import (
     RenormalisedScoreGuide,
     SequentialGuide,
 )
-from orderppl.inference import RevealTraceGraph_ELBO, all_orders, exact_elbo, exact_terms
+from orderppl.inference import RevealTraceGraph_ELBO
+from orderppl.inference.exact import all_orders, exact_elbo, exact_terms
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
 from orderppl.policies import Blocks, Klass, Oracle, Plan, RandomSteps, Ranked
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from orderppl import Batch
 from orderppl.guides import Guide, MeanFieldGuide, PolicyGuide
-from orderppl.inference import FitResult, RevealTraceGraph_ELBO, fit
+from orderppl.inference import RevealTraceGraph_ELBO, fit
+from orderppl.inference.trainer import FitResult
 from orderppl.models import LearnedPolicy, UnmaskingModel
 from orderppl.policies import Plan, RandomSteps, Smoothed, Threshold
 

@@ -19,7 +19,8 @@ from orderppl.inference.cost import on_shapes, update_cost
 from orderppl.inference.fitting import PairLoss
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
-from orderppl.models.denoisers import MaskedDiffusionLoss, SmdmDenoiser
+from orderppl.models.denoisers import SmdmDenoiser
+from orderppl.models.denoisers.training import MaskedDiffusionLoss
 from orderppl.unmasking import Batch
 
 V, T, B, L, C = 300, 3, 4, 12, 10

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from orderppl.errors import UserError
 from orderppl.files import load_weights, save_weights
 from orderppl.guides import MeanFieldGuide, PolicyGuide, RenormalisedScoreGuide
-from orderppl.inference import FitResult, RevealTraceGraph_ELBO, TrainSettings, fit, train
+from orderppl.inference import RevealTraceGraph_ELBO, fit
+from orderppl.inference.trainer import FitResult, TrainSettings, train
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
 from orderppl.models.denoisers import TransformerDenoiser, train_denoiser
 from orderppl.policies import RandomSteps, Ranked, Smoothed

@@ -20,18 +20,12 @@ from torch import Tensor, nn
 from orderppl import Batch, State, UserError
 from orderppl.distributions import IndependentSet, OrderDistribution, StepwiseOrder
 from orderppl.guides import Guide, MeanFieldGuide, PolicyGuide
-from orderppl.inference import (
-    EnumeratedELBO,
-    RevealTraceGraph_ELBO,
-    all_orders,
-    exact_elbo,
-    exact_evidence,
-    exact_terms,
-)
+from orderppl.inference import EnumeratedELBO, RevealTraceGraph_ELBO
+from orderppl.inference.exact import all_orders, exact_elbo, exact_evidence, exact_terms
 from orderppl.inference.objective import as_objective
 from orderppl.models import LearnedPolicy, SequentialUnmaskingModel, UnmaskingModel
 from orderppl.policies import RandomSteps
-from orderppl.unmasking import steps_used
+from orderppl.unmasking.trajectory import steps_used
 
 from programs import (
     LENGTH,

@@ -68,10 +68,10 @@ def every_second(tokens: Tensor, latent: Tensor) -> Tensor:
 
 LIKELIHOODS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "outlier": {"outlier": 0.1},
+    "robustness": {"robustness": 0.1},
     "answer": {"answer": every_second},
     "cold": {"temperature": 0.5},
-    "all": {"outlier": 0.1, "answer": every_second, "temperature": 0.5},
+    "all": {"robustness": 0.1, "answer": every_second, "temperature": 0.5},
 }
 
 

@@ -11,7 +11,8 @@ from orderppl.config import build, describe
 from orderppl.errors import UserError
 from orderppl.models.denoisers import AntibodyDenoiser
 from orderppl.models.denoisers.antibody import RESIDUES
-from orderppl.unmasking import Denoiser, SplitDenoiser
+from orderppl.unmasking import Denoiser
+from orderppl.unmasking.denoiser import SplitDenoiser
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "antibodies" / "heavy.csv"
 MASK = 24

@@ -11,8 +11,8 @@ import torch
 from orderppl.config import build, describe
 from orderppl.decoding import decode, follow
 from orderppl.errors import UserError
-from orderppl.models.denoisers import GapPolicy, MarkovChainDenoiser
-from orderppl.models.denoisers.chain_orders import CLOSED, CLOSED_BY_OTHERS, HALF_OPEN, OPEN
+from orderppl.models.denoisers import MarkovChainDenoiser
+from orderppl.models.denoisers.chain_orders import CLOSED, CLOSED_BY_OTHERS, HALF_OPEN, OPEN, GapPolicy
 from orderppl.unmasking import Batch
 
 

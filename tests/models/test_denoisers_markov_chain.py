@@ -7,7 +7,7 @@ from torch import Tensor
 from orderppl.config import build, describe
 from orderppl.errors import UserError
 from orderppl.models.denoisers import MarkovChainDenoiser
-from orderppl.unmasking import Denoiser, SoftDenoiser
+from orderppl.unmasking import Denoiser
 
 
 def enumerate_partitions(length: int, num_steps: int) -> Tensor:
@@ -36,33 +36,6 @@ def test_conditionals_equal_those_of_the_enumerated_joint() -> None:
             )
             exact = torch.stack([joint[agrees & (every[:, i] == k)].sum() for k in range(states)])
             torch.testing.assert_close(logits[i].exp(), exact / exact.sum(), atol=1e-6, rtol=0)
-
-
-def test_evidence_between_hidden_and_revealed() -> None:
-    """At 0 and 1 the exact conditionals, padding included; in between, those of a likelihood mixed over revealing."""
-    states, length = 3, 5
-    denoiser = MarkovChainDenoiser(states, 0.7, length)
-    assert isinstance(denoiser, SoftDenoiser)
-    tokens = torch.randint(0, states, (64, length))
-    attended = torch.rand(64, length) < 0.8
-    attended[:32] = True
-    hidden = torch.rand(64, length) < 0.5
-    hard = denoiser(torch.where(hidden & attended, states, tokens), attended).log_softmax(-1)
-    soft = denoiser.soft_logits(torch.where(attended, tokens, 99), (~hidden).float(), attended).log_softmax(-1)
-    torch.testing.assert_close(soft[attended], hard[attended], atol=1e-5, rtol=0)
-    visible = torch.rand(64, length, dtype=torch.float64)
-    every = sequences(states, length)  # [K^L, L]
-    factor = torch.where(every == tokens[:, None], 1.0, 1 - visible[:, None])  # [64, K^L, L]
-    joint = denoiser.log_evidence(every).exp()
-    whole = torch.ones(64, length, dtype=torch.bool)
-    found = denoiser.soft_logits(tokens, visible, whole).softmax(-1)
-    for i in range(length):
-        others = [j for j in range(length) if j != i]
-        weight = joint * factor[..., others].prod(-1)  # [64, K^L]
-        exact = torch.stack([weight[:, every[:, i] == k].sum(-1) for k in range(states)], -1)
-        torch.testing.assert_close(found[:, i], exact / exact.sum(-1, keepdim=True), atol=1e-9, rtol=0)
-    with pytest.raises(UserError, match="length: a canvas of 6 exceeds 5"):
-        denoiser.soft_logits(torch.zeros(1, 6).long(), torch.zeros(1, 6), torch.ones(1, 6).bool())
 
 
 def test_padding_takes_no_place_in_the_chain() -> None:

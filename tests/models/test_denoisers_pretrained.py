@@ -19,7 +19,8 @@ from orderppl.errors import UserError
 from orderppl.hub import fetch
 from orderppl.models.denoisers import PretrainedDenoiser, SmdmDenoiser, load_denoiser
 from orderppl.models.denoisers.remote_code import check_loads_alike
-from orderppl.unmasking import Batch, Denoiser, Reader, SplitDenoiser
+from orderppl.unmasking import Batch, Denoiser
+from orderppl.unmasking.denoiser import Reader, SplitDenoiser
 
 from tiny_models import KINDS, MASKED_LM, SPECIAL, VOCABULARY, write_model, write_tokenizer
 

@@ -10,18 +10,20 @@ import torch
 from orderppl.config import describe
 from orderppl.data.tokenizers import WordTokenizer
 from orderppl.errors import UserError
-from orderppl.inference import FitResult
+from orderppl.inference.trainer import FitResult
 from orderppl.models.denoisers import (
-    DenoiserSettings,
     MarkovChainDenoiser,
-    MaskedDiffusionLoss,
     SmdmDenoiser,
     TransformerDenoiser,
     load_denoiser,
-    masked_diffusion_nelbo,
     train_denoiser,
 )
-from orderppl.models.denoisers.training import random_masking
+from orderppl.models.denoisers.training import (
+    DenoiserSettings,
+    MaskedDiffusionLoss,
+    masked_diffusion_nelbo,
+    random_masking,
+)
 from orderppl.runs import load_run
 from orderppl.unmasking import Batch
 

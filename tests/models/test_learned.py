@@ -18,7 +18,6 @@ from orderppl.models.networks import ScanNetwork
 from orderppl.policies import (
     AtPrice,
     Blocks,
-    CosineSizes,
     Eager,
     EarlyCommit,
     EntropyBound,
@@ -35,6 +34,7 @@ from orderppl.policies import (
     Threshold,
 )
 from orderppl.policies.policy import LOGIT_LIMIT
+from orderppl.policies.schedules import CosineSizes
 
 from programs import MODELS, VOCAB, TableDenoiser, make_batch
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from orderppl import Batch, State, UserError, decode, follow
-from orderppl.distributions import PolicyOrder
+from orderppl.distributions.order_distribution import PolicyOrder
 from orderppl.models import LearnedPolicy, OpeningPlan, PolicyNetwork, PositionTable, SequenceEncoder
 from orderppl.models.backbone import Backbone, Neighbours, attended_positions
 from orderppl.models.denoisers import MarkovChainDenoiser, TransformerDenoiser
 from orderppl.policies import AtPrice, Plan, PriceRange, Threshold
-from orderppl.unmasking import Trajectory
-from orderppl.unmasking.trajectory import Path, same_step
+from orderppl.unmasking.trajectory import Path, Trajectory, same_step
 
 V, MASK = 7, 7
 # x is to be revealed, g is given, a dot is padding; the last row has nothing to reveal
@@ -367,8 +366,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sums": {"features": ("before", "chance")},
     "hidden": {"features": ("confidence", "hidden"), "hidden": 16},
     "places": {"places": 8},
-    "kernel": {"kernel": 3},
-    "wide kernel": {"kernel": 5, "reads_tokens": False},
 }
 
 

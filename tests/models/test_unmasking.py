@@ -14,10 +14,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from orderppl import Batch, Policy, State, UserError
-from orderppl.distributions import PolicyOrder
+from orderppl.distributions.order_distribution import PolicyOrder
 from orderppl.guides import PolicyGuide, RenormalisedScoreGuide, SequentialGuide
-from orderppl.inference import RevealTraceGraph_ELBO, exact_evidence
-from orderppl.inference.exact import all_orders
+from orderppl.inference import RevealTraceGraph_ELBO
+from orderppl.inference.exact import all_orders, exact_evidence
 from orderppl.models import LearnedPolicy, SequentialUnmaskingModel, UnmaskingModel
 from orderppl.policies import Blocks, LogitPolicy, Oracle, Plan, RandomSteps, Ranked, Smoothed, Threshold
 from orderppl.unmasking.trajectory import Path

@@ -11,22 +11,12 @@ from torch.distributions import kl_divergence
 from written_denoisers import Confident, Table, chosen, chosen_and_kept, masks, state_of
 
 from orderppl import State, UserError, decode, follow
-from orderppl.distributions import DecidedSet, RankedSet, UniformSet
+from orderppl.distributions import DecidedSet, RankedSet
+from orderppl.distributions.ranked_set import UniformSet
 from orderppl.models import LearnedPolicy
-from orderppl.policies import (
-    CosineSizes,
-    EntropyBound,
-    Factor,
-    FractionalSizes,
-    Klass,
-    LogitPolicy,
-    Oracle,
-    RandomSteps,
-    Ranked,
-    Threshold,
-    UniformSizes,
-)
+from orderppl.policies import EntropyBound, Factor, Klass, LogitPolicy, Oracle, RandomSteps, Ranked, Threshold
 from orderppl.policies.policy import LOGIT_LIMIT
+from orderppl.policies.schedules import CosineSizes, FractionalSizes, UniformSizes
 from orderppl.policies.scores import reveal_rank
 
 

@@ -13,7 +13,8 @@ from orderppl import Batch, State, UserError, decode, follow
 from orderppl.distributions import RankedOrder, StepwiseOrder
 from orderppl.models import HeldBack, PositionTable
 from orderppl.models.networks import ScanNetwork
-from orderppl.policies import FixedOrder, Plan, Planned, RandomSteps, ScanPlan, Threshold
+from orderppl.policies import FixedOrder, Plan, RandomSteps, ScanPlan, Threshold
+from orderppl.policies.plans import Planned
 
 from programs import PlaceTable, TableDenoiser, make_batch
 

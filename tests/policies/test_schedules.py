@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orderppl import UserError
-from orderppl.policies import CosineSizes, FractionalSizes, UniformSizes
-from orderppl.policies.schedules import make_sizes
+from orderppl.policies.schedules import CosineSizes, FractionalSizes, UniformSizes, make_sizes
 
 SCHEDULES = [UniformSizes(), UniformSizes(3), CosineSizes(), CosineSizes(5), FractionalSizes(1.0), FractionalSizes(2.7)]
 

@@ -16,7 +16,8 @@ from orderppl import load_run
 from orderppl.data.dataset import Examples
 from orderppl.diagnostics import diagnose
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate, summary, write_results
+from orderppl.evaluation import Arm, evaluate, summary
+from orderppl.evaluation.results import write_results
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import Oracle, Ranked, Threshold
 from orderppl.report import record_replay, write_report

@@ -18,7 +18,8 @@ import torch
 
 from orderppl import load_run
 from orderppl.data.dataset import Examples
-from orderppl.evaluation import Arm, write_results
+from orderppl.evaluation import Arm
+from orderppl.evaluation.results import write_results
 from orderppl.policies import Ranked, Threshold
 from orderppl.report import record_replay
 from orderppl.report.page import page, sections

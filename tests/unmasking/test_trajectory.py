@@ -13,11 +13,12 @@ from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor
 
 from orderppl import Batch
-from orderppl.distributions import PolicyOrder, StepwiseOrder
+from orderppl.distributions import StepwiseOrder
+from orderppl.distributions.order_distribution import PolicyOrder
 from orderppl.models import LearnedPolicy
 from orderppl.policies import RandomSteps, Threshold
-from orderppl.unmasking import VISIBLE, Reader, Trajectory, steps_used
-from orderppl.unmasking.trajectory import Path, same_step
+from orderppl.unmasking.denoiser import Reader
+from orderppl.unmasking.trajectory import VISIBLE, Path, Trajectory, same_step, steps_used
 
 from programs import StateTable, TableDenoiser, make_batch
 
