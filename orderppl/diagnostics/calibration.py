@@ -164,7 +164,9 @@ def _log_joint(model: Program, batch: Batch, orders: Tensor) -> Tensor:
         likelihood = sites.tokens["fn"]
         plain = likelihood.robustness == 0 and likelihood.wanted is None and likelihood.temperature == 1
         if sites.factors or not plain:
-            problem = "has a price, a robust mixture, an answer or a temperature, with which sequences are not generated"
+            problem = (
+                "has a price, a robust mixture, an answer or a temperature, with which sequences are not generated"
+            )
             raise UserError("model", problem, "calibrate a pair without them")
         found.append(numbers(sites).log_joint)
     return torch.cat(found)

@@ -170,7 +170,7 @@ def test_the_frame_and_the_spans_of_a_masked_model(bert: Path) -> None:
     assert [text[start:end] for start, end in spans] == ["Tom", "has", "2", "0", "pen", "s", "."]
     assert load_tokenizer(bert).tokens == tokenizer.tokens
     assert describe(tokenizer) == {
-        "class_path": "orderppl.data.load_tokenizer",
+        "class_path": "orderppl.data.tokenizers.load_tokenizer",
         "init_args": {"name_or_path": str(bert), **describe(tokenizer)["init_args"]},
     }
 

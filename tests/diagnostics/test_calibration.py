@@ -151,7 +151,12 @@ def test_a_seed_gives_the_same_ranks_and_leaves_the_state():
 def test_faults_are_named():
     model, sequential = chain_programs(3, 2)
     batch, guide = chain_batch(2, 3), random_guide(2)
-    for options in ({"step_price": 0.5}, {"robustness": 0.1}, {"temperature": 0.5}, {"answer": AnswerTokens(marks=[1])}):
+    for options in (
+        {"step_price": 0.5},
+        {"robustness": 0.1},
+        {"temperature": 0.5},
+        {"answer": AnswerTokens(marks=[1])},
+    ):
         other = UnmaskingModel(model.denoiser, model.policy, 2, **options)
         with pytest.raises(UserError, match="not generated"):
             calibrate(other, guide, sequential, batch)

@@ -137,5 +137,7 @@ def test_is_described_by_its_arguments() -> None:
     denoiser = MarkovChainDenoiser(3, 0.85, 9)
     policy = build(describe(GapPolicy(denoiser, num_steps=3)))
     assert torch.equal(policy.chosen, denoiser.best_policy(3)[0].chosen)
-    short = build("orderppl.models.denoisers.GapPolicy", {"denoiser": denoiser, "num_steps": 2, "length": 4})
+    short = build(
+        "orderppl.models.denoisers.chain_orders.GapPolicy", {"denoiser": denoiser, "num_steps": 2, "length": 4}
+    )
     assert (short.search.num_steps, short.search.length) == (2, 4)
