@@ -33,7 +33,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers."""
+
+
+for end in (_Loader, _Dumper):
+    end.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 def parse_yaml(text: str, field: str = "config") -> Any:
@@ -97,4 +102,4 @@ def read_yaml(path: Path, field: str = "config") -> dict[str, Any]:
 
 def dump_yaml(value: Any) -> str:
     """Write plain values; a dict that is met twice is written once, under an anchor."""
-    return yaml.safe_dump(value, sort_keys=False, width=120)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)

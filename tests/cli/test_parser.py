@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import small_classes
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orderppl.cli.parser import parse, presets, restore_sharing
@@ -254,6 +254,7 @@ def test_an_empty_file_is_no_settings(tmp_path: Path) -> None:
         st.text(max_size=4), st.lists(st.integers() | st.text(max_size=4) | st.booleans(), max_size=3)
     ),
 )
+@example(width=1, rate=1e-5, names=["0E0", "1e5", "1.5", "no", "2026-01-01"], grid={"1e3": ["1e3", True, 2]})
 def test_values_come_through_a_file_unchanged(tmp_path: Path, width, rate, names, grid) -> None:
     written = {
         "part": {"class_path": PART, "init_args": {"width": width, "rate": rate}},
