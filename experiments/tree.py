@@ -12,16 +12,19 @@ from jsonargparse import auto_cli
 import chain
 
 
-def main(seeds: int = 3, steps: int = 3, updates: int = 1500, out: Path = Path("runs/tree")) -> None:
+def main(
+    seeds: int = 3, steps: int = 3, updates: int = 1500, batch_size: int = 128, out: Path = Path("runs/tree")
+) -> None:
     """Learn on every seed and compare.
 
     Args:
         seeds: training seeds, from 0.
         steps: step budget T.
         updates: SVI updates per seed.
+        batch_size: sequences of an update, 8 orders each.
         out: folder of runs and results.
     """
-    chain.main(seeds, steps, updates=updates, out=out, task="tree")
+    chain.main(seeds, steps, updates=updates, batch_size=batch_size, out=out, task="tree")
 
 
 if __name__ == "__main__":

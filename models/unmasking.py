@@ -43,6 +43,9 @@ class UnmaskingModel(PyroProgram):
             as `AnswerTokens`; all when left out.
         temperature: at which tokens are drawn, that of the decoder; positive. Greedy tokens are the limit 0, towards
             which the likelihood becomes a yes or no per token: 0.25 with a robust mixture comes close.
+        expected: score every token by what the denoiser expects of it, minus the entropy of its prediction, instead of
+            by the token that comes: the same on average where the denoiser is exact, with far less noise. A denoiser
+            that is badly calibrated is not scored by the data any more: an antibody model learned worse orders so.
 
     Raises:
         UserError: a number outside its bounds.
@@ -58,6 +61,7 @@ class UnmaskingModel(PyroProgram):
         robustness: float = 0.0,
         answer: Callable[[Tensor, Tensor], Tensor] | None = None,
         temperature: float = 1.0,
+        expected: bool = False,
     ) -> None:
         if num_steps < 1:
             raise UserError("num_steps", f"{num_steps} is below 1", "use at least one step")
@@ -76,6 +80,7 @@ class UnmaskingModel(PyroProgram):
         self.robustness = robustness
         self.answer = answer
         self.temperature = temperature
+        self.expected = expected
 
     def forward(self, batch: Batch | Tensor) -> Tensor:
         """Score a batch: everything that is not given is revealed.
@@ -95,7 +100,8 @@ class UnmaskingModel(PyroProgram):
         order = order.as_prior() if isinstance(order, PolicyOrder) else order
         with pyro.plate("batch", len(batch), dim=-1):
             reveal_step = pyro.sample("reveal_step", order)
-            likelihood = RevealedTokens(path, reveal_step, self.robustness, wanted, self.temperature)
+            settings = (self.robustness, wanted, self.temperature, self.expected)
+            likelihood = RevealedTokens(path, reveal_step, *settings)
             pyro.sample("tokens", likelihood, obs=batch.readable)
             if self.step_price != 0:
                 pyro.factor("step_price", -self._prices(batch) * steps_used(reveal_step))

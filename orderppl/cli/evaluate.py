@@ -21,6 +21,7 @@ class Config:
 
         orderppl evaluate runs/chain
         orderppl evaluate runs/gsm8k --split validation --rows 200 --mode false
+        orderppl evaluate runs/priced --policy AtPrice --policy.price 0.1
         orderppl evaluate runs/mine --heuristics '[{policy: my_module.MyPolicy, tau: [0.5, 0.9]}]'
 
     Every arm reveals the true tokens in its own order (`path_nats`, nats per token, lower is better); rows with answers
@@ -31,6 +32,7 @@ class Config:
         run: run folder, or folder or hub name of a shared order.
         split: rows to use.
         rows: how many of them, from the first; all when left out.
+        policy: a wrapper of the learned policy, such as AtPrice; none when left out.
         mode: the learned policy plays the most probable sets; false: it draws them.
         heuristics: grids of policies without parameters, see `orderppl.evaluation.sweep`.
         seeds: times that arms with random sets are played.
@@ -45,6 +47,7 @@ class Config:
     run: str
     split: Literal["train", "validation", "test"] = "test"
     rows: int | None = None
+    policy: any_class("orderppl.policies.Policy") | None = None  # type: ignore[valid-type]
     mode: bool = True
     heuristics: list[dict[str, Any]] = field(default_factory=lambda: [dict(spec) for spec in HEURISTICS])
     seeds: int = 1
@@ -69,7 +72,7 @@ def run(config: Config) -> None:
     from orderppl.policies import FixedOrder
 
     check_device(config.device)
-    loaded = open_run(config.run, config.denoiser, config.device, needs_order=True)
+    loaded = open_run(config.run, config.denoiser, config.device, policy=config.policy, needs_order=True)
     examples = read_examples(loaded, config.data, config.split, config.rows)
     seeds = range(config.seeds)
     learned = Arm("learned", loaded.policy, loaded.num_steps, mode=config.mode, seeds=seeds, training_seed=0)

@@ -14,8 +14,15 @@ from orderppl.errors import UserError
 from orderppl.runs import Run, load_order
 
 
-def open_run(name: str, denoiser: Spec | None = None, device: str = "cpu", *, needs_order: bool = False) -> Run:
-    """Load a run folder or a shared order, with its own denoiser or another one.
+def open_run(
+    name: str,
+    denoiser: Spec | None = None,
+    device: str = "cpu",
+    *,
+    policy: Spec | None = None,
+    needs_order: bool = False,
+) -> Run:
+    """Load a run folder or a shared order, with its own denoiser or another one, its policy or a wrapper of it.
 
     Raises:
         UserError: it has no order where one is needed, or see `load_order`.
@@ -24,6 +31,8 @@ def open_run(name: str, denoiser: Spec | None = None, device: str = "cpu", *, ne
     run = load_order(name, other, device=device)
     if needs_order and run.policy is None:
         raise UserError("run", f"{name} holds a {run.kind}, no order", "give a run of fit-order, or a shared order")
+    if policy is not None:
+        run.policy = Builder({"policy": run.policy}).make(policy, "policy")
     return run
 
 

@@ -162,11 +162,9 @@ def _log_joint(model: Program, batch: Batch, orders: Tensor) -> Tensor:
     for some in orders.split(chunks(model, batch, len(orders))):
         sites = scored(model, batch, len(some), some)
         likelihood = sites.tokens["fn"]
-        plain = likelihood.robustness == 0 and likelihood.wanted is None and likelihood.temperature == 1
-        if sites.factors or not plain:
-            problem = (
-                "has a price, a robust mixture, an answer or a temperature, with which sequences are not generated"
-            )
+        changed = likelihood.robustness != 0 or likelihood.wanted is not None or likelihood.temperature != 1
+        if sites.factors or changed or likelihood.expected:
+            problem = "has a price, a robust mixture, an answer, a temperature or expected tokens: it does not generate"
             raise UserError("model", problem, "calibrate a pair without them")
         found.append(numbers(sites).log_joint)
     return torch.cat(found)

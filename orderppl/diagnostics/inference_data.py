@@ -214,8 +214,7 @@ def _by_step(sites: RevealSites, kept: int) -> Parts:
     """Parts of the ELBO by step, each [K, B, T], and what all want in the states of the first `kept` draws."""
     q, p, likelihood = sites.guide["fn"], sites.prior["fn"], sites.tokens["fn"]
     order, trajectory = sites.guide["value"], likelihood.trajectory  # [K, B, S]; its states are [T, K, B, S]
-    said = trajectory.token_log_prob(None, likelihood.temperature)
-    by_step = likelihood.observed(said, trajectory.revealed, trajectory.masked)
+    by_step = likelihood.observed(likelihood.said(trajectory), trajectory.revealed, trajectory.masked)
     q_sets, p_sets = q.sets(order, trajectory), p.sets(order, trajectory)
     try:
         kl = kl_by_step(q_sets, p_sets, q.num_steps)

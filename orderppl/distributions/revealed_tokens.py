@@ -11,6 +11,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
+from torch.distributions import Categorical
 
 from orderppl.randomness import sample_categorical, uniform
 from orderppl.unmasking import State
@@ -36,12 +37,20 @@ class RevealedTokens(dist.TorchDistribution):
 
     A token counts if it is wanted, or revealed before all that is wanted is there.
 
+    Where the denoiser is exact or well calibrated, a token's log-probability may be replaced by what the denoiser
+    expects of it before it comes,
+
+        sum_v p(v | s_t) log p(v | s_t)                              minus the entropy of the prediction
+
+    which is the same on average over sequences, and far less noisy: the luck of single tokens is gone.
+
     Args:
         path: the sequences and the denoiser.
         reveal_step: int64 [*, S], the order; its provenance is carried by `log_prob`.
         robustness: share of outliers, at least 0 and below 1.
         wanted: bool [B, S], the tokens A; None wants all.
         temperature: at which tokens are drawn, positive; towards 0 these are the most likely ones.
+        expected: whether tokens are scored by what the denoiser expects of them.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -53,11 +62,13 @@ class RevealedTokens(dist.TorchDistribution):
         robustness: float = 0.0,
         wanted: Tensor | None = None,
         temperature: float = 1.0,
+        expected: bool = False,
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.path, self.reveal_step = path, reveal_step
         self.robustness, self.wanted, self.temperature = robustness, wanted, temperature
+        self.expected = expected
         event_shape = path.batch.tokens.shape[-1:]
         if batch_shape is None:
             batch_shape = torch.broadcast_shapes(reveal_step.shape[:-1], (len(path.batch),))
@@ -70,13 +81,26 @@ class RevealedTokens(dist.TorchDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> RevealedTokens:
         """Return the same distribution at a broader batch shape."""
-        settings = (self.robustness, self.wanted, self.temperature)
+        settings = (self.robustness, self.wanted, self.temperature, self.expected)
         return RevealedTokens(self.path, self.reveal_step, *settings, batch_shape, validate_args=self._validate_args)
 
     @cached_property
     def trajectory(self) -> Trajectory:
         """The states of the order; one denoiser call."""
         return Trajectory(self.path, self.reveal_step)
+
+    def said(self, trajectory: Trajectory, tokens: Tensor | None = None) -> Tensor:
+        """l_i(s_t): what the denoiser says of the clean (or other) tokens, float [T, *, S]; 0 where nothing is hidden.
+
+        Args:
+            trajectory: the states.
+            tokens: int64 [*, S].
+        """
+        if not self.expected:
+            return trajectory.token_log_prob(tokens, self.temperature)
+        return trajectory.states.per_position(
+            lambda log_probs: -Categorical(logits=log_probs / self.temperature, validate_args=False).entropy()
+        )
 
     def observed(self, token_log_prob: Tensor, revealed: Tensor, masked: Tensor) -> Tensor:
         """log p(x_z | s_t) of sets z at every state, as far as it is observed: float [T, *].
@@ -104,7 +128,7 @@ class RevealedTokens(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         trajectory = self.trajectory
-        said = trajectory.token_log_prob(detach_provenance(value), self.temperature)  # [T, *, S]
+        said = self.said(trajectory, detach_provenance(value))  # [T, *, S]
         by_step = self.observed(said, trajectory.revealed, trajectory.masked)  # [T, *]
         total = self.robust(by_step.sum(0)).expand(self.batch_shape)
         return track_provenance(total, get_provenance(self.reveal_step))

@@ -158,7 +158,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             return scale_and_mask(robust, sites.tokens["scale"], sites.tokens["mask"])
 
         tokens = detach_provenance(sites.tokens["value"])
-        hidden = trajectory.token_log_prob(tokens, likelihood.temperature)  # l_i(s_t), [T, *, S]
+        hidden = likelihood.said(trajectory, tokens)  # l_i(s_t), [T, *, S]
         by_step = likelihood.observed(hidden, trajectory.revealed, trajectory.masked)  # log p(x_{z_t} | s_t), [T, *]
         with torch.no_grad():
             at_once = likelihood.observed(hidden, trajectory.masked, trajectory.masked)

@@ -77,6 +77,10 @@ def test_an_own_guide_through_every_command(shell, small_chain) -> None:
     gap = next(item for item in records if item["arm"] == "best fixed order" and item["metric"] == "gap_nats")
     assert gap["value"] < 0.5  # dynamic programming knows the chain
 
+    eager = ("--policy", "Eager", "--policy.factor", 3, "--out", "eager")
+    shell.fine("evaluate", "runs/mine", "--rows", 6, *eager)
+    assert {item["policy"] for item in read_results("eager")["records"] if item["arm"] == "learned"} == {"Eager"}
+
     shell.fine(
         "frontier",
         "runs/mine",

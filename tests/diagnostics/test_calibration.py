@@ -158,7 +158,7 @@ def test_faults_are_named():
         {"answer": AnswerTokens(marks=[1])},
     ):
         other = UnmaskingModel(model.denoiser, model.policy, 2, **options)
-        with pytest.raises(UserError, match="not generated"):
+        with pytest.raises(UserError, match="does not generate"):
             calibrate(other, guide, sequential, batch)
     with pytest.raises(UserError, match="SequentialUnmaskingModel"):
         calibrate(model, guide, model, batch)

@@ -18,6 +18,7 @@ from orderppl.guides import PolicyGuide
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.exact import all_orders, exact_elbo, exact_evidence, exact_terms
 from orderppl.models import LearnedPolicy, UnmaskingModel
+from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import RandomSteps
 from orderppl.policies.schedules import UniformSizes
 
@@ -297,6 +298,28 @@ def test_outliers_enter_the_likelihood_of_whole_sequences():
         value = -elbo.differentiable_loss(model, guide, batch)
     assert abs(float(value - exact)) < 0.1  # 4,000 orders whose terms have a standard deviation below 1.5: |z| < 5
     torch.testing.assert_close(elbo.metrics["elbo"] * len(batch), value, atol=1e-3, rtol=0)
+
+
+def test_expected_tokens_are_scored_alike_on_average_where_the_denoiser_is_exact():
+    """For every order, over all sequences of a chain, each with its probability; and with far less variance."""
+    denoiser = MarkovChainDenoiser(2, 0.8, 4)
+    tokens = torch.cartesian_prod(*[torch.arange(2)] * 4)  # [16, 4]
+    batch = Batch(tokens)
+    weight = denoiser.log_evidence(tokens).exp().float()
+    model = UnmaskingModel(denoiser, RandomSteps(), 2)
+    guide = PolicyGuide(RandomSteps(), denoiser, 2)
+    orders = all_orders(guide, batch)
+    plain = exact_terms(model, guide, orders, batch).log_likelihood  # [N, 16]
+    model.expected = True
+    expected = exact_terms(model, guide, orders, batch).log_likelihood
+    torch.testing.assert_close((expected * weight).sum(-1), (plain * weight).sum(-1))
+    assert (expected.var(0) * weight).sum() < (plain.var(0) * weight).sum() / 2  # of the orders of one sequence
+
+
+def test_gradient_with_expected_tokens_is_unbiased():
+    """60 calls of 64 particles; |z| < 5 in every coordinate."""
+    program, guide_program = make_pair("learned", "policy", 3, frozen=False, expected=True)
+    assert_unbiased(RevealTraceGraph_ELBO(64), program, guide_program, make_batch("scattered"))
 
 
 def every_second(tokens: Tensor, latent: Tensor) -> Tensor:
