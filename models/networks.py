@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -288,9 +288,10 @@ class ScanNetwork(Configurable, nn.Module):
 
     def step(self, context: Tensor, before: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
         """Step logits of one position, float [N, T], and what is held then, float [N, H]; see `Scan`."""
-        inputs = self._inputs(context, before).unsqueeze(1)
-        output, held_next = self.cell(inputs, held.unsqueeze(0).contiguous())
-        return self.head(output[:, 0]), held_next[0]
+        gru = self.cell
+        weights: Any = gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
+        held = torch.gru_cell(self._inputs(context, before), held, *weights)
+        return self.head(held), held
 
 
 FEATURES = ("confidence", "margin", "entropy")

@@ -44,10 +44,12 @@ def import_path(thing: Any, field: str = "class_path") -> str:
 
 
 def _main_name() -> str | None:
-    """The name under which the running script can be imported; None for a notebook."""
+    """The name under which the running script can be imported; None for a notebook, or if another module has it."""
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    return spec.name if spec is not None else Path(file).stem if file else None
+    name = spec.name if spec is not None else Path(file).stem if file else None
+    taken = sys.modules.get(name or "", main) is not main  # the command `orderppl` is no package `orderppl`
+    return None if taken else name
 
 
 def locate(path: str, *, trust: bool = True, field: str = "class_path") -> Any:

@@ -101,6 +101,14 @@ def test_an_own_guide_through_every_command(shell, small_chain) -> None:
     assert "my_module.MyPlan would run code of its own" in shell.error("evaluate", "order", "--rows", 2)
 
 
+def test_the_installed_command(tmp_path: Path) -> None:
+    """Started by its own script, which is called `orderppl` as the package is."""
+    command = [Path(sys.executable).with_name("orderppl"), "fit-order", "--config", "tree", "--fit.updates", "1"]
+    done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "weights.safetensors").is_file()
+
+
 def test_a_guide_that_sees_the_tokens_is_no_decoder(shell, small_chain) -> None:
     shell.fine("fit-order", *small_chain, "--guide", "my_module.MyGuide", "--out", "runs/posterior")
     assert "RandomSteps, which decodes, has learned nothing" in shell.fine("evaluate", "runs/posterior", "--rows", 6)
