@@ -61,7 +61,7 @@ def main(
     split: int = 0,
     rows: int = 60_000,
     lr: float = 0.2,
-    bonus: float = 0.05,
+    bonus: float = 0.03,
     judged: int = 0,
     out: Path = Path("runs/antibodies"),
 ) -> None:

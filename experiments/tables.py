@@ -72,7 +72,7 @@ LAYOUTS: dict[str, list[Layout]] = {
 
 def compared(records: Sequence[Record]) -> Iterator[Record]:
     """What every advantage is the difference of, as records of one metric each."""
-    nats = {(r["arm"], *map(r.get, PLACES)): r["value"] for r in records if r["metric"] == "path_nats"}
+    nats = [record for record in records if record["metric"] == "path_nats"]
     for record in records:
         if record["metric"] != "advantage" or ("own" in record and "target_nfe" not in record):
             continue
@@ -81,7 +81,8 @@ def compared(records: Sequence[Record]) -> Iterator[Record]:
         names = {"learned": "own", "opponent": "frontier", "worst": "seed_low", "best": "seed_high"}
         found = {metric: record[name] for metric, name in names.items() if name in record}
         if "own" not in record:
-            own, other = (nats[record[name], *map(record.get, PLACES)] for name in ("arm", "of"))
+            here = [r for r in nats if all(r.get(name) == record[name] for name in PLACES if name in record)]
+            own, other = (next(r["value"] for r in here if r["arm"] == record[name]) for name in ("arm", "of"))
             found |= {"learned": own, "opponent": other}
         yield from ({**labels, "metric": metric, "value": value} for metric, value in found.items())
 
