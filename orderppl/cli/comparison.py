@@ -20,7 +20,7 @@ from orderppl.config import Builder
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
 from orderppl.evaluation import Arm, advantages, evaluate, frontier_figure, standard_heuristics, summary, sweep
-from orderppl.evaluation.table import pass_at_k
+from orderppl.evaluation.table import metrics_of, pass_at_k
 from orderppl.files import appearing
 from orderppl.identity import identity_of
 from orderppl.policies import PriceRange
@@ -146,14 +146,15 @@ def _share(shard: str | None) -> tuple[int, int]:
 def report(config: Config, tables: dict[str, pd.DataFrame], out: Path) -> None:
     """Write and show what was found."""
     table = tables[config.split]
-    means = summary(table)
-    gains = advantages(table, config.targets, validation=tables.get("chosen on"))
+    metrics = config.metrics or metrics_of(table)
+    means = summary(table, [*metrics, "nfe"])
+    gains = advantages(table, config.targets, metrics, validation=tables.get("chosen on"))
     found = [means, gains]
     if "sampled" in tables:
         found.append(pass_at_k(tables["sampled"], config.k))
     write_csv(out / "table.csv", table)
     write_table(out, "frontier", pd.concat(found, ignore_index=True), asdict(config))
-    figure = frontier_figure(table)
+    figure = frontier_figure(table, metrics)
     with appearing(out / "frontier.png") as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)

@@ -24,9 +24,10 @@ class Config:
         orderppl evaluate runs/priced --policy AtPrice --policy.price 0.1
         orderppl evaluate runs/mine --heuristics '[{policy: my_module.MyPolicy, tau: [0.5, 0.9]}]'
 
-    Every arm reveals the true tokens in its own order (`path_nats`, nats per token, lower is better); rows with answers
-    are also decoded and graded (`accuracy`), exact denoisers tell the gap to the log evidence (`gap_nats`, per row).
-    RUN/results/evaluate then has table.csv, one line per arm and row, and results.json, the means.
+    Every arm reveals the true tokens in its own order (`path_nats`, nats per token, lower is better; with several seeds
+    also `marginal_nats`, over the orders that it draws). Rows with answers are also decoded and graded (`accuracy`),
+    exact denoisers tell the gap to the log evidence (`gap_nats`, per row). RUN/results/evaluate then has table.csv, one
+    line per arm and row, and results.json, the means.
 
     Args:
         run: run folder, or folder or hub name of a shared order.
@@ -84,7 +85,8 @@ def run(config: Config) -> None:
         arms.append(Arm("best fixed order", FixedOrder(order.tolist()), loaded.num_steps))
     if hasattr(loaded.denoiser, "best_policy"):
         arms.append(Arm("best policy", loaded.denoiser.best_policy(loaded.num_steps)[0], loaded.num_steps))
-    metrics = ["path_nats", "accuracy"] if examples.answers is not None else ["path_nats"]
+    metrics = ["path_nats", "marginal_nats"] if config.seeds > 1 else ["path_nats"]
+    metrics += ["accuracy"] if examples.answers is not None else []
     which = [word for word in (config.split, config.rows) if word not in ("test", None)]
     out = Path(config.out or Path(config.run) / "results" / "-".join(["evaluate", *map(str, which)]))
     table = evaluate(

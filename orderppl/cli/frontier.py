@@ -33,7 +33,8 @@ class Config:
         learned: grids of wrappers around the learned policies, such as {policy: Eager, factor: [1.5, 2]}.
         budgets: step budgets of the learned policies; that of the run when left out.
         mode: the learned policies play their most probable sets; false: they draw them.
-        metrics: accuracy of decoded answers, path_nats; what the rows allow when left out.
+        metrics: accuracy of decoded answers, path_nats, marginal_nats (over the seeds); the first two, as the rows
+            allow, when left out.
         seeds: times that arms with random sets are played.
         targets: mean numbers of forwards at which curves are compared.
         samples: times that tokens are sampled for pass@k; 0: not at all.
@@ -55,7 +56,7 @@ class Config:
     learned: list[dict[str, Any]] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)
     mode: bool = True
-    metrics: list[Literal["accuracy", "path_nats"]] | None = None
+    metrics: list[Literal["accuracy", "path_nats", "marginal_nats"]] | None = None
     seeds: int = 3
     targets: list[float] = field(default_factory=lambda: [2.0, 2.5, 3.0, 4.0])
     samples: int = 0

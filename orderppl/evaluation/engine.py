@@ -54,8 +54,9 @@ def evaluate(
         arms: see `Arm`.
         denoiser: of all arms that have none of their own.
         examples: data with texts to grade, or a batch of which only the likelihood is asked for.
-        metrics: "accuracy" decodes, "path_nats" reveals the true tokens in the arm's order; "nfe", the forwards, come
-            with both. An oracle reads the true tokens and is not decoded.
+        metrics: "accuracy" decodes, "path_nats" reveals the true tokens in the arm's order, "marginal_nats" in as many
+            as the arm has seeds; "nfe", the forwards, come with all. An oracle reads the true tokens and is not
+            decoded.
         batch_size: examples played together; alike ones, for speed.
         rows: int64 [n], numbers of the examples to use; all when left out.
         grade: what is right, instead of that of the examples.
@@ -224,10 +225,11 @@ def _before_end(tokens: Tensor, latent: Tensor, end: int | None) -> Tensor:
 
 def _parts(arms: Sequence[Arm], metrics: Sequence[str], longest: int) -> list[_Part]:
     """All parts of the work, in the order of the table."""
-    unknown = [metric for metric in metrics if metric not in ("accuracy", "path_nats", "nfe")]
+    forced = ("path_nats", "marginal_nats")
+    unknown = [metric for metric in metrics if metric not in ("accuracy", *forced, "nfe")]
     if unknown or not metrics:
         problem = f"unknown metric {unknown[0]!r}" if unknown else "there is none"
-        raise UserError("metrics", problem, "use accuracy, path_nats or nfe")
+        raise UserError("metrics", problem, "use accuracy, path_nats, marginal_nats or nfe")
     if not arms:
         raise UserError("arms", "there are none", "give at least one")
     names = [arm.name for arm in arms]
@@ -235,7 +237,7 @@ def _parts(arms: Sequence[Arm], metrics: Sequence[str], longest: int) -> list[_P
     if twice:
         raise UserError("arms", f"{twice[0]} comes twice", "give every arm a name of its own")
     runs: list[Run] = ["decoding"] if "accuracy" in metrics else []
-    runs += ["teacher_forced"] if "path_nats" in metrics or not runs else []
+    runs += ["teacher_forced"] if any(metric in forced for metric in metrics) or not runs else []
     parts = []
     for arm, run in itertools.product(arms, runs):
         if run == "teacher_forced" or arm.kind != "oracle":

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 LABELLED = 8  # curves with a name and a colour
 TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-AXES = {"accuracy": "accuracy", "path_nats": "path_nats (nats per token, lower is better)"}
+PER_TOKEN = "(nats per token, lower is better)"
+AXES = {"path_nats": f"path_nats {PER_TOKEN}", "marginal_nats": f"marginal_nats {PER_TOKEN}"}
 
 
 def frontier_figure(

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,15 +28,13 @@ def environment(device: str | torch.device = "cpu", dtype: str | torch.dtype = "
     """Where a number was measured: versions, device, dtype, cores and threads."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    try:
-        package = version("orderppl")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        package = "source"
+    from orderppl import __version__
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pyro": pyro.__version__,
-        "orderppl": package,
+        "orderppl": __version__,
         "platform": platform.platform(),
         "device": str(device),
         "device_name": name,

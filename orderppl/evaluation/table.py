@@ -16,6 +16,7 @@ from orderppl.errors import UserError
 from orderppl.evaluation.intervals import Array, Interval, Resamples, bootstrap_mean
 
 METRICS = {"accuracy": "correct", "path_nats": "nats"}  # metric -> column; any other metric is a column itself
+PER_TOKEN = ("path_nats", "marginal_nats")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ByRow:
         arms: what describes each arm, by its name.
         values: float64 [N, P]; nats are per token.
         nfe: float64 [N, P], forwards of the run that measured the metric.
-        weights: float64 [N], tokens of the row for `path_nats`, otherwise 1.
+        weights: float64 [N], tokens of the row for nats per token, otherwise 1.
         part: the rows of the table behind it, with a column `value`.
     """
 
@@ -56,13 +57,15 @@ def by_row(table: pd.DataFrame, metric: str) -> ByRow:
     if table.attrs.get("missing"):
         problem = f"{table.attrs['missing']} parts are left to other shards"
         raise UserError("table", problem, "evaluate again when they are done")
+    if metric == "marginal_nats":
+        table = marginal(table)
     column = METRICS.get(metric, metric)
     part = table[table[column].notna()] if column in table else table[:0]
     if part.empty:
         raise UserError("metric", f"{metric} was not measured", "give it to evaluate, or leave it out")
     decoded = part["run"] == "decoding"  # what both runs have is read from the decoding
     part = part[decoded | ~part["arm"].isin(part["arm"][decoded].unique())]
-    per_token = metric == "path_nats"
+    per_token = metric in PER_TOKEN
     part = part.assign(value=part[column] / part["tokens"].clip(lower=1) if per_token else part[column])
     infinite = part[~np.isfinite(part["value"].to_numpy(np.float64))]
     if len(infinite):
@@ -83,6 +86,35 @@ def by_row(table: pd.DataFrame, metric: str) -> ByRow:
     return ByRow(arms, wide["value"], wide["nfe"], weights, part)
 
 
+def marginal(table: pd.DataFrame) -> pd.DataFrame:
+    """The likelihood of every row under a policy that draws its orders, in a column `marginal_nats`.
+
+        -log 1/K sum_k p(x | r_k),      r_k ~ policy                               the K seeds of an arm are its orders
+
+    An importance-weighted bound with the policy as proposal (Burda et al., arXiv 1509.00519): in expectation an upper
+    bound of -log p(x), tighter with more seeds. With one seed, and for an order that is certain, it is the path's. The
+    policy is taken as it decodes: where a set is empty, it reveals a token. A guide as proposal:
+    `orderppl.diagnostics.bound_curve`.
+
+    Args:
+        table: of `evaluate`, with teacher-forced runs.
+
+    Returns:
+        These runs, one row per arm and example.
+    """
+    part = table[table["run"] == "teacher_forced"]
+    orders = part.groupby(["arm", "row"])
+    total = np.exp(part["nats"].to_numpy() * -1 + orders["nats"].transform("min").to_numpy())  # the largest is 1
+    mean = part.assign(total=total).groupby(["arm", "row"])["total"].transform("mean")
+    part = part.assign(
+        marginal_nats=orders["nats"].transform("min") - np.log(mean),
+        **{name: orders[name].transform("mean") for name in ("nfe", "fallback")},
+    )
+    part = part.drop_duplicates(["arm", "row"])
+    part.attrs.update(table.attrs)
+    return part
+
+
 def summary(
     table: pd.DataFrame,
     metrics: Iterable[str] | None = None,
@@ -94,7 +126,8 @@ def summary(
 
     Args:
         table: of `evaluate`.
-        metrics: accuracy, path_nats, nfe or any column; those that were measured, and nfe, when left out.
+        metrics: accuracy, path_nats, marginal_nats (see `marginal`), nfe or any column; those that were measured, and
+            nfe, when left out.
         resamples: number of bootstrap samples of the rows.
         seed: of the resampling.
 
@@ -112,7 +145,7 @@ def summary(
         samples = Resamples(len(rows.weights), resamples=resamples, seed=seed)
         means = samples.means(rows.values, rows.weights)
         intervals = [samples.interval(means[:, place]) for place in range(means.shape[1])]
-        part = rows.part.assign(weight=rows.part["tokens"] if metric == "path_nats" else 1.0)
+        part = rows.part.assign(weight=rows.part["tokens"] if metric in PER_TOKEN else 1.0)
         sums = part.assign(value=part["value"] * part["weight"]).groupby(["arm", "seed"])[["value", "weight"]].sum()
         by_seed = (sums["value"] / sums["weight"]).groupby("arm")
         arms = part.groupby("arm")

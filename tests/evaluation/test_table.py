@@ -7,11 +7,18 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from orderppl import Batch
 from orderppl.errors import UserError
-from orderppl.evaluation import paired_difference, summary
+from orderppl.evaluation import Arm, evaluate, paired_difference, summary
 from orderppl.evaluation.intervals import bootstrap_mean
-from orderppl.evaluation.table import pass_at_k
+from orderppl.evaluation.table import marginal, pass_at_k
+from orderppl.guides import PolicyGuide
+from orderppl.inference.exact import all_orders, exact_evidence
+from orderppl.models import UnmaskingModel
+from orderppl.models.denoisers import MarkovChainDenoiser
+from orderppl.policies import Ranked
 
 from measured_rows import arm, together
 
@@ -124,3 +131,37 @@ def test_what_was_not_measured_is_said() -> None:
     for metric in ("accuracy", "speed"):
         with pytest.raises(UserError, match=f"{metric} was not measured"):
             summary(arm("a", nats=1.0), [metric])
+
+
+def test_the_marginal_likelihood_is_a_mean_over_seeds_of_probabilities() -> None:
+    nats = [[1.0, 800.0, 3.0], [2.0, 801.0, 3.0]]  # of two drawn orders; the second row underflows as a probability
+    table = together(
+        *(
+            arm("a", nats=found, nfe=[seed + 1] * 3, tokens=[1, 2, 2], rows=3, seed=seed)
+            for seed, found in enumerate(nats)
+        ),
+        arm("b", nats=[1.0, 2.0, 3.0], tokens=[1, 2, 2], rows=3),
+    )
+    one = -math.log((1 + math.exp(-1)) / 2)
+    found = marginal(table)
+    assert found[found["arm"] == "a"]["marginal_nats"].tolist() == pytest.approx([1 + one, 800 + one, 3.0])
+    means = lines(summary(table, ["path_nats", "marginal_nats"]))
+    assert means["marginal_nats", "a"]["value"] == pytest.approx((804 + 2 * one) / 5)
+    assert means["path_nats", "a"]["value"] == pytest.approx(805 / 5)
+    assert means["marginal_nats", "a"]["nfe"] == 1.5
+    assert means["marginal_nats", "b"]["value"] == means["path_nats", "b"]["value"]  # one order, or one that is certain
+
+
+def test_the_mean_probability_is_the_evidence() -> None:
+    """Random sets on the exact chain, 400 orders of each of 8 rows, against the sum over all orders; |z| < 4.5."""
+    denoiser = MarkovChainDenoiser(2, 0.8, 3)
+    tokens = torch.cartesian_prod(*[torch.arange(2)] * 3)
+    model = UnmaskingModel(denoiser, Ranked("random"), 2)
+    orders = all_orders(PolicyGuide(Ranked("random"), denoiser, 2), Batch(tokens))
+    exact = exact_evidence(model, orders, Batch(tokens)).exp().numpy()
+    arms = [Arm("random", Ranked("random"), 2, seeds=range(400))]
+    table = evaluate(arms, denoiser, Batch(tokens), metrics=["marginal_nats"], progress=False)
+    probability = np.exp(-marginal(table).sort_values("row")["marginal_nats"].to_numpy())
+    error = table.assign(p=np.exp(-table["nats"])).groupby("row")["p"].std().to_numpy() / math.sqrt(400)
+    assert np.abs((probability - exact) / error).max() < 4.5
+    assert summary(table, ["marginal_nats"])["value"][0] < summary(table, ["path_nats"])["value"][0] - 0.01
