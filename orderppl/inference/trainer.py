@@ -251,10 +251,10 @@ def train(
             processes.from_first(lambda: held.enter_context(locked(out)))
         checkpoints = None if out is None else CheckpointFolder(out / "checkpoints")
         saved = _saved(checkpoints, resume, processes)
+        state, shared = _start(loss, data, settings, processes, saved)
         if out is not None and parts is not None:
             kind: Kind = "order" if "model" in parts else "denoiser"
             processes.from_first(partial(start_run, out, kind, parts, resume=resume))
-        state, shared = _start(loss, data, settings, processes, saved)
         log = Log(None if out is None else out / "log.jsonl", processes.is_first)
         log.restart(state.update)
         quiet = not (settings.progress and processes.is_first)

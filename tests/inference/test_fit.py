@@ -54,6 +54,14 @@ def run(model: nn.Module, guide: nn.Module, data: Any = None, particles: int = 4
     return fit(model, guide, chains() if data is None else data, **(chosen | changes))
 
 
+def test_a_pair_without_parameters_leaves_no_folder(tmp_path: Path) -> None:
+    denoiser = MarkovChainDenoiser(V, 0.85, L)
+    model, guide = UnmaskingModel(denoiser, RandomSteps(), 2), PolicyGuide(RandomSteps(), denoiser, 2)
+    with pytest.raises(UserError, match="no parameter that requires a gradient"):
+        run(model, guide, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists() and not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_learns_a_better_order_than_a_random_one() -> None:
     model, guide = tied_pair()
     result = run(model, guide, particles=8, updates=40, lr=0.3)
