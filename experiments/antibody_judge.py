@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orderppl.models.denoisers.wheels import load_wheel_tensors, wheel_file
+from orderppl.wheels import load_wheel_tensors, wheel_file
 
 PACKAGE, VERSION, WHAT = "antiberty", "0.1.3", "the judge of antibodies"
 

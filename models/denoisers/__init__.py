@@ -9,15 +9,18 @@ from orderppl.models.denoisers.smdm import SmdmDenoiser
 from orderppl.models.denoisers.training import train_denoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 from orderppl.models.denoisers.tree_field import TreeFieldDenoiser
+from orderppl.models.denoisers.trigram import PhoneDenoiser, TrigramDenoiser
 
 __all__ = [
     "AntibodyDenoiser",
     "MarkovChainDenoiser",
+    "PhoneDenoiser",
     "PretrainedDenoiser",
     "ReactionDenoiser",
     "SmdmDenoiser",
     "TransformerDenoiser",
     "TreeFieldDenoiser",
+    "TrigramDenoiser",
     "load_denoiser",
     "train_denoiser",
 ]

@@ -13,7 +13,7 @@ from orderppl.config import Configurable
 from orderppl.data.tokenizers import LetterTokenizer
 from orderppl.errors import UserError
 from orderppl.models.denoisers.pretrained import PretrainedDenoiser
-from orderppl.models.denoisers.wheels import load_wheel_tensors, wheel_file
+from orderppl.wheels import load_wheel_tensors, wheel_file
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 PACKAGE, VERSION, WHAT = "sapiens", "1.0.5", "the antibody model"

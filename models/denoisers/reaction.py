@@ -9,7 +9,7 @@ import torch
 from orderppl.config import Configurable
 from orderppl.data.smiles import SmilesTokenizer
 from orderppl.models.denoisers.pretrained import PretrainedDenoiser
-from orderppl.models.denoisers.wheels import load_wheel_tensors, wheel_file
+from orderppl.wheels import load_wheel_tensors, wheel_file
 
 PACKAGE, VERSION = "rxnmapper", "0.4.3"
 FOLDER = "albert_heads_8_uspto_all_1310k"

@@ -6,6 +6,7 @@ from orderppl.data.arithmetic import Arithmetic
 from orderppl.data.dataset import DataSet, Examples
 from orderppl.data.exact import Chains, Trees
 from orderppl.data.gsm8k import Gsm8k
+from orderppl.data.pronunciations import Pronunciations
 from orderppl.data.reactions import Reactions
 from orderppl.data.sequences import Antibodies, Fasta
 from orderppl.data.sudoku import Sudoku
@@ -23,6 +24,7 @@ __all__ = [
     "Gsm8k",
     "HubDataset",
     "JsonLines",
+    "Pronunciations",
     "Reactions",
     "Sudoku",
     "Trees",

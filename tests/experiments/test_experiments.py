@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import phones
 import posterior
 import pytest
 import reactions
@@ -37,6 +38,15 @@ def test_tree_and_posterior(tmp_path: Path) -> None:
     posterior.main(seeds=1, updates=2, draws=4, out=tmp_path / "posterior")
     gaps = {r["arm"]: r["value"] for r in read_results(tmp_path / "posterior")["records"] if r["metric"] == "gap_nats"}
     assert gaps["importance-weighted bound"] < gaps["bound"]
+
+
+@pytest.mark.slow
+def test_phones(tmp_path: Path) -> None:
+    phones.main(steps=2, seeds=1, length=5, rows=600, restarts=0, out=tmp_path)
+    records = read_results(tmp_path)["records"]
+    found = {(record["metric"], record["arm"]) for record in records}
+    assert {("path_nats", "learned #0"), ("advantage", "learned"), ("regret", "learned")} <= found
+    assert load_run(tmp_path / "seed-0").policy.order
 
 
 def few(source: Path, count: int, out: Path) -> Path:

@@ -1,0 +1,105 @@
+"""English words as they are spoken, under an exact trigram model of phones: real rows whose every conditional is known.
+
+    python experiments/phones.py --steps 3 --seeds 3 --out runs/phones
+
+One phone at a time every order is equally likely, so that all there is between the arms is what phones that are
+revealed together do not know of each other. The order is a plan whose steps depend on each other, learned by SVI alone.
+Opponents are all heuristics and the best of all periodic patterns, chosen on validation words. `long search` is a local
+search with restarts from the learned order, on the training words: how far learning is from it is in `regret`, a share
+of the way from random sets.
+"""
+
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from orderppl import evaluate
+from orderppl.data import Examples, Pronunciations
+from orderppl.evaluation import Arm, paired_difference, summary
+from orderppl.evaluation.results import results_table, write_results
+from orderppl.inference import refine_plan
+from orderppl.models import PositionTable, ScanNetwork
+from orderppl.models.denoisers import PhoneDenoiser
+from orderppl.policies import FixedOrder, ScanPlan
+
+from molecules import learn_plan, opponents
+
+SPACED = [(0, 3, 1, 3, 2, 3), (3, 0, 3, 1, 3, 2)]  # of four steps, with longer periods than all that are tried
+
+
+def periodic_orders(steps: int) -> list[Arm]:
+    """Every pattern of at most four positions that uses all steps."""
+    patterns = [p for size in range(2, 5) for p in product(range(steps), repeat=size) if len(set(p)) == steps]
+    patterns += SPACED if steps == 4 else []
+    return [Arm(f"periodic {p}", FixedOrder(p, periodic=True), steps, family="periodic") for p in patterns]
+
+
+def best_of(arms: list[Arm], denoiser: PhoneDenoiser, rows: Examples) -> Arm:
+    """The arm with the best likelihood."""
+    means = summary(evaluate(arms, denoiser, rows), ["path_nats"]).set_index("arm")["value"]
+    return next(arm for arm in arms if arm.name == means.idxmin())
+
+
+def main(
+    steps: int = 3,
+    seeds: int = 3,
+    length: int = 8,
+    rows: int = 400_000,
+    lr: float = 0.01,
+    bonus: float = 0.1,
+    restarts: int = 10,
+    out: Path = Path("runs/phones"),
+) -> None:
+    """Learn on every seed and compare on held-out words.
+
+    Args:
+        steps: step budget T.
+        seeds: training seeds, from 0.
+        length: phones of a word.
+        rows: denoiser rows that a fit may spend.
+        lr: learning rate.
+        bonus: weight of the entropy bonus at the start; it fades.
+        restarts: of the long search.
+        out: folder of runs and results.
+    """
+    denoiser = PhoneDenoiser()
+    splits = Pronunciations(length=length, test_share=0.3).splits(denoiser.tokenizer)
+    arms = [*opponents(steps), best_of(periodic_orders(steps), denoiser, splits["validation"])]
+    for seed in range(seeds):
+        plan = ScanPlan(ScanNetwork(steps, PositionTable(length, 8, noise=0.3)))
+        budget = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 16, "particles": 8}
+        learn_plan(plan, denoiser, splits["train"], steps, seed=seed, out=out / f"seed-{seed}", **budget)  # type: ignore[arg-type]
+        arms.append(Arm(f"learned #{seed}", plan, steps, family="learned", mode=True, training_seed=seed))
+        order = plan.order(splits["test"].batch.rows(slice(1)), denoiser, steps).mode[0]
+        found = refine_plan(denoiser, splits["train"].batch.rows(slice(1000)), order, steps, restarts=restarts)
+        steps_found = FixedOrder(found.steps.tolist())
+        arms.append(Arm(f"long search #{seed}", steps_found, steps, family="long search", training_seed=seed))
+
+    table = evaluate(arms, denoiser, splits["test"], out=out)
+    nats = summary(table, ["path_nats"]).set_index("arm", drop=False)
+    rivals = nats[(nats["kind"] == "heuristic") & (nats["family"] != "long search")]["value"]
+    searched = nats[nats["family"] == "long search"]["value"].min()
+    records = nats.to_dict("records")
+    for seed in range(seeds):
+        own = f"learned #{seed}"
+        loss = paired_difference(table, own, str(rivals.idxmin()), "path_nats")
+        gain = {"metric": "advantage", "arm": "learned", "of": rivals.idxmin(), "training_seed": seed}
+        records.append(gain | {"value": -loss.value, "low": -loss.high, "high": -loss.low})
+        regret = (nats["value"][own] - searched) / (nats["value"][f"random uniform T={steps}"] - searched)
+        records.append({"metric": "regret", "arm": "learned", "training_seed": seed, "value": regret})
+    labels = {"task": "phones", "steps": steps, "length": length, "rows": rows}
+    write_results(
+        out, "phones", {**labels, "lr": lr, "bonus": bonus, "seeds": seeds}, pd.DataFrame(records).assign(**labels)
+    )
+    best = nats.sort_values("value").head(12)
+    title = f"Words of {length} phones in {steps} steps, {len(splits['test'])} held-out"
+    Console().print(results_table(best, rows=("arm",), title=title))
+    gains = [record for record in records if record["metric"] in ("advantage", "regret")]
+    Console().print(results_table(gains, rows=("arm", "training_seed", "of"), title="Paired: learned better by"))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
