@@ -9,7 +9,7 @@ from orderppl.models.denoisers.smdm import SmdmDenoiser
 from orderppl.models.denoisers.training import train_denoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 from orderppl.models.denoisers.tree_field import TreeFieldDenoiser
-from orderppl.models.denoisers.trigram import PhoneDenoiser, TrigramDenoiser
+from orderppl.models.denoisers.trigram import PhoneDenoiser
 
 __all__ = [
     "AntibodyDenoiser",
@@ -20,7 +20,6 @@ __all__ = [
     "SmdmDenoiser",
     "TransformerDenoiser",
     "TreeFieldDenoiser",
-    "TrigramDenoiser",
     "load_denoiser",
     "train_denoiser",
 ]

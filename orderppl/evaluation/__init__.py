@@ -1,7 +1,7 @@
 """Evaluation: one engine that makes a table, and pure functions of that table."""
 
 from orderppl.evaluation.arms import Arm, standard_heuristics, sweep
-from orderppl.evaluation.curves import advantages, aup, frontier
+from orderppl.evaluation.curves import advantages, frontier
 from orderppl.evaluation.engine import evaluate
 from orderppl.evaluation.figures import frontier_figure
 from orderppl.evaluation.table import paired_difference, summary
@@ -9,7 +9,6 @@ from orderppl.evaluation.table import paired_difference, summary
 __all__ = [
     "Arm",
     "advantages",
-    "aup",
     "evaluate",
     "frontier",
     "frontier_figure",

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from orderppl.errors import UserError
-from orderppl.evaluation import advantages, aup
+from orderppl.evaluation import advantages
 from orderppl.evaluation import frontier as frontier_of
-from orderppl.evaluation.curves import Frontier, Point
+from orderppl.evaluation.curves import Frontier, Point, aup
 
 from measured_rows import arm, together
 

@@ -11,7 +11,7 @@ from orderppl import Batch, follow
 from orderppl.config import build, describe
 from orderppl.data import Pronunciations
 from orderppl.errors import UserError
-from orderppl.models.denoisers import PhoneDenoiser, TrigramDenoiser
+from orderppl.models.denoisers.trigram import PhoneDenoiser, TrigramDenoiser
 from orderppl.policies import Ranked
 
 V = 3
