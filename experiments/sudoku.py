@@ -9,9 +9,9 @@ test puzzles are in no puzzle that denoiser or orders were trained on. `open` pu
 several completions: cells depend on each other, and filling too many at once makes grids that no completion agrees
 with. `unique` puzzles have one completion, which a perfect denoiser would see in a single step.
 
-On every seed three policies are learned, each its own guide, for a range of step prices: for high and for low prices,
-and one for two steps. All start as an entropy bound. Together they are one curve over the mean number of forwards; the
-table tells how far it is above the best heuristic there. What is finished is kept: repeat the command to go on.
+On every seed three orders are learned: a plan of two steps, whose cells depend on each other, and two policies, each
+its own guide, for a range of high and of low step prices, which start as an entropy bound. Together they are one curve
+over the mean number of forwards. What is finished is kept: repeat the command to go on.
 """
 
 from dataclasses import dataclass
@@ -30,32 +30,32 @@ from orderppl.data import Sudoku
 from orderppl.evaluation import Arm, advantages, frontier_figure, summary, sweep
 from orderppl.evaluation.results import plain_records, write_results
 from orderppl.guides import PolicyGuide
-from orderppl.models import LearnedPolicy, PolicyNetwork, UnmaskingModel
+from orderppl.inference import Anneal
+from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, ScanNetwork, UnmaskingModel
 from orderppl.models.denoisers import load_denoiser
-from orderppl.policies import AtPrice, EntropyBound, PriceRange
+from orderppl.policies import AtPrice, EntropyBound, PriceRange, RandomSteps, ScanPlan
 
-CELLS = 16
+CELLS, STEPS = 16, 8  # steps of policies: the prices ask for fewer
 FEATURES = ("confidence", "margin", "entropy", "before", "chance", "prediction", "price")
-TARGETS = (2.0, 3.0, 4.0)
+TARGETS = (2.0, 2.5, 3.0, 4.0)
 PRICES = 7  # of a range, at which a policy is played
+COMMON: dict[str, Any] = {"batch_size": 32, "grad_clip": 1.0, "checkpoint_every": 100, "resume": True}
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is learned: from which bound, in how many steps, at which prices, nats per step."""
+    """What is learned at which prices, nats per step, in which share of the updates."""
 
-    base: EntropyBound
-    steps: int
     low: float
     high: float
-    share: float = 1.0  # of the updates
+    share: float
 
 
+BASE = EntropyBound(0.5, temperature=0.1)
 ORDERS = {
-    "priced": Order(EntropyBound(0.5, temperature=0.1), steps=8, low=0.15, high=4.0),
+    "priced": Order(0.15, 4.0, share=1.0),
     # Low prices apart: the others may lead to one set of cells for all prices, which is too quick for them.
-    "careful": Order(EntropyBound(0.5, temperature=0.1), steps=8, low=0.03, high=0.4, share=1 / 3),
-    "two steps": Order(EntropyBound(2.0, temperature=0.5), steps=2, low=0.05, high=1.0),
+    "careful": Order(0.03, 0.4, share=1 / 3),
 }
 HEURISTICS: list[dict[str, Any]] = [
     {
@@ -78,23 +78,22 @@ def learn(order: Order, denoiser: Denoiser, data: Sudoku, seed: int, updates: in
     pyro.set_rng_seed(seed)
     prices = PriceRange(order.low, order.high)
     network = PolicyNetwork(data.vocab_size, width=48, features=FEATURES, zero_init=True, prices=prices, places=CELLS)
-    policy = LearnedPolicy(network, base=order.base)
-    fit(
-        UnmaskingModel(denoiser, policy, order.steps, step_price=prices),
-        PolicyGuide(policy, denoiser, order.steps),
-        data.splits()["train"],
-        optimizer=partial(torch.optim.Adam, lr=0.003),
-        schedule="cosine",
-        warmup=20,
-        grad_clip=1.0,
-        updates=max(round(order.share * updates), 1),
-        batch_size=32,
-        seed=seed,
-        checkpoint_every=100,
-        out=out,
-        resume=True,
-    )
+    policy = LearnedPolicy(network, base=BASE)
+    model, guide = UnmaskingModel(denoiser, policy, STEPS, step_price=prices), PolicyGuide(policy, denoiser, STEPS)
+    settings = {"schedule": "cosine", "warmup": 20, "updates": max(round(order.share * updates), 1)}
+    fit(model, guide, data, optimizer=partial(torch.optim.Adam, lr=0.003), seed=seed, out=out, **COMMON, **settings)
     return policy
+
+
+def learn_opening(denoiser: Denoiser, data: Sudoku, seed: int, updates: int, out: Path) -> ScanPlan:
+    """Fit a plan of two steps against uniform ones, so that the KL is an entropy bonus, which fades."""
+    pyro.set_rng_seed(seed)
+    plan = ScanPlan(ScanNetwork(2, PositionTable(CELLS, 8, noise=0.3)))
+    model, guide = UnmaskingModel(denoiser, RandomSteps(), 2), PolicyGuide(plan, denoiser, 2)
+    fades = {"objective.kl_weight": Anneal(0.1, 0.0, max(int(0.35 * updates), 1))}
+    settings = {"updates": max(updates // 2, 1), "anneal": fades}
+    fit(model, guide, data, optimizer=partial(torch.optim.Adam, lr=0.01), seed=seed, out=out, **COMMON, **settings)
+    return plan
 
 
 def arms_of(name: str, order: Order, policy: LearnedPolicy, seed: int) -> list[Arm]:
@@ -104,7 +103,7 @@ def arms_of(name: str, order: Order, policy: LearnedPolicy, seed: int) -> list[A
         price = order.low * (order.high / order.low) ** (place / (PRICES - 1))
         setting = {"learned": name, "price": round(price, 4)}
         label, played = f"{name} price={price:.3g} #{seed}", AtPrice(policy, price)
-        arms.append(Arm(label, played, order.steps, family="learned", mode=True, training_seed=seed, setting=setting))
+        arms.append(Arm(label, played, STEPS, family="learned", mode=True, training_seed=seed, setting=setting))
     return arms
 
 
@@ -123,7 +122,7 @@ def main(
         puzzles: open (2 to 4 clues, any completion) or unique (4 to 6 clues, one completion).
         seeds: training seeds, from 0.
         rows: test puzzles.
-        updates: SVI updates of a policy; for low prices a third of them.
+        updates: SVI updates of a policy; for low prices a third of them, for the plan half.
         out: folder of runs and results.
     """
     network = load_denoiser(denoiser)
@@ -134,9 +133,11 @@ def main(
     test = data.splits(network.tokenizer)["test"].take(rows)
     arms = sweep(HEURISTICS, seeds=(0, 1, 2))
     for seed in range(seeds):
+        folder = out / f"seed-{seed}"
+        plan = learn_opening(network, data, seed, updates, folder / "opening")
+        arms.append(Arm(f"opening #{seed}", plan, 2, family="learned", mode=True, training_seed=seed))
         for name, order in ORDERS.items():
-            folder = out / f"seed-{seed}" / name.replace(" ", "-")
-            arms += arms_of(name, order, learn(order, network, data, seed, updates, folder), seed)
+            arms += arms_of(name, order, learn(order, network, data, seed, updates, folder / name), seed)
     table = evaluate(arms, network, test, metrics=["accuracy", "path_nats"], batch_size=rows, out=out)
     labels = {"task": "sudoku", "puzzles": puzzles}
     records = plain_records(pd.concat([summary(table), advantages(table, TARGETS)]).assign(**labels))

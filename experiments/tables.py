@@ -34,10 +34,10 @@ class Layout(NamedTuple):
 
 PAIRED = "learned opponent advantage worst best", " ".join(("arm", *PLACES, "of"))
 COMPARED = Layout("Learned against the best opponent (`of`)", *PAIRED)
-FITS = {"arm": ("learned", "best fixed order", "random", "fit without the search", "search without a fit")}
+ARMS = {"arm": ("learned", "learned, drawn", "best fixed order", "random", "top_prob", "entropy", "left_to_right")}
 GAPS = [
     Layout("Expected gap to the log evidence, nats", "expected_gap_nats", "length steps", "arm"),
-    Layout("Gap to the log evidence on test rows, nats", "gap_nats", "length steps", "arm", FITS),
+    Layout("Gap to the log evidence on test rows, nats", "gap_nats", "length steps", "arm", ARMS),
 ]
 BY_ARM = Layout("Gap to the log evidence, nats", "gap_nats expected_gap_nats", "arm")
 NATS = Layout("Nats per token", "path_nats", "arm nfe")

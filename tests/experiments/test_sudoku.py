@@ -8,7 +8,7 @@ import sudoku
 
 from orderppl import load_run
 from orderppl.evaluation.results import read_results
-from orderppl.policies import PriceRange
+from orderppl.policies import PriceRange, ScanPlan
 
 DENOISER = Path(__file__).parents[2] / "docs" / "results" / "sudoku" / "denoiser"
 
@@ -17,17 +17,18 @@ DENOISER = Path(__file__).parents[2] / "docs" / "results" / "sudoku" / "denoiser
 def test_sudoku(
     puzzles: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three policies of a seed are one curve, which is compared; a second call goes on with what is there."""
+    """Three orders of a seed are one curve, which is compared; a second call goes on with what is there."""
     grid = [{"policy": "EntropyBound", "gamma": [0.1, 1.0]}, {"policy": "Ranked", "score": "random", "budgets": [1, 3]}]
     monkeypatch.setattr(sudoku, "HEURISTICS", grid)
     for _ in range(2):
         sudoku.main(DENOISER, puzzles, seeds=1, rows=6, updates=3, out=tmp_path)
     records = read_results(tmp_path)["records"]
     learned = {r["arm"] for r in records if r["metric"] == "accuracy" and r["family"] == "learned"}
-    assert len(learned) == len(sudoku.ORDERS) * sudoku.PRICES
+    assert len(learned) == len(sudoku.ORDERS) * sudoku.PRICES + 1
     gains = [r for r in records if r["metric"] == "advantage" and "target_nfe" in r]
     assert {r["arm"] for r in gains} == {"learned"} and {r["measured"] for r in gains} == {"accuracy", "path_nats"}
-    prices = load_run(tmp_path / "seed-0" / "two-steps").model.step_price
-    assert isinstance(prices, PriceRange) and (prices.low, prices.high) == (0.05, 1.0)
+    prices = load_run(tmp_path / "seed-0" / "careful").model.step_price
+    assert isinstance(prices, PriceRange) and (prices.low, prices.high) == (0.03, 0.4)
+    assert isinstance(load_run(tmp_path / "seed-0" / "opening").policy, ScanPlan)
     assert "| learned |" in capsys.readouterr().out
     assert (tmp_path / "frontier.png").stat().st_size > 1000
