@@ -4,9 +4,9 @@
 
 One phone at a time every order is equally likely, so that all there is between the arms is what phones that are
 revealed together do not know of each other. The order is a plan whose steps depend on each other, learned by SVI alone.
-Opponents are all heuristics and the best of all periodic patterns, chosen on validation words. `long search` is a local
-search with restarts from the learned order, on the training words: how far learning is from it is in `regret`, a share
-of the way from random sets.
+Opponents are all heuristics and the best spaced order, dilated or periodic, chosen on validation words. `long search`
+is a local search with restarts from the learned order, on training words: how far learning is from it is in `regret`, a
+share of the way from random sets.
 """
 
 from itertools import product
@@ -23,7 +23,7 @@ from orderppl.evaluation.results import results_table, write_results
 from orderppl.inference import refine_plan
 from orderppl.models import PositionTable, ScanNetwork
 from orderppl.models.denoisers import PhoneDenoiser
-from orderppl.policies import FixedOrder, ScanPlan
+from orderppl.policies import Dilated, FixedOrder, ScanPlan
 
 from molecules import learn_plan, opponents
 
@@ -34,7 +34,8 @@ def periodic_orders(steps: int) -> list[Arm]:
     """Every pattern of at most four positions that uses all steps."""
     patterns = [p for size in range(2, 5) for p in product(range(steps), repeat=size) if len(set(p)) == steps]
     patterns += SPACED if steps == 4 else []
-    return [Arm(f"periodic {p}", FixedOrder(p, periodic=True), steps, family="periodic") for p in patterns]
+    arms = [Arm(f"periodic {p}", FixedOrder(p, periodic=True), steps, family="periodic") for p in patterns]
+    return [*arms, Arm("dilated", Dilated(), steps)]
 
 
 def best_of(arms: list[Arm], denoiser: PhoneDenoiser, rows: Examples) -> Arm:

@@ -5,7 +5,6 @@ from orderppl.inference.enumerated import EnumeratedELBO
 from orderppl.inference.fitting import FitSettings, fit
 from orderppl.inference.imitation import Imitation
 from orderppl.inference.importance_weighted import ImportanceWeightedELBO, SequenceWakeSleep
-from orderppl.inference.objective import Objective
 from orderppl.inference.refine import refine_plan
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
 
@@ -15,7 +14,6 @@ __all__ = [
     "FitSettings",
     "Imitation",
     "ImportanceWeightedELBO",
-    "Objective",
     "RevealTraceGraph_ELBO",
     "SequenceWakeSleep",
     "fit",

@@ -213,3 +213,24 @@ class FixedOrder(Planned):
         order = self._order(opening).clamp(max=opening.num_steps - 1)
         certain = torch.nn.functional.one_hot(order.clamp(min=0), opening.num_steps)
         return StepwiseOrder(certain.to(torch.get_default_dtype()).log(), opening.latent)
+
+
+class Dilated(FixedOrder):
+    """Spread out first, then halfway between: the dilated schedule (arXiv 2506.19037), untrained.
+
+        r_i = 0 where 2^(T-1) divides i,      otherwise T - 1 - (the largest k with 2^k dividing i)
+
+    In three steps 0 2 1 2 0 2 1 2 ..: what a step reveals together is as far apart as it can be. The positions to
+    reveal are counted from the left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([0], periodic=True)
+
+    def _order(self, state: State) -> Tensor:
+        if isinstance(state.num_steps, Tensor):
+            raise UserError("policy", "a dilated order knows no blocks", "use it without blocks")
+        place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)
+        halvings = range(1, state.num_steps)
+        order = state.num_steps - 1 - sum((place % 2**k == 0).long() for k in halvings)
+        return torch.as_tensor(order).masked_fill(~state.latent, VISIBLE)

@@ -14,6 +14,7 @@ from orderppl.decoding.decode import DecodeOutput
 from orderppl.distributions import DecidedSet, IndependentSet
 from orderppl.policies import (
     Blocks,
+    Dilated,
     Eager,
     EntropyBound,
     EosAware,
@@ -66,6 +67,7 @@ POLICIES: dict[str, Policy] = {
     "smoothed": Smoothed(Klass(0.4, 0.5), 0.1),
     "plan": Plan(PlanOfTwo()),
     "fixed": FixedOrder([1, 0, 2], periodic=True),
+    "dilated": Dilated(),
     "nothing": Nothing(),
     "everything": Everything(),
 }

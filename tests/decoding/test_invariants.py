@@ -33,6 +33,7 @@ from orderppl.models.networks import ScanNetwork
 from orderppl.policies import (
     AtPrice,
     Blocks,
+    Dilated,
     Eager,
     EarlyCommit,
     EntropyBound,
@@ -307,6 +308,7 @@ EVERY: dict[str, Factory] = {
     "random_steps": lambda p: RandomSteps("cosine"),
     "fixed": lambda p: FixedOrder([5, 0, 5, 2, 1, 1, 0]),
     "periodic": lambda p: FixedOrder([0, 3, 1], periodic=True),
+    "dilated": lambda p: Dilated(),
     "table": lambda p: Plan(PositionTable(8, 4, noise=1.0).double()),
     "plan": lambda p: Plan(TokenPlan()),
     "opening": lambda p: OPENING,

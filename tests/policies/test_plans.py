@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from written_denoisers import Table, chosen, masks, state_of
 
 from orderppl import Batch, State, UserError, decode, follow
+from orderppl.config import build, describe
 from orderppl.distributions import RankedOrder, StepwiseOrder
 from orderppl.models import HeldBack, PositionTable
 from orderppl.models.networks import ScanNetwork
-from orderppl.policies import FixedOrder, Plan, RandomSteps, ScanPlan, Threshold
+from orderppl.policies import Blocks, Dilated, FixedOrder, Plan, RandomSteps, ScanPlan, Threshold
 from orderppl.policies.plans import Planned
 
 from programs import PlaceTable, TableDenoiser, make_batch
@@ -202,3 +203,21 @@ def test_later_sets_of_a_plan_are_held_back():
 def test_bad_settings_are_refused(make, field: str):
     with pytest.raises(UserError, match=f"^{field}: "):
         make()
+
+
+def test_a_dilated_order_halves_the_distances() -> None:
+    """By hand: every eighth position first in four steps, the odd ones last; given positions take no place."""
+    same = Table([[0.7, 0.3]] * 10)
+    tokens = torch.full((2, 10), same.mask_index)
+    tokens[1, 2] = 0
+    batch = Batch(tokens, given=tokens == 0)
+    order = Dilated().order(batch, same, 4).mode
+    assert order[0].tolist() == [0, 3, 2, 3, 1, 3, 2, 3, 0, 3]
+    assert order[1].tolist() == [0, 3, -1, 2, 3, 1, 3, 2, 3, 0]
+    assert Dilated().order(batch, same, 1).mode[0].tolist() == [0] * 10
+    assert Dilated().order(batch, same, 2).mode[0].tolist() == [0, 1] * 5
+    assert build(describe(Dilated())).order(batch, same, 4).mode.equal(order)
+    out = decode(same, Dilated(), batch, max_steps=4)
+    assert out.reveal_step.equal(order) and out.nfe.tolist() == [4, 4]
+    with pytest.raises(UserError, match="knows no blocks"):
+        decode(same, Blocks(Dilated(), 5), batch, max_steps=8)
