@@ -228,8 +228,7 @@ class Dilated(FixedOrder):
         super().__init__([0], periodic=True)
 
     def _order(self, state: State) -> Tensor:
-        if isinstance(state.num_steps, Tensor):
-            raise UserError("policy", "a dilated order knows no blocks", "use it without blocks")
+        assert isinstance(state.num_steps, int)
         place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)
         halvings = range(1, state.num_steps)
         order = state.num_steps - 1 - sum((place % 2**k == 0).long() for k in halvings)

@@ -14,7 +14,7 @@ from orderppl.config import build, describe
 from orderppl.distributions import RankedOrder, StepwiseOrder
 from orderppl.models import HeldBack, PositionTable
 from orderppl.models.networks import ScanNetwork
-from orderppl.policies import Blocks, Dilated, FixedOrder, Plan, RandomSteps, ScanPlan, Threshold
+from orderppl.policies import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan, Threshold
 from orderppl.policies.plans import Planned
 
 from programs import PlaceTable, TableDenoiser, make_batch
@@ -219,5 +219,3 @@ def test_a_dilated_order_halves_the_distances() -> None:
     assert build(describe(Dilated())).order(batch, same, 4).mode.equal(order)
     out = decode(same, Dilated(), batch, max_steps=4)
     assert out.reveal_step.equal(order) and out.nfe.tolist() == [4, 4]
-    with pytest.raises(UserError, match="knows no blocks"):
-        decode(same, Blocks(Dilated(), 5), batch, max_steps=8)
