@@ -42,6 +42,8 @@ GAPS = [
 BY_ARM = Layout("Gap to the log evidence, nats", "gap_nats expected_gap_nats", "arm")
 NATS = Layout("Nats per token", "path_nats", "arm nfe")
 BASELINES = {"baseline": (*(f"random uniform T={t}" for t in (2, 4, 8)), "threshold at equal NFE")}
+WHERE = "steps training_seed"
+SPREAD = {"family": ("learned", "long search", "periodic", "random uniform", "top_prob uniform", "entropy uniform")}
 RANKINGS = {"sizes": ("uniform",), "kind": ("heuristic",)}
 MODES = {"axis": ("steps",), "mode": ("stacked", "sequential", "policy")}
 UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured denoiser mode", "steps", MODES)
@@ -52,6 +54,10 @@ ORDER = {"gradient": ("order", None)}
 LAYOUTS: dict[str, list[Layout]] = {
     "chain": GAPS,
     "tree": GAPS,
+    "phones": [
+        Layout("Learned better than the best opponent (`of`) by, and distance to a search", "advantage regret", WHERE),
+        NATS._replace(title="Nats per phone", rows="family", columns="steps", where=SPREAD),
+    ],
     "posterior": [BY_ARM],
     "quickstart": [BY_ARM, NATS._replace(title="Antibodies, nats per residue", rows="arm")],
     "gsm8k": [Layout("Less the baseline", "path_nats_difference", "form arm nfe baseline", where=BASELINES)],
@@ -82,7 +88,7 @@ def compared(records: Sequence[Record]) -> Iterator[Record]:
         found = {metric: record[name] for metric, name in names.items() if name in record}
         if "own" not in record:
             here = [r for r in nats if all(r.get(name) == record[name] for name in PLACES if name in record)]
-            own, other = (next(r["value"] for r in here if r["arm"] == record[name]) for name in ("arm", "of"))
+            own, other = (next((r["value"] for r in here if r["arm"] == record[name]), None) for name in ("arm", "of"))
             found |= {"learned": own, "opponent": other}
         yield from ({**labels, "metric": metric, "value": value} for metric, value in found.items())
 

@@ -65,11 +65,14 @@ def write_results(
         "config": dict(config),
         "environment": environment(config.get("device") or "cpu", config.get("dtype") or "float32"),
         **({} if seconds is None else {"seconds": round(seconds, 3)}),
-        "records": [_checked(index, record) for index, record in enumerate(plain_records(records))],
     }
+    lines = [
+        json.dumps(_checked(index, record), allow_nan=False) for index, record in enumerate(plain_records(records))
+    ]
+    head = json.dumps(document, indent=1, allow_nan=False).removesuffix("\n}")
     path = Path(out) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_text(path, head + ',\n "records": [\n' + ",\n".join(lines) + "\n]}\n")  # a line per record
     return path
 
 
