@@ -35,7 +35,7 @@ TIES_AT_RANDOM = 1e-6  # a temperature
 
 
 def learn(
-    denoiser: Denoiser, data: DataSet, steps: int, seed: int, updates: int, batch_size: int, out: Path
+    denoiser: Denoiser, data: DataSet, steps: int, seed: int, updates: int, batch_size: int, bonus: float, out: Path
 ) -> ScanPlan:
     """Learn a plan: against a uniform prior, so that the KL is an entropy bonus, which fades."""
     pyro.set_rng_seed(seed)
@@ -49,7 +49,7 @@ def learn(
         updates=updates,
         batch_size=batch_size,
         seed=seed,
-        anneal={"objective.kl_weight": Anneal(0.3, 0.0, int(0.7 * updates))},
+        anneal={"objective.kl_weight": Anneal(bonus, 0.0, int(0.7 * updates))},
         out=out,
     )
     return plan
@@ -70,6 +70,7 @@ def main(
     length: int = 16,
     updates: int = 1500,
     batch_size: int = 64,
+    bonus: float = 0.5,
     out: Path = Path("runs/chain"),
     task: str = "chain",
 ) -> None:
@@ -81,6 +82,7 @@ def main(
         length: positions of the chain.
         updates: SVI updates per seed.
         batch_size: sequences of an update, 8 orders each.
+        bonus: weight of the entropy bonus at the start; it fades.
         out: folder of runs and results.
         task: chain, or tree (of depth 4).
     """
@@ -97,7 +99,7 @@ def main(
         arms.append(Arm(score, Ranked(score, temperature=TIES_AT_RANDOM), steps))
     for seed in range(seeds):
         began = perf_counter()
-        plan = learn(denoiser, data, steps, seed, updates, batch_size, out / f"seed-{seed}")
+        plan = learn(denoiser, data, steps, seed, updates, batch_size, bonus, out / f"seed-{seed}")
         seconds = perf_counter() - began
         arms.append(Arm(f"learned #{seed}", plan, steps, family="learned", mode=True, training_seed=seed))
         arms.append(Arm(f"learned, drawn #{seed}", plan, steps, family="learned, drawn", training_seed=seed))
@@ -110,7 +112,7 @@ def main(
     measured = measure(denoiser, data, arms, steps)
     records = [{**record, **labels} for record in expected]
     records += measured.assign(arm=measured["family"], **labels).to_dict("records")
-    config = {**labels, "seeds": seeds, "updates": updates, "batch_size": batch_size}
+    config = {**labels, "seeds": seeds, "updates": updates, "batch_size": batch_size, "bonus": bonus}
     write_results(out, "chain", config, pd.DataFrame(records))
     Console().print(results_table(records, title=f"Exact {task}, {steps} steps: gap to the log evidence, nats"))
 

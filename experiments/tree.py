@@ -13,7 +13,12 @@ import chain
 
 
 def main(
-    seeds: int = 3, steps: int = 3, updates: int = 1500, batch_size: int = 128, out: Path = Path("runs/tree")
+    seeds: int = 3,
+    steps: int = 3,
+    updates: int = 1500,
+    batch_size: int = 128,
+    bonus: float = 0.3,
+    out: Path = Path("runs/tree"),
 ) -> None:
     """Learn on every seed and compare.
 
@@ -22,9 +27,10 @@ def main(
         steps: step budget T.
         updates: SVI updates per seed.
         batch_size: sequences of an update, 8 orders each.
+        bonus: weight of the entropy bonus at the start; it fades.
         out: folder of runs and results.
     """
-    chain.main(seeds, steps, updates=updates, batch_size=batch_size, out=out, task="tree")
+    chain.main(seeds, steps, updates=updates, batch_size=batch_size, bonus=bonus, out=out, task="tree")
 
 
 if __name__ == "__main__":
