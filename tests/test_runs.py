@@ -265,7 +265,9 @@ def test_a_run_goes_on_with_the_same_objects_only(tmp_path: Path) -> None:
 
 def test_a_guide_that_cannot_be_described_is_refused_before_training(tmp_path: Path) -> None:
     class Local(Guide):
-        pass
+        def __init__(self, num_steps: int) -> None:
+            super().__init__(num_steps)
+            self.free = nn.Parameter(torch.zeros(num_steps))
 
     model, _ = plan_pair()
     with pytest.raises(UserError, match=r"^guide: .*Local' cannot be imported by a name"):

@@ -31,7 +31,7 @@ def make_optimizer(
             that name, the longest name first, and the optimiser's own for the rest.
 
     Raises:
-        UserError: no parameter, or a part that has none.
+        UserError: an optimiser that cannot train them, or a part that has none.
     """
     if isinstance(made_by, Optimizer):
         known = {id(parameter) for parameter in named.values()}
@@ -39,8 +39,6 @@ def make_optimizer(
             problem = "has been made already, with its own rates" if lr is not None else "holds none of what is trained"
             raise UserError("optimizer", problem, "give its class, such as torch.optim.Adam")
         return made_by
-    if not named:
-        raise UserError("loss", "has no parameter that requires a gradient", "unfreeze a network or skip the fit")
     options: dict[str, Any] = {}
     if isinstance(made_by, PyroOptim):
         made_by, options = made_by.pt_optim_constructor, dict(made_by.pt_optim_args)

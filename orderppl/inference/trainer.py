@@ -245,16 +245,18 @@ def train(
         UserError: a wrong setting, an object among `parts` that a config cannot describe, a loss or gradient that is
             not finite, a checkpoint of another run, or processes that hold different data.
     """
+    if not any(parameter.requires_grad for parameter in loss.parameters()):
+        raise UserError("loss", "has no parameter that requires a gradient", "unfreeze a network or skip the fit")
     processes = Processes.join(settings.device or module_device(loss))
     with ExitStack() as held:
         if out is not None:
             processes.from_first(lambda: held.enter_context(locked(out)))
         checkpoints = None if out is None else CheckpointFolder(out / "checkpoints")
         saved = _saved(checkpoints, resume, processes)
-        state, shared = _start(loss, data, settings, processes, saved)
         if out is not None and parts is not None:
             kind: Kind = "order" if "model" in parts else "denoiser"
             processes.from_first(partial(start_run, out, kind, parts, resume=resume))
+        state, shared = _start(loss, data, settings, processes, saved)
         log = Log(None if out is None else out / "log.jsonl", processes.is_first)
         log.restart(state.update)
         quiet = not (settings.progress and processes.is_first)
