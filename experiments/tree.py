@@ -15,7 +15,7 @@ import chain
 def main(
     seeds: int = 3,
     steps: int = 3,
-    updates: int = 1500,
+    updates: int = 2500,
     batch_size: int = 128,
     bonus: float = 0.3,
     out: Path = Path("runs/tree"),
