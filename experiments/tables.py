@@ -88,7 +88,7 @@ def compared(records: Sequence[Record]) -> Iterator[Record]:
         found = {metric: record[name] for metric, name in names.items() if name in record}
         if "own" not in record:
             here = [r for r in nats if all(r.get(name) == record[name] for name in PLACES if name in record)]
-            own, other = (next((r["value"] for r in here if r["arm"] == record[name]), None) for name in ("arm", "of"))
+            own, other = (next(r["value"] for r in here if r["arm"] == record[name]) for name in ("arm", "of"))
             found |= {"learned": own, "opponent": other}
         yield from ({**labels, "metric": metric, "value": value} for metric, value in found.items())
 
@@ -109,8 +109,8 @@ def markdown(layout: Layout, records: Sequence[Record]) -> str:
 def tables(folder: Path) -> str:
     """The tables of a folder as Markdown."""
     records = [r for path in sorted(folder.rglob("results.json")) for r in read_results(path.parent)["records"]]
-    found, layouts = list(compared(records)), LAYOUTS.get(folder.resolve().name, [COMPARED])
-    return "\n".join(markdown(layout, found if layout is COMPARED else records) for layout in layouts)
+    layouts = LAYOUTS.get(folder.resolve().name, [COMPARED])
+    return "\n".join(markdown(layout, list(compared(records)) if layout is COMPARED else records) for layout in layouts)
 
 
 def main(folder: Path, write: bool = False) -> None:

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orderppl.config import Configurable
 from orderppl.errors import UserError
+from orderppl.models.denoisers.evidence import evidence_by_place
 
 LARGEST_JOINT = 2**22  # probabilities in a table of a node and its Markov boundary
 LONGEST_SEARCH = 15  # nodes; the search for the best order looks at 3^nodes pairs of sets
@@ -76,13 +76,9 @@ class TreeFieldDenoiser(Configurable, nn.Module):
         attended = attention_mask.bool()
         if state.shape[-1] > self.length:
             raise UserError("length", f"a canvas of {state.shape[-1]} exceeds {self.length}", "use a deeper tree")
-        node = attended.long().cumsum(-1) - 1  # padding takes no place in the tree
-        node = torch.where(attended, node, self.length).unsqueeze(-1).expand(*state.shape, self.num_states)
-        revealed = (attended & (state != self.mask_index)).unsqueeze(-1)
-        told = F.one_hot(state.clamp(0, self.num_states - 1), self.num_states).to(self.transition.dtype)
-        evidence = told.new_ones(len(state), self.length + 1, self.num_states)  # 1: nothing known; the last is padding
-        evidence = evidence.scatter(1, node, torch.where(revealed, told, 1.0))
-        said = self._said_by_others(evidence[:, :-1])  # [N, nodes, K]
+        places = state, attended, self.mask_index, self.length
+        evidence, node = evidence_by_place(*places, self.transition.dtype)  # [N, nodes, K], [N, S, K]
+        said = self._said_by_others(evidence)  # [N, nodes, K]
         return said.gather(1, node.clamp(max=self.length - 1)).log().float()
 
     def _said_by_others(self, evidence: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orderppl.config import Configurable
 from orderppl.data.pronunciations import PACKAGE, PHONES, VERSION, PhoneTokenizer
 from orderppl.errors import UserError
+from orderppl.models.denoisers.evidence import evidence_by_place
 from orderppl.wheels import wheel_file
 
 
@@ -62,13 +62,9 @@ class TrigramDenoiser(nn.Module):
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """Score every position; see `orderppl.unmasking.Denoiser`. Padding, wherever it stands, takes no place."""
         attended = attention_mask.bool()
-        size, length = self.vocab_size, state.shape[-1]
-        told = F.one_hot(state.clamp(0, size - 1), size).to(self.first.dtype)
-        free = (state == self.mask_index).unsqueeze(-1)
-        place = torch.where(attended, attended.long().cumsum(-1) - 1, length)  # padding goes behind, and is dropped
-        place = place.unsqueeze(-1).expand(*state.shape, size)
-        evidence = told.new_ones(len(state), length + 1, size).scatter(1, place, torch.where(free, 1.0, told))
-        said = self._posterior(evidence[:, :-1]).log()  # [N, places, V]
+        length = state.shape[-1]
+        evidence, place = evidence_by_place(state, attended, self.mask_index, length, self.first.dtype)
+        said = self._posterior(evidence).log()  # [N, places, V]
         return said.gather(1, place.clamp(max=length - 1))
 
     def _posterior(self, evidence: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from orderppl.cli.assemble import Known, Spec, make_data, make_denoiser
-from orderppl.config import Builder
+from orderppl.config import Builder, build
 from orderppl.data import AnswerTokens
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
@@ -32,7 +32,7 @@ def open_run(
     if needs_order and run.policy is None:
         raise UserError("run", f"{name} holds a {run.kind}, no order", "give a run of fit-order, or a shared order")
     if policy is not None:
-        run.policy = Builder({"policy": run.policy}).make(policy, "policy")
+        run.policy = build(policy, {"policy": run.policy}, field="policy")
     return run
 
 

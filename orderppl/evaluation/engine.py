@@ -23,6 +23,7 @@ from orderppl.data.dataset import Examples
 from orderppl.decoding import decode, follow
 from orderppl.errors import UserError
 from orderppl.evaluation.arms import MEASURED, Arm
+from orderppl.evaluation.table import PER_TOKEN
 from orderppl.files import write_text
 from orderppl.inference.trainer import module_device
 from orderppl.unmasking import Batch, Denoiser
@@ -225,8 +226,7 @@ def _before_end(tokens: Tensor, latent: Tensor, end: int | None) -> Tensor:
 
 def _parts(arms: Sequence[Arm], metrics: Sequence[str], longest: int) -> list[_Part]:
     """All parts of the work, in the order of the table."""
-    forced = ("path_nats", "marginal_nats")
-    unknown = [metric for metric in metrics if metric not in ("accuracy", *forced, "nfe")]
+    unknown = [metric for metric in metrics if metric not in ("accuracy", *PER_TOKEN, "nfe")]
     if unknown or not metrics:
         problem = f"unknown metric {unknown[0]!r}" if unknown else "there is none"
         raise UserError("metrics", problem, "use accuracy, path_nats, marginal_nats or nfe")
@@ -237,7 +237,7 @@ def _parts(arms: Sequence[Arm], metrics: Sequence[str], longest: int) -> list[_P
     if twice:
         raise UserError("arms", f"{twice[0]} comes twice", "give every arm a name of its own")
     runs: list[Run] = ["decoding"] if "accuracy" in metrics else []
-    runs += ["teacher_forced"] if any(metric in forced for metric in metrics) or not runs else []
+    runs += ["teacher_forced"] if any(metric in PER_TOKEN for metric in metrics) or not runs else []
     parts = []
     for arm, run in itertools.product(arms, runs):
         if run == "teacher_forced" or arm.kind != "oracle":

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from orderppl.evaluation.curves import Frontier, frontier
-from orderppl.evaluation.table import by_row, metrics_of
+from orderppl.evaluation.table import PER_TOKEN, by_row, metrics_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 LABELLED = 8  # curves with a name and a colour
 TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-PER_TOKEN = "(nats per token, lower is better)"
-AXES = {"path_nats": f"path_nats {PER_TOKEN}", "marginal_nats": f"marginal_nats {PER_TOKEN}"}
+AXES = {metric: f"{metric} (nats per token, lower is better)" for metric in PER_TOKEN}
 
 
 def frontier_figure(

@@ -16,7 +16,7 @@ from orderppl.errors import UserError
 from orderppl.evaluation.intervals import Array, Interval, Resamples, bootstrap_mean
 
 METRICS = {"accuracy": "correct", "path_nats": "nats"}  # metric -> column; any other metric is a column itself
-PER_TOKEN = ("path_nats", "marginal_nats")
+PER_TOKEN = ("path_nats", "marginal_nats")  # of teacher-forced runs
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,12 @@ def marginal(table: pd.DataFrame) -> pd.DataFrame:
     """
     part = table[table["run"] == "teacher_forced"]
     orders = part.groupby(["arm", "row"])
-    total = np.exp(part["nats"].to_numpy() * -1 + orders["nats"].transform("min").to_numpy())  # the largest is 1
-    mean = part.assign(total=total).groupby(["arm", "row"])["total"].transform("mean")
+    least = orders["nats"].transform("min")
+    share = np.exp(least - part["nats"]).groupby([part["arm"], part["row"]])  # of the largest probability
     part = part.assign(
-        marginal_nats=orders["nats"].transform("min") - np.log(mean),
+        marginal_nats=least - np.log(share.transform("mean")),
         **{name: orders[name].transform("mean") for name in ("nfe", "fallback")},
-    )
-    part = part.drop_duplicates(["arm", "row"])
+    ).drop_duplicates(["arm", "row"])
     part.attrs.update(table.attrs)
     return part
 

@@ -175,7 +175,39 @@ class RandomSteps(Policy):
         return self._steps(state.masked, state.num_steps).set_at(state.masked, state.step)
 
 
-class FixedOrder(Planned):
+class PlacedOrder(Planned):
+    """Base of orders without chance: the step of a position follows from its place.
+
+    A subclass defines `steps_of`.
+    """
+
+    def steps_of(self, place: Tensor, num_steps: int) -> Tensor:
+        """Step of every position, int64 [*, S], at least 0; steps behind the last one are cut to it.
+
+        Args:
+            place: int64 [*, S], 0-based, counted over the positions to reveal from the left.
+            num_steps: T.
+        """
+        raise NotImplementedError
+
+    def look_back(self, state: State) -> Any:
+        """See `Planned`."""
+        return self._order(state.whole) if state.carry is None else state.carry
+
+    def _order(self, state: State) -> Tensor:
+        assert isinstance(state.num_steps, int)
+        place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)
+        return self.steps_of(place, state.num_steps).masked_fill(~state.latent, VISIBLE)
+
+    def plan(self, opening: State) -> StepwiseOrder:
+        """See `Planned`: nothing is left to chance."""
+        assert isinstance(opening.num_steps, int)
+        order = self._order(opening).clamp(max=opening.num_steps - 1)
+        certain = torch.nn.functional.one_hot(order.clamp(min=0), opening.num_steps)
+        return StepwiseOrder(certain.to(torch.get_default_dtype()).log(), opening.latent)
+
+
+class FixedOrder(PlacedOrder):
     """One order for all sequences, or a pattern that repeats: the positions to reveal are counted from the left.
 
     Args:
@@ -194,28 +226,15 @@ class FixedOrder(Planned):
         self.register_buffer("steps", torch.as_tensor(list(steps), dtype=torch.int64), persistent=False)
         self.steps: Tensor
 
-    def look_back(self, state: State) -> Any:
-        """See `Planned`."""
-        return self._order(state.whole) if state.carry is None else state.carry
-
-    def _order(self, state: State) -> Tensor:
-        place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)
+    def steps_of(self, place: Tensor, num_steps: int) -> Tensor:
+        """See `PlacedOrder`."""
         steps = self.steps
         if self.periodic:
-            found = steps[place % len(steps)]
-        else:
-            found = torch.where(place < len(steps), steps[place.clamp(max=len(steps) - 1)], int(1e9))
-        return found.masked_fill(~state.latent, VISIBLE)
-
-    def plan(self, opening: State) -> StepwiseOrder:
-        """See `Planned`: nothing is left to chance."""
-        assert isinstance(opening.num_steps, int)
-        order = self._order(opening).clamp(max=opening.num_steps - 1)
-        certain = torch.nn.functional.one_hot(order.clamp(min=0), opening.num_steps)
-        return StepwiseOrder(certain.to(torch.get_default_dtype()).log(), opening.latent)
+            return steps[place % len(steps)]
+        return torch.where(place < len(steps), steps[place.clamp(max=len(steps) - 1)], int(1e9))
 
 
-class Dilated(FixedOrder):
+class Dilated(PlacedOrder):
     """Spread out first, then halfway between: the dilated schedule (arXiv 2506.19037), untrained.
 
         r_i = 0 where 2^(T-1) divides i,      otherwise T - 1 - (the largest k with 2^k dividing i)
@@ -224,12 +243,9 @@ class Dilated(FixedOrder):
     reveal are counted from the left.
     """
 
-    def __init__(self) -> None:
-        super().__init__([0], periodic=True)
-
-    def _order(self, state: State) -> Tensor:
-        assert isinstance(state.num_steps, int)
-        place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)
-        halvings = range(1, state.num_steps)
-        order = state.num_steps - 1 - sum((place % 2**k == 0).long() for k in halvings)
-        return torch.as_tensor(order).masked_fill(~state.latent, VISIBLE)
+    def steps_of(self, place: Tensor, num_steps: int) -> Tensor:
+        """See `PlacedOrder`."""
+        steps = torch.full_like(place, num_steps - 1)
+        for k in range(1, num_steps):
+            steps = steps - (place % 2**k == 0).long()
+        return steps
