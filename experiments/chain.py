@@ -10,7 +10,6 @@ Where the denoiser is exactly symmetric, confidence rules break ties at random (
 left-to-right).
 """
 
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -18,17 +17,16 @@ import pandas as pd
 import pyro
 import torch
 from jsonargparse import auto_cli
+from plan_fits import fit_plan
 from rich.console import Console
 
-from orderppl import evaluate, fit
+from orderppl import evaluate
 from orderppl.data import Chains, DataSet, Trees
 from orderppl.evaluation import Arm, summary
 from orderppl.evaluation.results import results_table, write_results
-from orderppl.guides import PolicyGuide
-from orderppl.inference import Anneal, RevealTraceGraph_ELBO
-from orderppl.models import PositionTable, ScanNetwork, UnmaskingModel
+from orderppl.models import PositionTable, ScanNetwork
 from orderppl.models.denoisers import MarkovChainDenoiser, TreeFieldDenoiser
-from orderppl.policies import FixedOrder, RandomSteps, Ranked, ScanPlan
+from orderppl.policies import FixedOrder, Ranked, ScanPlan
 
 Denoiser = MarkovChainDenoiser | TreeFieldDenoiser
 TIES_AT_RANDOM = 1e-6  # a temperature
@@ -37,21 +35,12 @@ TIES_AT_RANDOM = 1e-6  # a temperature
 def learn(
     denoiser: Denoiser, data: DataSet, steps: int, seed: int, updates: int, batch_size: int, bonus: float, out: Path
 ) -> ScanPlan:
-    """Learn a plan: against a uniform prior, so that the KL is an entropy bonus, which fades."""
+    """Learn a plan, scored by what the exact denoiser expects."""
     pyro.set_rng_seed(seed)
     plan = ScanPlan(ScanNetwork(steps, PositionTable(denoiser.length, 8, noise=0.3)))
-    fit(
-        UnmaskingModel(denoiser, RandomSteps(), steps, expected=True),
-        PolicyGuide(plan, denoiser, steps),
-        data.splits()["train"],
-        objective=RevealTraceGraph_ELBO(num_particles=8),
-        optimizer=partial(torch.optim.Adam, lr=0.01),
-        updates=updates,
-        batch_size=batch_size,
-        seed=seed,
-        anneal={"objective.kl_weight": Anneal(bonus, 0.0, int(0.7 * updates))},
-        out=out,
-    )
+    train, fade = data.splits()["train"], int(0.7 * updates)
+    options = {"updates": updates, "batch_size": batch_size, "seed": seed, "out": out}
+    fit_plan(plan, denoiser, train, steps, bonus=bonus, fade=fade, lr=0.01, expected=True, **options)
     return plan
 
 

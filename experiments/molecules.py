@@ -1,7 +1,6 @@
 """What the experiments on pretrained models of molecules share: learn an order, compare it, show it."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,15 @@ import matplotlib
 import pandas as pd
 import pyro
 import torch
+from plan_fits import fit_plan
 from rich.console import Console
 from torch import Tensor
 
-from orderppl import Batch, Denoiser, Policy, evaluate, fit, follow
+from orderppl import Batch, Denoiser, Policy, evaluate, follow
 from orderppl.data import Examples
 from orderppl.evaluation import Arm, paired_difference, summary, sweep
 from orderppl.evaluation.results import results_table
-from orderppl.guides import PolicyGuide
-from orderppl.inference import Anneal, RevealTraceGraph_ELBO
-from orderppl.models import UnmaskingModel
-from orderppl.policies import Oracle, RandomSteps
+from orderppl.policies import Oracle
 from orderppl.policies.plans import Planned
 
 
@@ -46,19 +43,21 @@ def learn_plan(
     out: Path | None = None,
     **settings: Any,
 ) -> int:
-    """Fit a plan against uniform steps, so that the KL is an entropy bonus, which fades; return the updates made."""
+    """Fit a plan with as many updates as `rows` pay for, see `fit_plan`; return their number."""
     pyro.set_rng_seed(seed)
     updates = updates_within(rows, batch_size, particles, steps)
-    fit(
-        UnmaskingModel(denoiser, RandomSteps(), steps),
-        PolicyGuide(plan, denoiser, steps),
+    fit_plan(
+        plan,
+        denoiser,
         train,
-        objective=RevealTraceGraph_ELBO(num_particles=particles),
-        optimizer=partial(torch.optim.Adam, lr=lr),
+        steps,
+        bonus=bonus,
+        fade=int(0.75 * updates),
+        lr=lr,
+        particles=particles,
         updates=updates,
         batch_size=batch_size,
         seed=seed,
-        anneal={"objective.kl_weight": Anneal(bonus, 0.0, int(0.75 * updates))},
         out=out,
         **settings,
     )

@@ -23,6 +23,7 @@ import pandas as pd
 import pyro
 import torch
 from jsonargparse import auto_cli
+from plan_fits import fit_plan
 from tables import COMPARED, compared, markdown
 
 from orderppl import Denoiser, evaluate, fit
@@ -30,10 +31,9 @@ from orderppl.data import Sudoku
 from orderppl.evaluation import Arm, advantages, frontier_figure, summary, sweep
 from orderppl.evaluation.results import plain_records, write_results
 from orderppl.guides import PolicyGuide
-from orderppl.inference import Anneal
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, ScanNetwork, UnmaskingModel
 from orderppl.models.denoisers import load_denoiser
-from orderppl.policies import AtPrice, EntropyBound, PriceRange, RandomSteps, ScanPlan
+from orderppl.policies import AtPrice, EntropyBound, PriceRange, ScanPlan
 
 CELLS, STEPS = 16, 8  # steps of policies: the prices ask for fewer
 FEATURES = ("confidence", "margin", "entropy", "before", "chance", "prediction", "price")
@@ -86,13 +86,11 @@ def learn(order: Order, denoiser: Denoiser, data: Sudoku, seed: int, updates: in
 
 
 def learn_opening(denoiser: Denoiser, data: Sudoku, seed: int, updates: int, out: Path) -> ScanPlan:
-    """Fit a plan of two steps against uniform ones, so that the KL is an entropy bonus, which fades."""
+    """Fit a plan of two steps."""
     pyro.set_rng_seed(seed)
     plan = ScanPlan(ScanNetwork(2, PositionTable(CELLS, 8, noise=0.3)))
-    model, guide = UnmaskingModel(denoiser, RandomSteps(), 2), PolicyGuide(plan, denoiser, 2)
-    fades = {"objective.kl_weight": Anneal(0.1, 0.0, max(int(0.35 * updates), 1))}
-    settings = {"updates": max(updates // 2, 1), "anneal": fades}
-    fit(model, guide, data, optimizer=partial(torch.optim.Adam, lr=0.01), seed=seed, out=out, **COMMON, **settings)
+    settings = {"updates": max(updates // 2, 1), "fade": max(int(0.35 * updates), 1), "seed": seed, "out": out}
+    fit_plan(plan, denoiser, data, 2, bonus=0.1, lr=0.01, **COMMON, **settings)
     return plan
 
 
