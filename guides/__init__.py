@@ -4,7 +4,7 @@ if __name__ != "orderppl.guides":
     raise ImportError("import orderppl.guides, not guides")
 
 from orderppl.guides.guide import Guide
-from orderppl.guides.policy import PolicyGuide
+from orderppl.guides.policy import PolicyGuide, PosteriorGuide
 from orderppl.guides.posteriors import MeanFieldGuide, PlackettLuceGuide, RenormalisedScoreGuide
 from orderppl.guides.sequential import SequentialGuide
 
@@ -13,6 +13,7 @@ __all__ = [
     "MeanFieldGuide",
     "PlackettLuceGuide",
     "PolicyGuide",
+    "PosteriorGuide",
     "RenormalisedScoreGuide",
     "SequentialGuide",
 ]

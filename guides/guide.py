@@ -27,6 +27,8 @@ class Guide(PyroProgram):
 
     Args:
         num_steps: step budget T.
+        shares_orders: draw the orders of all sequences of a batch from the same random numbers: one plan for all draws
+            one order for all. Each order has the distribution that it had.
 
     Attributes:
         sees_tokens: False for a guide that is blind to what is to be revealed: it is given batches without these
@@ -38,11 +40,12 @@ class Guide(PyroProgram):
 
     sees_tokens = True
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, *, shares_orders: bool = False) -> None:
         super().__init__("guide")  # a root name of its own, see UnmaskingModel
         if num_steps < 1:
             raise UserError("num_steps", f"{num_steps} is below 1", "use at least one step")
         self.num_steps = num_steps
+        self.shares_orders = shares_orders
 
     def order(self, batch: Batch) -> OrderDistribution:
         """Return q(r | x), batch shape [B], event [S]."""
@@ -66,9 +69,13 @@ class Guide(PyroProgram):
 
         Returns:
             The order under its site name, int64 [*, B, S]: -1 where a position is visible from the start.
+
+        Raises:
+            UserError: orders that are to be shared but are drawn step by step.
         """
         batch = Batch.of(batch)
         order = self.order(self.shown(batch))  # outside of the plate, which slows networks
+        order = order.sharing_draws() if self.shares_orders else order
         with pyro.plate("batch", len(batch), dim=-1):
             # What the draw has met on its way goes along with the site, for objectives that score the order next.
             return {"reveal_step": pyro.sample("reveal_step", order, infer={"met": order.met})}

@@ -4,10 +4,18 @@ if __name__ != "orderppl.models":
     raise ImportError("import orderppl.models, not models")
 
 from orderppl.models.learned import HeldBack, LearnedPolicy
-from orderppl.models.networks import OpeningPlan, PolicyNetwork, PositionTable, ScanNetwork, SequenceEncoder
+from orderppl.models.networks import (
+    GroupedNetwork,
+    OpeningPlan,
+    PolicyNetwork,
+    PositionTable,
+    ScanNetwork,
+    SequenceEncoder,
+)
 from orderppl.models.unmasking import SequentialUnmaskingModel, UnmaskingModel
 
 __all__ = [
+    "GroupedNetwork",
     "HeldBack",
     "LearnedPolicy",
     "OpeningPlan",

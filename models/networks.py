@@ -19,6 +19,7 @@ from orderppl.errors import UserError
 from orderppl.models.backbone import Backbone, Neighbours, Positions, attended_positions
 from orderppl.policies import PriceRange
 from orderppl.policies.scores import entropy, entropy_before
+from orderppl.randomness import sample_categorical
 from orderppl.unmasking import Batch, State
 from orderppl.unmasking.denoiser import distinct_rows
 
@@ -37,6 +38,7 @@ class SequenceEncoder(Configurable, nn.Module):
         positions: kind of position information.
         max_length: longest canvas; needed for learned positions.
         zero_init: start with all outputs 0.
+        sees_truth: read the true tokens, where a state hides them: the correction of a posterior.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class SequenceEncoder(Configurable, nn.Module):
         positions: Positions = "rotary",
         max_length: int | None = None,
         zero_init: bool = False,
+        sees_truth: bool = False,
     ) -> None:
         super().__init__()
-        self.out = out
+        self.out, self.sees_truth = out, sees_truth
         self.embed = nn.Embedding(num_tokens, width)
         # Tells latent positions from given ones, which use the same ids, and from each other: rotary attention alone
         # cannot tell equal tokens apart.
@@ -63,9 +66,14 @@ class SequenceEncoder(Configurable, nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def forward(self, canvas: Canvas) -> Tensor:
-        """Encode: float [*, S, out]."""
+        """Encode: float [*, S, out].
+
+        Raises:
+            UserError: a network that sees the truth where it is not known.
+        """
         attention, latent = canvas.attention_mask, canvas.latent
-        hidden = self.embed(canvas.tokens.masked_fill(~attention, 0))  # [*, S, W]
+        tokens = _truth_of(canvas) if self.sees_truth and isinstance(canvas, State) else canvas.tokens
+        hidden = self.embed(tokens.masked_fill(~attention, 0))  # [*, S, W]
         place = self.place(_places(latent, self.place.in_features).to(hidden.dtype))
         hidden = hidden + torch.where(latent[..., None], place, 0.0)
         lead, (size, width) = hidden.shape[:-2], hidden.shape[-2:]
@@ -251,7 +259,7 @@ class ScanNetwork(Configurable, nn.Module):
 
         h_i = GRU([one-hot of r_{i-1}, context_i], h_{i-1}),      logits_i = W h_i
 
-    See `ScanPlan`.
+    A draw takes a pass per position. See `ScanPlan`.
 
     Args:
         num_steps: T.
@@ -275,23 +283,85 @@ class ScanNetwork(Configurable, nn.Module):
         seen = F.one_hot(before + 1, self.num_steps + 1).to(context.dtype)
         return torch.cat([seen, context], -1)
 
-    def start(self, rows: int) -> Tensor:
-        """What the scan holds before the first position, float [N, H]."""
-        return self.first.expand(rows, -1)
-
-    def forward(self, context: Tensor, steps: Tensor) -> Tensor:
+    def forward(self, context: Tensor, steps: Tensor, there: Tensor) -> Tensor:
         """Step logits of all positions at once, float [N, L, T]; see `Scan`."""
         before = torch.cat([torch.full_like(steps[:, :1], -1), steps[:, :-1]], 1)
-        held, _ = self.cell(self._inputs(context, before), self.start(len(steps)).unsqueeze(0).contiguous())
+        start = self.first.expand(1, len(steps), -1).contiguous()
+        held, _ = self.cell(self._inputs(context, before), start)
         logits: Tensor = self.head(held)
         return logits
 
-    def step(self, context: Tensor, before: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-        """Step logits of one position, float [N, T], and what is held then, float [N, H]; see `Scan`."""
+    def draw(self, context: Tensor, noise: Tensor, there: Tensor) -> Tensor:
+        """Draw the steps position by position, int64 [N, L]; see `Scan`."""
         gru = self.cell
         weights: Any = gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
-        held = torch.gru_cell(self._inputs(context, before), held, *weights)
-        return self.head(held), held
+        held, before = self.first.expand(len(context), -1), torch.full_like(there[:, 0], -1, dtype=torch.int64)
+        steps = []
+        for place in range(context.shape[1]):
+            held = torch.gru_cell(self._inputs(context[:, place], before), held, *weights)
+            before = sample_categorical(self.head(held), noise[:, place])
+            steps.append(before)
+        return torch.stack(steps, -1)
+
+
+class GroupedNetwork(Configurable, nn.Module):
+    """Draws interleaved groups of positions one after another, each seeing the steps of the earlier ones.
+
+        logits_i = head(conv(conv([one-hot of r_j where j is in an earlier group, context_j, group_j]_j)))_i,
+        group_i  = i mod G
+
+    A few passes over all positions at once instead of one per position, as context models of image compression have;
+    positions of one group are independent given the earlier ones. See `ScanPlan`.
+
+    Args:
+        num_steps: T.
+        context: see `ScanNetwork`.
+        groups: G, at least 2.
+        width: size of the hidden vectors.
+        kernel: positions that a convolution sees, odd.
+
+    Raises:
+        UserError: fewer than two groups.
+    """
+
+    def __init__(self, num_steps: int, context: nn.Module, groups: int = 4, width: int = 32, kernel: int = 5) -> None:
+        super().__init__()
+        if groups < 2:
+            raise UserError("groups", f"{groups} groups say nothing to each other", "use 2 or more, or a Plan")
+        self.num_steps, self.context, self.groups = num_steps, context, groups
+        size = context.out
+        assert isinstance(size, int)
+        self.project = nn.Linear(num_steps + 1 + size + groups, width)
+        self.mix = Neighbours(width, kernel)
+        self.head = nn.Linear(width, num_steps)
+
+    def forward(self, context: Tensor, steps: Tensor, there: Tensor) -> Tensor:
+        """Step logits of all positions at once, float [N, L, T]; see `Scan`."""
+        group = torch.arange(steps.shape[1], device=steps.device) % self.groups  # [L]
+        stages = torch.arange(self.groups, device=steps.device)[:, None]  # [G, 1]
+        known = torch.where(group < stages.unsqueeze(1), steps, -1)  # [G, N, L]
+        many = context.repeat(self.groups, 1, 1), known.flatten(0, 1), there.repeat(self.groups, 1)
+        logits = self._logits(*many).unflatten(0, (self.groups, -1))  # [G, N, L, T]
+        own = group[None, None, :, None].expand((1,) + logits.shape[1:])
+        return logits.gather(0, own).squeeze(0)
+
+    def draw(self, context: Tensor, noise: Tensor, there: Tensor) -> Tensor:
+        """Draw the steps group by group, int64 [N, L]; see `Scan`."""
+        group = torch.arange(there.shape[1], device=there.device) % self.groups
+        steps = torch.full_like(there, -1, dtype=torch.int64)
+        for now in range(self.groups):
+            drawn = sample_categorical(self._logits(context, steps, there), noise)
+            steps = torch.where(group == now, drawn, steps)
+        return steps
+
+    def _logits(self, context: Tensor, known: Tensor, there: Tensor) -> Tensor:
+        """Step logits from the steps that are known, int64 [N, L], -1 elsewhere: float [N, L, T]."""
+        group = torch.arange(known.shape[1], device=known.device) % self.groups
+        place = F.one_hot(group, self.groups).to(context.dtype).expand(known.shape + (self.groups,))
+        seen = F.one_hot(known + 1, self.num_steps + 1).to(context.dtype)
+        hidden = self.project(torch.cat([seen, context, place], -1))
+        logits: Tensor = self.head(F.gelu(self.mix(hidden, there, there)))
+        return logits
 
 
 FEATURES = ("confidence", "margin", "entropy")
@@ -413,7 +483,7 @@ class PolicyNetwork(Configurable, nn.Module):
             }
             columns += [by_name[name]() for name in by_name if name in self.features]
         if "likelihood" in self.features:
-            columns.append(state.token_log_prob(self._truth(state)).clamp(min=-10) / 4)
+            columns.append(state.token_log_prob(_truth_of(state)).clamp(min=-10) / 4)
         masked_here = masked.to(columns[0].dtype if columns else self.project.weight.dtype)  # [*, S]
         if self.prices is not None:
             places = self.prices.places(state)[:, None]  # [B, 1]
@@ -433,7 +503,7 @@ class PolicyNetwork(Configurable, nn.Module):
         if self.read_hidden is not None:
             total = total + state.hidden(self._read_hidden)
         if self.embed_truth is not None:
-            total = total + self.embed_truth(self._truth(state))
+            total = total + self.embed_truth(_truth_of(state))
         if self.embed_place is not None:
             total = total + self.embed_place(attended_positions(state.latent))
         return total
@@ -446,10 +516,12 @@ class PolicyNetwork(Configurable, nn.Module):
         projected: Tensor = self.read_hidden(inside.to(self.project.weight.dtype))
         return projected
 
-    def _truth(self, state: State) -> Tensor:
-        if state.truth is None:
-            raise UserError("sees_truth", "the true tokens are not known here", "use such a network in a guide only")
-        return state.truth.expand(state.shape)
+
+def _truth_of(state: State) -> Tensor:
+    """The true tokens, int64 [*, S]."""
+    if state.truth is None:
+        raise UserError("sees_truth", "the true tokens are not known here", "use such a network in a guide only")
+    return state.truth.expand(state.shape)
 
 
 def _top_two_and_entropy(log_probs: Tensor) -> Tensor:

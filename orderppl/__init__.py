@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orderppl.decoding import decode, follow, generate
+    from orderppl.decoding.decode import decode, follow
+    from orderppl.decoding.generate import generate
     from orderppl.errors import UserError
     from orderppl.evaluation import evaluate
     from orderppl.inference import RevealTraceGraph_ELBO, fit
@@ -25,11 +26,11 @@ _HOME = {
     "RevealTraceGraph_ELBO": "orderppl.inference",
     "State": "orderppl.unmasking",
     "UserError": "orderppl.errors",
-    "decode": "orderppl.decoding",
+    "decode": "orderppl.decoding.decode",
     "evaluate": "orderppl.evaluation",
     "fit": "orderppl.inference",
-    "follow": "orderppl.decoding",
-    "generate": "orderppl.decoding",
+    "follow": "orderppl.decoding.decode",
+    "generate": "orderppl.decoding.generate",
     "load_order": "orderppl.runs",
     "load_run": "orderppl.runs",
 }

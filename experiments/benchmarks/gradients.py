@@ -43,7 +43,7 @@ class ExpectedELBO(RevealTraceGraph_ELBO):
         log_q, kl, kl_to_come = self._order_terms(q, p, trajectory)
         to_come = expected.flip(0).cumsum(0).flip(0) - expected - self.kl_weight * kl_to_come
         objective = expected.sum() - self.kl_weight * kl.sum()
-        advantage = self._advantage(to_come.detach(), torch.zeros_like(to_come))
+        advantage = self._advantage(to_come.detach(), torch.zeros_like(to_come), trajectory.masked)
         return objective.detach(), -objective - (advantage * log_q).sum()
 
 

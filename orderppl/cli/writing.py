@@ -21,7 +21,7 @@ from orderppl.cli.generate import Config
 from orderppl.config import Builder
 from orderppl.data.prompts import prompt_batch, template_batch
 from orderppl.data.tokenizers import Tokenizer
-from orderppl.decoding import decode
+from orderppl.decoding.decode import decode
 from orderppl.distributions import SetDistribution
 from orderppl.errors import UserError
 from orderppl.files import write_text

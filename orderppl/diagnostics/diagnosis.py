@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor
 
 from orderppl.data.dataset import Examples
-from orderppl.decoding import follow
+from orderppl.decoding.decode import follow
 from orderppl.diagnostics.backend import InferenceData, add_groups, save
 from orderppl.diagnostics.calibration import calibrate
 from orderppl.diagnostics.draws import STATES

@@ -1,4 +1,4 @@
-"""Orders whose steps depend on each other: a scan along the positions."""
+"""Orders whose steps depend on each other: a scan along the positions, or along groups of them."""
 
 from __future__ import annotations
 
@@ -9,67 +9,66 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from orderppl.distributions.order_distribution import OrderDistribution
-from orderppl.randomness import sample_categorical, uniform, uniform_noise
+from orderppl.randomness import uniform_noise
 from orderppl.unmasking.trajectory import VISIBLE
 
 DRAWS = 16  # of which the most probable one stands for the distribution
 
 
 class Scan(Protocol):
-    """A network that reads the steps of earlier positions, one after another."""
+    """A network that gives the steps of positions one after another, or of groups of positions."""
 
-    def __call__(self, context: Tensor, steps: Tensor) -> Tensor:
+    def __call__(self, context: Tensor, steps: Tensor, there: Tensor) -> Tensor:
         """Step logits of all positions at once, float [N, L, T].
 
         Args:
             context: float [N, L, W], what is known of every position.
-            steps: int64 [N, L], the steps; position i reads those before it only.
+            steps: int64 [N, L], the steps; a position reads those only that are drawn before it.
+            there: bool [N, L], whether there is a position; False behind the end of a row.
         """
         ...
 
-    def start(self, rows: int) -> Tensor:
-        """What the scan holds before the first position, float [N, H]."""
-        ...
-
-    def step(self, context: Tensor, before: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-        """Step logits of one position, float [N, T], and what is held then, float [N, H].
-
-        Args:
-            context: float [N, W].
-            before: int64 [N], step of the position before; -1 at the first.
-            held: float [N, H].
-        """
+    def draw(self, context: Tensor, noise: Tensor, there: Tensor) -> Tensor:
+        """Draw the steps, int64 [N, L], from uniform numbers, float [N, L]; other arguments as above."""
         ...
 
 
 class AutoregressiveOrder(OrderDistribution):
-    """Each position's step depends on those of the positions before it.
+    """Each position's step depends on those of the positions drawn before it.
 
-        p(r) = prod_i Categorical(r_i; softmax(scan(context_i, r_1, .., r_{i-1})))       over the masked positions i
+        p(r) = prod_i Categorical(r_i; softmax(scan(context_i, r_{before i})))       over the masked positions i
 
     Independent steps cannot say "this one or that one, but not both": two halves of a sequence freeze into patterns
-    that do not fit each other. The log-probability takes one pass over all positions; a draw goes through them one by
-    one.
+    that do not fit each other. What is drawn before a position is the scan's business: all positions on its left, or
+    those of a few earlier groups. The log-probability takes one call; a draw takes as many passes as there are groups.
 
     Args:
         scan: see `Scan`.
         context: float [*, S, W].
         masked: bool [*, S].
         num_steps: T.
+        source: what made it, such as a policy: orders of one source are the same distribution, whose KL is 0.
     """
 
     has_steps = False
 
     def __init__(
-        self, scan: Scan, context: Tensor, masked: Tensor, num_steps: int, validate_args: bool | None = None
+        self,
+        scan: Scan,
+        context: Tensor,
+        masked: Tensor,
+        num_steps: int,
+        source: object = None,
+        validate_args: bool | None = None,
     ) -> None:
-        self.scan, self.context = scan, context
+        self.scan, self.context, self.source = scan, context, source
         super().__init__(masked, num_steps, validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> AutoregressiveOrder:
         """Return the same distribution at a broader batch shape."""
         masked = self.masked.expand(torch.Size(batch_shape) + self.event_shape)
-        return AutoregressiveOrder(self.scan, self.context, masked, self.num_steps, self._validate_args)
+        made = self.num_steps, self.source, self._validate_args
+        return AutoregressiveOrder(self.scan, self.context, masked, *made)._sharing_like(self)
 
     def _packed(self, lead: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
         """Masked positions first: context [N, L, W], their columns and whether there is one, int64 and bool [N, L]."""
@@ -92,7 +91,7 @@ class AutoregressiveOrder(OrderDistribution):
         value = value.expand(lead + self.event_shape)
         context, columns, there = self._packed(lead)
         steps = value.reshape(-1, value.shape[-1]).gather(-1, columns).clamp(min=0)
-        logits = self.scan(context, steps)  # [N, L, T]
+        logits = self.scan(context, steps, there)  # [N, L, T]
         by_position = logits.log_softmax(-1).gather(-1, steps.unsqueeze(-1)).squeeze(-1)
         total = by_position.masked_fill(~there, 0.0).sum(-1).reshape(lead)
         wrong = (value >= 0) != self.masked.expand(value.shape)
@@ -101,25 +100,18 @@ class AutoregressiveOrder(OrderDistribution):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw orders, int64 [*sample_shape, *, S]."""
         with torch.no_grad():
-            return self._scan(uniform(torch.Size(sample_shape) + self.masked.shape, self.masked.device))
+            return self._drawn(self._noise(sample_shape))
 
     @torch.no_grad()
     def draw(self, noise: Tensor) -> Tensor:
         """See `OrderDistribution`."""
-        return self._scan(noise)
+        return self._drawn(noise)
 
-    def _scan(self, noise: Tensor) -> Tensor:
+    def _drawn(self, noise: Tensor) -> Tensor:
         lead = noise.shape[:-1]
         context, columns, there = self._packed(lead)
         noise = noise.reshape(-1, noise.shape[-1]).gather(-1, columns)  # [N, L]
-        held = self.scan.start(len(context))
-        before = torch.full((len(context),), -1, device=noise.device)
-        drawn = []
-        for place in range(context.shape[1]):
-            logits, held = self.scan.step(context[:, place], before, held)
-            before = sample_categorical(logits, noise[:, place])
-            drawn.append(before)
-        steps = torch.stack(drawn, -1).masked_fill(~there, VISIBLE)
+        steps = self.scan.draw(context, noise, there).masked_fill(~there, VISIBLE)
         order = torch.full((len(steps), self.event_shape[0]), VISIBLE, device=steps.device)
         return order.scatter(-1, columns, steps).reshape(lead + self.event_shape)
 
@@ -134,7 +126,7 @@ class AutoregressiveOrder(OrderDistribution):
         noise = torch.stack([uniform_noise(0, rows, draw, self.event_shape[0]) for draw in range(DRAWS)])
         noise = noise.reshape((DRAWS,) + self.masked.shape).gather(-1, places.expand((DRAWS,) + places.shape))
         with torch.no_grad():
-            drawn = self._scan(noise)
+            drawn = self._drawn(noise)
             best = self.log_prob(drawn).argmax(0)  # [*]
         index = best[None, ..., None].expand((1,) + self.masked.shape)
         return drawn.gather(0, index).squeeze(0)
@@ -148,7 +140,7 @@ class AutoregressiveOrder(OrderDistribution):
 
 @register_kl(AutoregressiveOrder, AutoregressiveOrder)
 def _kl_tied(q: AutoregressiveOrder, p: AutoregressiveOrder) -> Tensor:
-    """KL(q || p) in nats, float [*]: 0 for one network as guide and prior; no closed form otherwise."""
-    if q.scan is not p.scan:
+    """KL(q || p) in nats, float [*]: 0 for one plan as guide and prior; no closed form otherwise."""
+    if q.source is None or q.source is not p.source:
         raise NotImplementedError
     return torch.zeros(q.batch_shape, device=q.masked.device)

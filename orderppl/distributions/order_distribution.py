@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributions.kl import kl_divergence, register_kl
 
 from orderppl.distributions.set_distribution import DecidedSet, SetDistribution
+from orderppl.errors import UserError
+from orderppl.randomness import uniform
 from orderppl.unmasking import State
 from orderppl.unmasking.trajectory import VISIBLE, Met, Path, Trajectory, same_step
 
@@ -67,6 +69,7 @@ class OrderDistribution(dist.TorchDistribution):
     arg_constraints: dict[str, Any] = {}
     has_enumerate_support = True
     has_steps = True
+    _shares_draws = False
 
     def __init__(self, masked: Tensor, num_steps: int, validate_args: bool | None = None) -> None:
         if num_steps < 1:
@@ -141,6 +144,30 @@ class OrderDistribution(dist.TorchDistribution):
             NotImplementedError: the order cannot be drawn from one number per position.
         """
         raise NotImplementedError(f"{type(self).__name__} draws step by step")
+
+    def sharing_draws(self) -> Self:
+        """The same distribution, which draws the orders of all sequences of a batch from the same uniform numbers.
+
+        Each order has the distribution that it had. One plan for all sequences draws one order for all.
+
+        Raises:
+            UserError: a distribution that does not draw from one number per position.
+        """
+        if type(self).draw is OrderDistribution.draw:
+            problem = f"{type(self).__name__} draws step by step"
+            raise UserError("shares_orders", problem, "use a plan, or let every sequence have orders of its own")
+        return self.expand(self.batch_shape)._sharing_like(self, True)
+
+    def _sharing_like(self, other: OrderDistribution, shares: bool = False) -> Self:
+        self._shares_draws = shares or other._shares_draws
+        return self
+
+    def _noise(self, sample_shape: torch.Size) -> Tensor:
+        """Uniform numbers for draws, float [*sample_shape, *, S]; the same for all sequences where they share them."""
+        shape = torch.Size(sample_shape) + self.masked.shape
+        if not (self._shares_draws and len(self.batch_shape)):
+            return uniform(shape, self.masked.device)
+        return uniform(shape[:-2] + (1,) + shape[-1:], self.masked.device).expand(shape)
 
     @property
     def mode(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributions.kl import register_kl
 
 from orderppl.distributions.independent_set import IndependentSet, weighted
 from orderppl.distributions.order_distribution import OrderDistribution
-from orderppl.randomness import sample_categorical, uniform
+from orderppl.randomness import sample_categorical
 from orderppl.unmasking.trajectory import VISIBLE, Trajectory
 
 
@@ -39,7 +39,7 @@ class StepwiseOrder(OrderDistribution):
         new._compact = self._compact
         OrderDistribution.__init__(new, self.masked.expand(shape), self.num_steps, validate_args=False)
         new._validate_args = self._validate_args
-        return new
+        return new._sharing_like(self)
 
     @property
     def logits(self) -> Tensor:
@@ -98,7 +98,7 @@ class StepwiseOrder(OrderDistribution):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw orders, int64 [*sample_shape, *, S]."""
         with torch.no_grad():
-            return self.draw(uniform(torch.Size(sample_shape) + self.masked.shape, self.masked.device))
+            return self.draw(self._noise(sample_shape))
 
     def draw(self, noise: Tensor) -> Tensor:
         """See `OrderDistribution`."""

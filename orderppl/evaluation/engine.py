@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from orderppl.config import describe
 from orderppl.data.answers import Grade
 from orderppl.data.dataset import Examples
-from orderppl.decoding import decode, follow
+from orderppl.decoding.decode import decode, follow
 from orderppl.errors import UserError
 from orderppl.evaluation.arms import MEASURED, Arm
 from orderppl.evaluation.table import PER_TOKEN

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from orderppl.data.answers import answers_match
 from orderppl.data.dataset import padded
 from orderppl.data.tokenizers import Tokenizer
-from orderppl.decoding import decode, follow
+from orderppl.decoding.decode import decode, follow
 from orderppl.errors import UserError
 from orderppl.policies import Policy
 from orderppl.unmasking import Batch, Denoiser

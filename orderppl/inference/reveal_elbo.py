@@ -44,7 +44,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
 
     v_t is the log-likelihood if everything left were revealed at step t: known before z_t is drawn, and so a control
     variate that costs nothing. Its coefficient c_t^k is the slope of C_t on v_t among the *other* orders of the
-    sequence, within [0, 1]; r^k has no part in it, so the gradient is unbiased. With less than three orders it is 0.
+    sequence, weighted by how much is left to reveal, within [0, 1]; r^k has no part in it, so the gradient is unbiased.
+    With less than three orders it is 0.
 
     What has no closed form stands in as it was drawn: log q_t - log p_t for KL_t, with the score of the step's own set
     as well. A robust likelihood puts its function of the whole sequence around R and v_t; where only an answer
@@ -56,8 +57,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         max_plate_nesting: 1 for the programs of this library (the batch plate).
         vectorize_particles: draw them in one call, along a new leftmost dimension; the baselines need it.
         kl_weight: weight of the KL (or of log q - log p) in the objective; 1 is the ELBO, less is a tempered bound.
-        control_variate: coefficient of v_t: "fitted", or a fixed one: 0 is the plain leave-one-out estimator, and with
-            1 each set is credited with what it made easier.
+        control_variate: coefficient of v_t: "fitted", or a fixed one. "none" (0) is the plain leave-one-out estimator;
+            with "gain" (1) each set is credited with what it made easier.
 
     Attributes:
         metrics: detached 0-dim tensors of the last call on an unmasking program, per sequence: `elbo` (untempered),
@@ -71,12 +72,12 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         vectorize_particles: bool = True,
         *,
         kl_weight: float = 1.0,
-        control_variate: Literal["fitted"] | float = "fitted",
+        control_variate: Literal["fitted", "none", "gain"] | float = "fitted",
         **kwargs: Any,
     ) -> None:
         super().__init__(num_particles, max_plate_nesting, vectorize_particles, kl_weight=kl_weight, **kwargs)
-        if isinstance(control_variate, str) and control_variate != "fitted":
-            raise UserError("control_variate", f"{control_variate!r}", 'use "fitted", or a number such as 0')
+        if isinstance(control_variate, str) and control_variate not in ("fitted", "none", "gain"):
+            raise UserError("control_variate", f"{control_variate!r}", "use fitted, none, gain or a number")
         self.control_variate = control_variate
         self._found: list[dict[str, Tensor]] = []  # metrics of every particle, or of all together
 
@@ -136,7 +137,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         kl, kl_to_come = scaled(kl), scaled(kl_to_come)
         if len(log_q) == 1:
             baseline = baseline[:1]
-        advantage = self._advantage((reward + shared - self.kl_weight * kl_to_come).detach(), baseline.detach())
+        cost = (reward + shared - self.kl_weight * kl_to_come).detach()
+        advantage = self._advantage(cost, baseline.detach(), trajectory.masked)
         log_likelihood = reward.sum() + torch.as_tensor(shared).sum()
         objective = log_likelihood - self.kl_weight * kl.sum()
         surrogate = objective + (advantage * log_q).sum()
@@ -212,21 +214,16 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
             ratio = log_q.detach() - p.log_prob(order).unsqueeze(0)
             return log_q, ratio, ratio
 
-    def _advantage(self, cost: Tensor, baseline: Tensor) -> Tensor:
-        """A_t^k, float [T, *], from C_t and v_t, float [T, *] each."""
+    def _advantage(self, cost: Tensor, baseline: Tensor, masked: Tensor) -> Tensor:
+        """A_t^k, float [T, *], from C_t and v_t, float [T, *] each, and M_t, bool [T, *, S]."""
         count = self.num_particles
         if not (self.vectorize_particles and count > 1):
             return cost
-        cost, baseline = (_centred(x) for x in torch.broadcast_tensors(cost, baseline))
+        cost, baseline = (_centred(x) for x in torch.broadcast_tensors(cost, baseline))  # [T, K, ..]
         if self.control_variate != "fitted":
-            return cost - self.control_variate * baseline
-        # With x^k - mean of the others = K / (K - 1) (x^k - mean of all), the sums of squares and products without the
-        # k-th order are those of all less a share of its own.
-        share = (count - 1) / count
-        products = share**2 * (cost * baseline).sum(1, keepdim=True) - share * cost * baseline
-        squares = share**2 * baseline.square().sum(1, keepdim=True) - share * baseline.square()
-        enough = squares > 1e-6 * baseline.square().sum(1, keepdim=True)  # fewer than two others that differ: no slope
-        slope = torch.where(enough, products / squares.masked_fill(~enough, 1.0), 0.0).clamp(0.0, 1.0)
+            fixed = {"none": 0.0, "gain": 1.0}.get(str(self.control_variate))
+            return cost - (float(self.control_variate) if fixed is None else fixed) * baseline
+        slope = _slope(baseline, cost, masked[: len(cost)].sum(-1)).clamp(0.0, 1.0)
         return cost - slope * baseline
 
     def explain(self, model: Any, guide: Any, *args: Any) -> str | None:
@@ -262,6 +259,22 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
 def _is_proper(order: Tensor, batch: Batch) -> Tensor:
     """Whether orders (int64 [*, S]) reveal what is to be revealed, and nothing else: bool [*]."""
     return ((order >= 0) == batch.latent).all(-1)
+
+
+def _slope(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Weighted slope of y on x among the other orders, float [T, K, ..]; 0 where fewer than two of them differ.
+
+    Where more is left to reveal the score is larger, so that these orders weigh more: the number of masked positions.
+    """
+
+    def others(values: Tensor) -> Tensor:
+        return values.sum(1, keepdim=True) - values
+
+    total = others(weight.expand_as(x)).clamp(min=1)
+    mean_x, mean_y = others(weight * x) / total, others(weight * y) / total
+    products, squares = others(weight * x * y) / total - mean_x * mean_y, others(weight * x * x) / total - mean_x**2
+    enough = squares > 1e-5 * x.square().mean(1, keepdim=True)  # of rounding
+    return torch.where(enough, products / squares.masked_fill(~enough, 1.0), 0.0)
 
 
 def _centred(values: Tensor) -> Tensor:

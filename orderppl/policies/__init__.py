@@ -4,7 +4,7 @@ from orderppl.policies.adaptive import EntropyBound, Factor, Klass, Threshold
 from orderppl.policies.early_commit import EarlyCommit
 from orderppl.policies.oracles import Oracle
 from orderppl.policies.plans import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan
-from orderppl.policies.policy import LogitPolicy, Policy
+from orderppl.policies.policy import LogitPolicy, Policy, Renormalised
 from orderppl.policies.price import PriceRange
 from orderppl.policies.ranked import Ranked
 from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EosAware, Smoothed
@@ -27,6 +27,7 @@ __all__ = [
     "PriceRange",
     "RandomSteps",
     "Ranked",
+    "Renormalised",
     "ScanPlan",
     "Smoothed",
     "Threshold",

@@ -18,7 +18,7 @@ from orderppl.distributions import (
     StepwiseOrder,
 )
 from orderppl.errors import UserError
-from orderppl.policies.policy import Policy
+from orderppl.policies.policy import Corrected, Policy
 from orderppl.unmasking import Batch, Denoiser, State
 from orderppl.unmasking.trajectory import VISIBLE, Path
 
@@ -101,6 +101,10 @@ class Plan(Planned):
             raise UserError("network", problem, f"set its output size to {num_steps}")
         return plan
 
+    def corrected(self, correction: nn.Module) -> Plan:
+        """See `Policy`: step logits are corrected, float [B, S, T]."""
+        return Plan(Corrected(self.network, correction))
+
     def plan(self, opening: State) -> StepwiseOrder:
         """See `Planned`.
 
@@ -115,26 +119,35 @@ class Plan(Planned):
 
 
 class ScanPlan(Planned):
-    """A learned plan whose steps depend on each other: a scan along the positions.
+    """A learned plan whose steps depend on each other: a scan along the positions, or along groups of them.
 
-        r_i ~ Categorical(softmax(network(context_i, r_1, .., r_{i-1})))
+        r_i ~ Categorical(softmax(network(context_i, r_{before i})))
 
     Deploy its draws; the most probable of a few draws stands for its mode.
 
     Args:
-        network: a scan (see `orderppl.distributions.autoregressive_order.Scan`) with a `context` of its own: opening
-            state -> float [B, S, W].
+        network: a scan (see `orderppl.distributions.autoregressive_order.Scan`): `ScanNetwork` goes from position to
+            position, `GroupedNetwork` from group to group.
+        context: opening state -> float [B, S, W], what is known of every position; the network's own `context` when
+            left out.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, context: nn.Module | None = None) -> None:
         super().__init__()
         self.network = network
+        self.context = context
 
     def plan(self, opening: State) -> AutoregressiveOrder:
         """See `Planned`."""
         assert isinstance(opening.num_steps, int)
         network: Any = self.network
-        return AutoregressiveOrder(network, network.context(opening), opening.latent, opening.num_steps)
+        context = (network.context if self.context is None else self.context)(opening)
+        return AutoregressiveOrder(network, context, opening.latent, opening.num_steps, source=self)
+
+    def corrected(self, correction: nn.Module) -> ScanPlan:
+        """See `Policy`: what is known of the positions is corrected, float [B, S, W]."""
+        context: Any = self.network.context if self.context is None else self.context
+        return ScanPlan(self.network, Corrected(context, correction))
 
 
 class RandomSteps(Policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orderppl.config import Configurable
@@ -49,6 +50,19 @@ class Policy(Configurable, nn.Module):
         """The distribution over whole orders that it plays out, batch shape [B], event [S]."""
         return PolicyOrder(self, Path(batch, denoiser, num_steps))
 
+    def corrected(self, correction: nn.Module) -> Policy:
+        """The same policy with the numbers that it decides by corrected: a posterior that starts as the policy.
+
+        Args:
+            correction: what the policy's own network reads -> what is added to its output, of the same shape. It may
+                see the truth, then it is for guides; it starts at zero where the policy is to be where one starts.
+
+        Raises:
+            UserError: a policy without such numbers.
+        """
+        problem = f"{type(self).__name__} has no log-odds to correct"
+        raise UserError("policy", problem, "use a LogitPolicy, a Plan, a ScanPlan or Renormalised")
+
     def at_step(self, state: State) -> tuple[SetDistribution, Any]:
         """The distribution at a state, and what is kept for the next one."""
         carry = self.look_back(state) if self.looks_back else None
@@ -72,6 +86,75 @@ class LogitPolicy(Policy):
         """Reveal by the log-odds, kept away from certainty."""
         logits = self.logits(state).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
         return IndependentSet.bernoulli(logits, state.masked, self.non_empty)
+
+    def corrected(self, correction: nn.Module) -> LogitPolicy:
+        """See `Policy`: log-odds are corrected, float [*, S]."""
+        return _CorrectedLogits(self, correction)
+
+
+class _CorrectedLogits(LogitPolicy):
+    """Another policy's log-odds and a correction."""
+
+    def __init__(self, base: LogitPolicy, correction: nn.Module) -> None:
+        super().__init__()
+        self.base, self.correction, self.non_empty = base, correction, base.non_empty
+
+    def logits(self, state: State) -> Tensor:
+        """The sum, float [*, S]."""
+        moved: Tensor = self.correction(state)
+        return self.base.logits(state) + moved
+
+
+class Renormalised(Policy):
+    """Another policy's probabilities, renormalised by the largest one: the paper's form, state by state.
+
+        p_i = (b_i / max_{j in M_t} b_j)^(1 / temperature),      b = sigmoid(base.logits(s_t))
+
+    Every set has the best position (arXiv 2602.23968; the formula is our reconstruction), which no other policy does
+    for sure: as a prior it forbids the orders of any other guide.
+
+    Args:
+        base: a policy with log-odds.
+        temperature: positive; small values reveal few positions.
+
+    Raises:
+        UserError: a temperature that is not positive.
+    """
+
+    # No set is empty, but without the condition that `non_empty` stands for.
+
+    def __init__(self, base: LogitPolicy, temperature: float = 1.0) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise UserError("temperature", f"{temperature} is not positive", "use a value such as 1")
+        self.base, self.temperature = base, temperature
+
+    def forward(self, state: State) -> SetDistribution:
+        """Reveal by the share of the best position's probability."""
+        scores = F.logsigmoid(self.base.logits(state))
+        return IndependentSet.renormalised(scores, self.temperature, state.masked)
+
+    def corrected(self, correction: nn.Module) -> Renormalised:
+        """See `Policy`: log-odds of the base are corrected, float [*, S]."""
+        return Renormalised(self.base.corrected(correction), self.temperature)
+
+
+class Corrected(Configurable, nn.Module):
+    """A network's output and a correction of it, added up.
+
+    Args:
+        network: canvas or state -> float [*].
+        correction: the same, of the same shape.
+    """
+
+    def __init__(self, network: nn.Module, correction: nn.Module) -> None:
+        super().__init__()
+        self.network, self.correction = network, correction
+
+    def forward(self, canvas: Any) -> Tensor:
+        """Add up, float [*]."""
+        total: Tensor = self.network(canvas) + self.correction(canvas)
+        return total
 
 
 def check_temperature(temperature: float) -> None:

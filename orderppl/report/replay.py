@@ -16,9 +16,8 @@ from torch import Tensor
 
 from orderppl.data.answers import same_text
 from orderppl.data.dataset import Examples
-from orderppl.decoding import decode, follow
 from orderppl.decoding.alternatives import alternatives_at_reveal
-from orderppl.decoding.decode import DecodeOutput
+from orderppl.decoding.decode import DecodeOutput, decode, follow
 from orderppl.errors import UserError
 from orderppl.evaluation import Arm
 from orderppl.inference.trainer import module_device

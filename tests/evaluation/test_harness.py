@@ -17,7 +17,7 @@ from orderppl.data import Examples, exact_match
 from orderppl.data.dataset import Row, TextData
 from orderppl.data.report import LoadReport
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer
-from orderppl.decoding import follow
+from orderppl.decoding.decode import follow
 from orderppl.errors import UserError
 from orderppl.evaluation import Arm, evaluate
 from orderppl.evaluation.harness import OrderLM, gsm8k_task

@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from orderppl import Batch, Policy, State
 from orderppl.config import Configurable
 from orderppl.data.answer_tokens import AnswerTokens
-from orderppl.guides import Guide, MeanFieldGuide, PlackettLuceGuide, PolicyGuide, RenormalisedScoreGuide
+from orderppl.guides import (
+    Guide,
+    MeanFieldGuide,
+    PlackettLuceGuide,
+    PolicyGuide,
+    PosteriorGuide,
+    RenormalisedScoreGuide,
+)
 from orderppl.models import HeldBack, LearnedPolicy, UnmaskingModel
-from orderppl.models.networks import ScanNetwork
+from orderppl.models.networks import GroupedNetwork, ScanNetwork
 from orderppl.policies import (
     AtPrice,
     Blocks,
@@ -28,6 +35,7 @@ from orderppl.policies import (
     PriceRange,
     RandomSteps,
     Ranked,
+    Renormalised,
     ScanPlan,
     Smoothed,
     Threshold,
@@ -126,6 +134,22 @@ class TruthTable(Configurable, nn.Module):
         return self.state(state) + self.token[state.truth, torch.arange(state.shape[-1])]
 
 
+class TrueTokens(Configurable, nn.Module):
+    """What corrects a prior: numbers by true token and position, float [*, S, out], without the last axis for None."""
+
+    sees_truth = True
+
+    def __init__(self, out: int | None) -> None:
+        super().__init__()
+        self.out = out
+        self.table = nn.Parameter(torch.randn(VOCAB, WIDTH, out or 1))
+
+    def forward(self, state: State) -> Tensor:
+        assert state.truth is not None
+        numbers = self.table[state.truth, torch.arange(state.shape[-1])]
+        return numbers if self.out is not None else numbers.squeeze(-1)
+
+
 # ---- models by the policy of their prior
 
 PRICES = PriceRange(0.2, 1.5)
@@ -155,6 +179,14 @@ def scan(num_steps: int) -> ScanPlan:
     return ScanPlan(network)
 
 
+def grouped(num_steps: int) -> ScanPlan:
+    """Two interleaved groups, the second of which sees the first, with random weights."""
+    network = GroupedNetwork(num_steps, PlaceTable(2), groups=2, width=4, kernel=3)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return ScanPlan(network)
+
+
 MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "uniform": (lambda steps: RandomSteps(), {}),
     "cosine": (lambda steps: RandomSteps("cosine"), {}),
@@ -170,6 +202,8 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "early_commit": (lambda steps: early_commit(), {}),
     "plan": (lambda steps: Plan(PlaceTable(steps)), {}),
     "scan": (scan, {}),
+    "grouped": (grouped, {}),
+    "renormalised": (lambda steps: Renormalised(LearnedPolicy(StateTable()), 1.5), {}),
     "smoothed": (lambda steps: Smoothed(Ranked("top_prob"), 0.3), {}),
     "looking_back": (lambda steps: Smoothed(Klass(0.3, eps=0.5), 0.2, non_empty=False), {}),
     "blocks": (lambda steps: Blocks(LearnedPolicy(StateTable(), non_empty=False), 2), {}),
@@ -186,6 +220,7 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 GUIDES += ["plackett_luce", "one_each", "point", "oracle", "fixed", "smoothed", "klass", "blocks", "finishing", "scan"]
+GUIDES += ["grouped", "corrected", "corrected_plan", "corrected_scan", "renormalised_posterior"]
 
 
 def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) -> Guide:
@@ -195,11 +230,23 @@ def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) ->
     def of(policy: Policy) -> PolicyGuide:
         return PolicyGuide(policy, denoiser, num_steps)
 
+    def posterior(policy: Policy, correction: nn.Module, temperature: float | None = None) -> PosteriorGuide:
+        return PosteriorGuide(policy, denoiser, num_steps, correction, temperature=temperature)
+
     builders: dict[str, Callable[[], Guide]] = {
         "random": lambda: of(RandomSteps()),
         "mean_field": lambda: MeanFieldGuide(TokenTable(num_steps), num_steps),
         "plan": lambda: of(prior if isinstance(prior, Plan) else Plan(PlaceTable(num_steps))),
         "scan": lambda: of(prior if isinstance(prior, ScanPlan) else scan(num_steps)),
+        "grouped": lambda: of(grouped(num_steps)),
+        "corrected": lambda: posterior(LearnedPolicy(StateTable(), non_empty=not waits), TrueTokens(None)),
+        "corrected_plan": lambda: posterior(
+            prior if isinstance(prior, Plan) else Plan(PlaceTable(num_steps)), TrueTokens(num_steps)
+        ),
+        "corrected_scan": lambda: posterior(prior if isinstance(prior, ScanPlan) else scan(num_steps), TrueTokens(2)),
+        "renormalised_posterior": lambda: posterior(
+            LearnedPolicy(StateTable(clock=False)), TrueTokens(None), temperature=1.5
+        ),
         "renormalised": lambda: RenormalisedScoreGuide(TokenTable(1), num_steps, temperature=1.5),
         "policy": lambda: of(prior),
         "other_policy": lambda: of(LearnedPolicy(StateTable(), non_empty=not waits)),
@@ -225,11 +272,14 @@ def is_finite_pair(guide: str, model: str) -> bool:
         "priced_one_each": {"one_each", "policy"},
         "blocks": {"policy"},  # of two positions, and each block is finished in its last step
         "eos_aware": {"policy"},
+        "renormalised": {"policy"},  # whose sets have the best position for sure
     }
     if model in same_sets:
         return guide in same_sets[model]
-    may_wait = {"uniform", "cosine", "may_wait", "residual", "plan", "scan", "looking_back", "priced_uniform"}
-    return model in may_wait or guide not in {"random", "mean_field", "plan", "scan"}
+    may_wait = {"uniform", "cosine", "may_wait", "residual", "plan", "scan", "grouped"}
+    may_wait |= {"looking_back", "priced_uniform"}
+    waiting = {"random", "mean_field", "plan", "scan", "grouped", "corrected_plan", "corrected_scan"}
+    return model in may_wait or guide not in waiting
 
 
 PAIRS = [(model, guide) for model in MODELS for guide in GUIDES if is_finite_pair(guide, model)]

@@ -421,13 +421,13 @@ def test_the_check_notices_a_biased_gradient():
     """The same z-score on a surrogate with the score function's sign reversed, and on slopes of all orders."""
 
     class SignError(RevealTraceGraph_ELBO):
-        def _advantage(self, cost: Tensor, baseline: Tensor) -> Tensor:
-            return -super()._advantage(cost, baseline)
+        def _advantage(self, cost: Tensor, baseline: Tensor, masked: Tensor) -> Tensor:
+            return -super()._advantage(cost, baseline, masked)
 
     class OwnOrderToo(RevealTraceGraph_ELBO):
         """Fits the coefficient of the control variate to all orders, its own included."""
 
-        def _advantage(self, cost: Tensor, baseline: Tensor) -> Tensor:
+        def _advantage(self, cost: Tensor, baseline: Tensor, masked: Tensor) -> Tensor:
             cost, baseline = torch.broadcast_tensors(cost, baseline)
             cost, baseline = cost - cost.mean(1, keepdim=True), baseline - baseline.mean(1, keepdim=True)
             slope = (cost * baseline).sum(1, keepdim=True) / baseline.square().sum(1, keepdim=True).clamp(min=1e-9)

@@ -295,8 +295,8 @@ def test_a_biased_estimator_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sign of the score function turned: |z| far above 5."""
 
     class SignError(RevealTraceGraph_ELBO):
-        def _advantage(self, cost: Tensor, baseline: Tensor) -> Tensor:
-            return -super()._advantage(cost, baseline)
+        def _advantage(self, cost: Tensor, baseline: Tensor, masked: Tensor) -> Tensor:
+            return -super()._advantage(cost, baseline, masked)
 
     wrong = {"default": SignError(4)}
     monkeypatch.setattr(gradients, "estimators", lambda particles: wrong)

@@ -25,13 +25,15 @@ from orderppl.guides import (
     MeanFieldGuide,
     PlackettLuceGuide,
     PolicyGuide,
+    PosteriorGuide,
     RenormalisedScoreGuide,
     SequentialGuide,
 )
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.exact import all_orders, exact_elbo, exact_terms
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
-from orderppl.policies import Blocks, Klass, Oracle, Plan, RandomSteps, Ranked
+from orderppl.policies import Blocks, Klass, LogitPolicy, Oracle, Plan, RandomSteps, Ranked, Renormalised
+from orderppl.unmasking.trajectory import Path
 
 from programs import (
     CANVASES,
@@ -42,10 +44,15 @@ from programs import (
     StateTable,
     TableDenoiser,
     TokenTable,
+    TrueTokens,
     TruthTable,
+    flat_gradient,
+    grouped,
+    largest_z,
     make_batch,
     make_guide,
     make_pair,
+    scan,
 )
 
 STEPS = 3
@@ -419,6 +426,87 @@ def test_a_heuristic_as_guide_measures_what_follow_does(policy: Policy, canvas: 
     elbo.loss(UnmaskingModel(denoiser, RandomSteps(), STEPS), PolicyGuide(policy, denoiser, STEPS), batch)
     path = follow(policy, denoiser, batch, STEPS)
     assert elbo.metrics["log_likelihood"].item() == pytest.approx(-path.nats.mean().item(), rel=1e-5)
+
+
+PRIORS = {
+    "learned": (lambda: LearnedPolicy(StateTable()), None),
+    "may wait": (lambda: LearnedPolicy(StateTable(), non_empty=False), None),
+    "plan": (lambda: Plan(PlaceTable(STEPS)), STEPS),
+    "scan": (lambda: scan(STEPS), 2),
+    "grouped": (lambda: grouped(STEPS), 2),
+}
+
+
+@every_canvas
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_posterior_starts_as_its_prior(prior: str, canvas: str):
+    """With the correction at zero: every order as likely, so that the KL is 0; and the correction has a gradient."""
+    make, out = PRIORS[prior]
+    policy, denoiser, correction, batch = make(), TableDenoiser(), TrueTokens(out), make_batch(canvas)
+    nn.init.zeros_(correction.table)
+    guide = PosteriorGuide(policy, denoiser, STEPS, correction)
+    orders = all_orders(guide, batch)
+    terms = exact_terms(UnmaskingModel(denoiser, policy, STEPS), guide, orders, batch)
+    q, p = terms.log_guide, terms.log_prior
+    possible = p > -torch.inf
+    torch.testing.assert_close(q[possible], p[possible])
+    assert (q[~possible] == -torch.inf).all()
+    RevealTraceGraph_ELBO(64).differentiable_loss(UnmaskingModel(denoiser, policy, STEPS), guide, batch).backward()
+    assert correction.table.grad is not None and correction.table.grad.abs().sum() > 0
+    assert guide.deployable() is None
+
+
+def test_the_renormalised_form_starts_from_the_priors_probabilities():
+    """b_i / max b at temperature 1: the odds of positions are the prior's, and the best one is certain."""
+    denoiser, batch, correction = TableDenoiser(), make_batch("padded"), TrueTokens(None)
+    nn.init.zeros_(correction.table)
+    policy = LearnedPolicy(StateTable())
+    state = Path(batch, denoiser, STEPS).opening()
+    guide = PosteriorGuide(policy, denoiser, STEPS, correction, temperature=1.0)
+    sets, probs = guide.policy(state), policy.logits(state).sigmoid().masked_fill(~state.masked, 0.0)
+    torch.testing.assert_close(sets.probs, probs / probs.amax(-1, keepdim=True))
+    assert isinstance(guide.policy, Renormalised)
+
+
+def test_what_cannot_be_corrected_is_refused():
+    denoiser = TableDenoiser()
+    with pytest.raises(UserError, match="^policy: RandomSteps has no log-odds to correct"):
+        PosteriorGuide(RandomSteps(), denoiser, STEPS, TrueTokens(None))
+    with pytest.raises(UserError, match="^temperature: Plan has no log-odds to renormalise"):
+        PosteriorGuide(Plan(PlaceTable(STEPS)), denoiser, STEPS, TrueTokens(STEPS), temperature=1.0)
+    with pytest.raises(UserError, match="^temperature: 0 is not positive"):
+        Renormalised(LearnedPolicy(StateTable()), 0)
+    assert isinstance(LearnedPolicy(StateTable()).corrected(TrueTokens(None)), LogitPolicy)
+
+
+@pytest.mark.parametrize("plan", [lambda: Plan(PlaceTable(STEPS)), lambda: scan(STEPS), lambda: grouped(STEPS)])
+def test_orders_are_shared_where_that_is_asked_for(plan: Callable[[], Policy]):
+    """One plan for all sequences draws one order for all, with the frequencies of its own; gradients stay unbiased."""
+    denoiser, batch = TableDenoiser().requires_grad_(False), make_batch("plain")
+    policy = plan()
+    guide = PolicyGuide(policy, denoiser, STEPS, shares_orders=True)
+    with pyro.plate("particles", 4000, dim=-2):
+        drawn = guide(batch)["reveal_step"]
+    assert (drawn == drawn[:, :1]).all()
+    q = policy.order(batch, denoiser, STEPS)
+    values = q.enumerate_support()[:, 0]
+    probs = q.log_prob(values[:, None].expand(-1, len(batch), -1))[:, 0].exp()
+    found = torch.stack([(drawn[:, 0] == value).all(-1).double().mean() for value in values])
+    assert ((found - probs).abs() / (probs * (1 - probs) / 4000).sqrt().clamp(min=1e-3)).max() < 5
+    over = list(policy.parameters())
+    model = UnmaskingModel(denoiser, RandomSteps(), STEPS)
+    exact = exact_elbo(model, guide, all_orders(guide, batch), batch).sum()
+    wanted = flat_gradient(exact, over)
+    draws = torch.stack(
+        [-flat_gradient(RevealTraceGraph_ELBO(16).differentiable_loss(model, guide, batch), over) for _ in range(300)]
+    )
+    assert largest_z(draws, wanted) < 5
+
+
+def test_orders_of_policies_that_see_states_are_not_shared():
+    guide = PolicyGuide(LearnedPolicy(StateTable()), TableDenoiser(), STEPS, shares_orders=True)
+    with pytest.raises(UserError, match="^shares_orders: PolicyOrder draws step by step"):
+        guide(make_batch())
 
 
 def test_a_posterior_is_not_deployed():

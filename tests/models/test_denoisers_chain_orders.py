@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orderppl.config import build, describe
-from orderppl.decoding import decode, follow
+from orderppl.decoding.decode import decode, follow
 from orderppl.errors import UserError
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.models.denoisers.chain_orders import CLOSED, CLOSED_BY_OTHERS, HALF_OPEN, OPEN, GapPolicy

@@ -14,7 +14,7 @@ from written_denoisers import Confident, state_of
 from orderppl import Policy, State, UserError, decode
 from orderppl.config import Configurable, build, describe
 from orderppl.models import HeldBack, LearnedPolicy, PolicyNetwork, PositionTable
-from orderppl.models.networks import ScanNetwork
+from orderppl.models.networks import GroupedNetwork, ScanNetwork
 from orderppl.policies import (
     AtPrice,
     Blocks,
@@ -29,6 +29,7 @@ from orderppl.policies import (
     PriceRange,
     RandomSteps,
     Ranked,
+    Renormalised,
     ScanPlan,
     Smoothed,
     Threshold,
@@ -143,6 +144,8 @@ def things() -> dict[str, Policy]:
         "plan": Plan(PositionTable(5, STEPS, noise=1.0)),
         "split plan": Plan(PositionTable(5, STEPS, split=1, noise=1.0)),
         "scan": ScanPlan(ScanNetwork(STEPS, PositionTable(5, 2, noise=1.0), width=4)),
+        "grouped scan": ScanPlan(GroupedNetwork(STEPS, PositionTable(5, 2, noise=1.0), groups=2, width=4)),
+        "renormalised": Renormalised(LearnedPolicy(network()), 0.5),
         "ranked": Ranked(HeldBack(Threshold(0.7, 0.5), Plan(PositionTable(5, 2, noise=1.0))), CosineSizes(), 0.5),
         "ranked by name": Ranked("entropy", "cosine"),
         "sizes": Ranked("random", 1.5),

@@ -148,11 +148,11 @@ def test_a_scan_by_hand(canvas: str):
     order = q.sample()
     context = policy.network.context(batch)
     for row in range(len(batch)):
-        held, before, total = policy.network.start(1), torch.tensor([-1]), torch.zeros(())
-        for place in batch.latent[row].nonzero()[:, 0].tolist():
-            logits, held = policy.network.step(context[row, place][None], before, held)
-            before = order[row, place][None]
-            total = total + logits.log_softmax(-1)[0, before[0]]
+        places, total = batch.latent[row].nonzero()[:, 0], torch.zeros(())
+        for count in range(1, len(places) + 1):  # what stands behind a position has no part in its step
+            steps = order[row, places[:count]]
+            logits = policy.network(context[row, places[:count]][None], steps[None], torch.ones(1, count).bool())
+            total = total + logits.log_softmax(-1)[0, -1, steps[-1]]
         torch.testing.assert_close(q.log_prob(order)[row], total)
     mass = q.log_prob(q.enumerate_support()).logsumexp(0)
     torch.testing.assert_close(mass, torch.zeros_like(mass), atol=1e-5, rtol=0)
