@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pyro
 import torch
-from gradients import DEFAULT, TASKS, Files, Pair, Task
+from gradients import DEFAULT, TASKS, Files, Pair, Task, estimators
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from orderppl.data import Chains
 from orderppl.errors import UserError
-from orderppl.inference import RevealTraceGraph_ELBO, fit
+from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.exact import all_orders, exact_elbo
 from orderppl.inference.programs import local_parameters
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable
@@ -25,6 +24,7 @@ from orderppl.policies import Plan
 
 from timing import Records, command, finish, interval_figure
 
+KL_WEIGHT = 0.05  # a plan's entropy bonus, small at the end
 Name = Literal["chain", "antibodies", "reactions", "programs", "sudoku"]
 
 
@@ -35,6 +35,7 @@ def main(
     particles: int = 8,
     updates: int = 300,
     bias_draws: int = 400,
+    fits: int = 3,
     files: Files = Files(),
     seed: int = 0,
 ) -> None:
@@ -48,6 +49,8 @@ def main(
     sequence) over all parameters of the order, `relative_sd` the same over that of the default: at the start of a fit,
     after a quarter of it and at its end. On the tiny tasks `bias_z` is the largest |z| over the coordinates of the mean
     gradient against the sum over all orders, `bias` the length of the error over that of the exact gradient.
+    `path_nats` is what each estimator has learned after the same number of denoiser rows: nats per token along drawn
+    orders of held-out sequences, from one start per seed.
 
     Args:
         out: folder for results.json and estimators.png.
@@ -56,6 +59,7 @@ def main(
         particles: orders per sequence, K.
         updates: of a fit; fewer where they are dear.
         bias_draws: gradients per tiny task, each of 64 sequences; 0 leaves them out.
+        fits: seeds of the fits by every estimator; 0 leaves them out.
         files: where data and denoisers are.
         seed: of everything.
     """
@@ -71,11 +75,13 @@ def main(
         except UserError as error:
             tqdm.write(f"{name} is left out: {error}")
             continue
-        records += measure(name, task, draws, particles, updates)
+        records += measure(name, task, draws, particles, updates) if draws else []
+        records += [record for fit in range(fits) for record in likelihoods(name, files, particles, updates, fit)]
     noise: dict[str, Any] = {"rows": ("task", "state"), "columns": ("estimator",)}
     tables = [noise | {"metrics": (metric,), "title": metric} for metric in ("gradient_sd", "relative_sd")]
     biases = {"rows": ("task", "estimator"), "columns": ("metric",), "metrics": ("bias_z", "bias"), "title": "Bias"}
-    finish(out, "estimators", config, records, [*tables, biases])
+    learned = {"rows": ("task", "training_seed"), "columns": ("estimator",), "metrics": ("path_nats",)}
+    finish(out, "estimators", config, records, [*tables, biases, learned | {"title": "Learned, nats per token"}])
     if out is not None:
         shown = [record | {"case": f"{record['task']}\n{record.get('state', '')}"} for record in records]
         interval_figure(out / "estimators.png", shown, x="case", lines=("estimator",), metric="relative_sd")
@@ -83,22 +89,30 @@ def main(
 
 def measure(name: str, task: Task, draws: int, particles: int, updates: int) -> Records:
     """Standard deviations at the start, after a quarter of the updates, and after all."""
-    model, guide = task.pair.programs
-    batch = task.data.batch.rows(slice(task.batch_size)).trimmed()
+    batch = task.data["train"].batch.rows(slice(task.batch_size)).trimmed()
     quarter = max(int(task.effort * updates) // 4, 1)
     records: Records = []
     for state, more in (("start", 0), ("half", quarter), ("learned", 3 * quarter)):
         if more:
-            objective = RevealTraceGraph_ELBO(particles, kl_weight=0.05)  # a plan's entropy bonus, small at the end
-            optimizer = partial(torch.optim.Adam, lr=task.lr)
-            settings: dict[str, Any] = {"updates": more, "batch_size": task.batch_size, "progress": False}
-            fit(model, guide, task.data, objective=objective, optimizer=optimizer, **settings)
+            task.fit(RevealTraceGraph_ELBO(particles, kl_weight=KL_WEIGHT), more)
         found = task.pair.draws(batch, particles, draws)
         squares = {kind: (gradients - gradients.mean(0)).square().sum(-1) for kind, gradients in found.items()}  # [R]
         for kind, own in squares.items():
             labels = {"task": name, "state": state, "estimator": kind, "n": draws}
             records.append({"metric": "gradient_sd", **root(own), **labels})
             records.append({"metric": "relative_sd", **root(own, squares[DEFAULT]), "of": DEFAULT, **labels})
+    return records
+
+
+def likelihoods(name: str, files: Files, particles: int, updates: int, seed: int) -> Records:
+    """What every estimator learns from the same start."""
+    records: Records = []
+    for kind, objective in estimators(particles, KL_WEIGHT).items():
+        pyro.set_rng_seed(seed)
+        task = TASKS[name](files)
+        rows = task.fit(objective, max(int(task.effort * updates), 1), seed)
+        labels = {"task": name, "estimator": kind, "training_seed": seed, "rows": rows}
+        records.append({"metric": "path_nats", **vars(task.nats()), **labels})
     return records
 
 

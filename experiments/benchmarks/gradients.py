@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro.infer import TraceGraph_ELBO
+from pyro.poutine import Trace
 from torch import Tensor
 
-from orderppl import Batch, Policy
+from orderppl import Batch, Policy, fit, follow
 from orderppl.data import Antibodies, Chains, Examples, Gsm8k, Reactions, Sudoku
 from orderppl.distributions.order_distribution import SetSequence
+from orderppl.evaluation.intervals import Interval, bootstrap_mean
 from orderppl.guides import PolicyGuide
 from orderppl.inference import RevealTraceGraph_ELBO
-from orderppl.inference.programs import RevealSites, local_parameters
+from orderppl.inference.programs import RevealSites, local_parameters, temper
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, UnmaskingModel
 from orderppl.models.denoisers import AntibodyDenoiser, MarkovChainDenoiser, ReactionDenoiser, load_denoiser
 from orderppl.policies import EntropyBound, Plan, RandomSteps
@@ -47,14 +51,24 @@ class ExpectedELBO(RevealTraceGraph_ELBO):
         return objective.detach(), -objective - (advantage * log_q).sum()
 
 
-def estimators(particles: int) -> dict[str, TraceGraph_ELBO]:
+class StockELBO(RevealTraceGraph_ELBO):
+    """Pyro's `TraceGraph_ELBO`, with a weight of the KL."""
+
+    def _loss_and_surrogate_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+        model_trace.compute_log_prob()
+        guide_trace.compute_score_parts()
+        temper(model_trace, guide_trace, self.kl_weight)
+        return TraceGraph_ELBO._loss_and_surrogate_loss_particle(self, model_trace, guide_trace)
+
+
+def estimators(particles: int, kl_weight: float = 1.0) -> dict[str, RevealTraceGraph_ELBO]:
     """The ways to estimate the gradient of the bound."""
     return {
-        DEFAULT: RevealTraceGraph_ELBO(particles),
-        "leave-one-out": RevealTraceGraph_ELBO(particles, control_variate=0.0),
-        "gain": RevealTraceGraph_ELBO(particles, control_variate=1.0),
-        "expected": ExpectedELBO(particles),
-        "stock": TraceGraph_ELBO(particles, max_plate_nesting=1, vectorize_particles=True),
+        DEFAULT: RevealTraceGraph_ELBO(particles, kl_weight=kl_weight),
+        "leave-one-out": RevealTraceGraph_ELBO(particles, kl_weight=kl_weight, control_variate="none"),
+        "gain": RevealTraceGraph_ELBO(particles, kl_weight=kl_weight, control_variate="gain"),
+        "expected": ExpectedELBO(particles, kl_weight=kl_weight),
+        "stock": StockELBO(particles, kl_weight=kl_weight),
     }
 
 
@@ -128,31 +142,46 @@ class Task:
     """A pair on real data, and how it is learned; `effort` scales the number of updates."""
 
     pair: Pair
-    data: Examples
+    data: Mapping[str, Examples]
     batch_size: int
     lr: float
     effort: float = 1.0
+
+    def fit(self, objective: RevealTraceGraph_ELBO, updates: int, seed: int = 0) -> int:
+        """Learn for a while; returns the denoiser rows that it took."""
+        model, guide = self.pair.programs
+        optimizer = partial(torch.optim.Adam, lr=self.lr)
+        settings: dict[str, Any] = {"batch_size": self.batch_size, "progress": False, "seed": seed}
+        fit(model, guide, self.data["train"], objective=objective, optimizer=optimizer, updates=updates, **settings)
+        return updates * self.batch_size * (1 + (self.pair.num_steps - 1) * objective.num_particles)
+
+    def nats(self, rows: int = 64, draws: int = 8) -> Interval:
+        """Nats per token along drawn orders of held-out rows."""
+        batch, pair = self.data["validation"].batch.rows(slice(rows)).trimmed(), self.pair
+        with torch.no_grad():
+            drawn = [follow(pair.policy, pair.denoiser, batch, pair.num_steps).nats for _ in range(draws)]
+        count = batch.latent.sum(-1).double()
+        return bootstrap_mean(torch.stack(drawn).double().mean(0) / count, count)
 
 
 def chain(files: Files) -> Task:
     """A plan on the exact Markov chain."""
     pair = Pair(MarkovChainDenoiser(4, 0.85, 16), Plan(PositionTable(16, 4, noise=0.1)), 4)
-    return Task(pair, Chains().splits()["train"], 8, 0.1)
+    return Task(pair, Chains().splits(), 8, 0.1)
 
 
 def antibodies(files: Files) -> Task:
     """A plan on a pretrained antibody model."""
     denoiser, data = AntibodyDenoiser().requires_grad_(False), Antibodies(files.antibodies)
     plan = Plan(PositionTable(data.length, 4, split=LEFT, counts="attended", noise=0.1))
-    return Task(Pair(denoiser, plan, 4), data.splits(denoiser.tokenizer)["train"], 4, 0.2)
+    return Task(Pair(denoiser, plan, 4), data.splits(denoiser.tokenizer), 4, 0.2)
 
 
 def reactions(files: Files) -> Task:
     """A plan on a pretrained model of reactions."""
     denoiser, data = ReactionDenoiser().requires_grad_(False), Reactions(files.reactions)
-    train = data.splits(denoiser.tokenizer)["train"]
     plan = Plan(PositionTable(data.length, 4, noise=0.1))
-    return Task(Pair(denoiser, plan, 4), train, 2, 0.2, 0.25)
+    return Task(Pair(denoiser, plan, 4), data.splits(denoiser.tokenizer), 2, 0.2, 0.25)
 
 
 def programs(files: Files) -> Task:
@@ -160,7 +189,7 @@ def programs(files: Files) -> Task:
     denoiser = load_denoiser(files.programs)
     data = Gsm8k(files.gsm8k, form="programs", max_prompt=41, max_length=56)
     policy = LearnedPolicy(PolicyNetwork(denoiser.vocab_size))
-    return Task(Pair(denoiser, policy, 5), data.splits(denoiser.tokenizer)["train"], 8, 0.002, 0.5)
+    return Task(Pair(denoiser, policy, 5), data.splits(denoiser.tokenizer), 8, 0.002, 0.5)
 
 
 def sudoku(files: Files) -> Task:
@@ -168,7 +197,7 @@ def sudoku(files: Files) -> Task:
     denoiser = load_denoiser(files.sudoku)
     network = PolicyNetwork(denoiser.vocab_size, width=48, places=16, zero_init=True)
     pair = Pair(denoiser, LearnedPolicy(network, EntropyBound(0.5, temperature=0.1)), 4)
-    return Task(pair, Sudoku(train=4000, min_clues=2, max_clues=4).splits(denoiser.tokenizer)["train"], 8, 0.003)
+    return Task(pair, Sudoku(train=4000, min_clues=2, max_clues=4).splits(denoiser.tokenizer), 8, 0.003)
 
 
 TASKS = {make.__name__: make for make in (chain, antibodies, reactions, programs, sudoku)}
