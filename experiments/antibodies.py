@@ -89,7 +89,7 @@ def main(
 
     test = splits["test"]
     title = "Antibodies" if regions is None else f"Antibodies, {regions} to be written"
-    records = compare(plan, denoiser, test, steps, seed=seed, out=out, title=title)
+    records = compare(plan, denoiser, test, steps, chosen_on=splits["train"].take(64), seed=seed, out=out, title=title)
 
     regions_of = [antibody_regions(domain) for domain in domains(test)]
     known = torch.tensor([row for row, found in enumerate(regions_of) if found is not None])

@@ -10,6 +10,7 @@ import pyro
 import torch
 from plan_fits import fit_plan
 from rich.console import Console
+from spacing import best_of, spaced_orders
 from torch import Tensor
 
 from orderppl import Batch, Denoiser, Policy, evaluate, follow
@@ -79,24 +80,39 @@ def opponents(steps: int, seeds: Sequence[int] = (0, 1, 2)) -> list[Arm]:
 
 
 def compare(
-    learned: Policy, denoiser: Denoiser, test: Examples, steps: int, *, seed: int, out: Path, title: str
+    learned: Policy,
+    denoiser: Denoiser,
+    test: Examples,
+    steps: int,
+    *,
+    chosen_on: Examples,
+    seed: int,
+    out: Path,
+    title: str,
 ) -> pd.DataFrame:
-    """Follow every arm along the held-out rows: records, and a table of the best on the screen."""
+    """Follow every arm along the held-out rows: records, and a table of the best on the screen.
+
+    The spaced order among the opponents is the best one on the rows `chosen_on`.
+    """
+    spaced = best_of(spaced_orders(steps), denoiser, chosen_on)
     arms = [
         Arm("learned", learned, steps, mode=True, training_seed=seed),
         Arm("learned, drawn", learned, steps, training_seed=seed, seeds=(0, 1, 2)),
         *opponents(steps),
+        spaced,
     ]
     table = evaluate(arms, denoiser, test, out=out)
     records = summary(table, ["path_nats", "nfe"])
     nats = records[records["metric"] == "path_nats"].sort_values("value")
-    best = nats[nats["kind"] == "heuristic"]["arm"].iloc[0]
-    loss = paired_difference(table, "learned", best, "path_nats")
-    gain = {"metric": "advantage", "arm": "learned", "of": best}
-    gain |= {"value": -loss.value, "low": -loss.high, "high": -loss.low}
-    records = pd.concat([records, pd.DataFrame([gain])]).assign(steps=steps, training_seed=seed)
+    best = nats[(nats["kind"] == "heuristic") & (nats["arm"] != spaced.name)]["arm"].iloc[0]
+    gains = []
+    for other in (best, spaced.name):
+        loss = paired_difference(table, "learned", other, "path_nats")
+        gain = {"metric": "advantage", "arm": "learned", "of": other}
+        gains.append(gain | {"value": -loss.value, "low": -loss.high, "high": -loss.low})
+    records = pd.concat([records, pd.DataFrame(gains)]).assign(steps=steps, training_seed=seed)
     Console().print(results_table(nats.head(10), title=f"{title}, {len(test)} held-out, {steps} steps"))
-    Console().print(results_table([gain], rows=("arm", "of"), title="Paired: learned better by, nats per token"))
+    Console().print(results_table(gains, rows=("arm", "of"), title="Paired: learned better by, nats per token"))
     return records
 
 

@@ -9,39 +9,23 @@ is a local search with restarts from the learned order, on training words: how f
 share of the way from random sets.
 """
 
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
 from jsonargparse import auto_cli
 from rich.console import Console
+from spacing import best_of, spaced_orders
 
 from orderppl import evaluate
-from orderppl.data import Examples, Pronunciations
+from orderppl.data import Pronunciations
 from orderppl.evaluation import Arm, paired_difference, summary
 from orderppl.evaluation.results import results_table, write_results
 from orderppl.inference import refine_plan
 from orderppl.models import PositionTable, ScanNetwork
 from orderppl.models.denoisers import PhoneDenoiser
-from orderppl.policies import Dilated, FixedOrder, ScanPlan
+from orderppl.policies import FixedOrder, ScanPlan
 
 from molecules import learn_plan, opponents
-
-SPACED = [(0, 3, 1, 3, 2, 3), (3, 0, 3, 1, 3, 2)]  # of four steps, with longer periods than all that are tried
-
-
-def periodic_orders(steps: int) -> list[Arm]:
-    """Every pattern of at most four positions that uses all steps."""
-    patterns = [p for size in range(2, 5) for p in product(range(steps), repeat=size) if len(set(p)) == steps]
-    patterns += SPACED if steps == 4 else []
-    arms = [Arm(f"periodic {p}", FixedOrder(p, periodic=True), steps, family="periodic") for p in patterns]
-    return [*arms, Arm("dilated", Dilated(), steps)]
-
-
-def best_of(arms: list[Arm], denoiser: PhoneDenoiser, rows: Examples) -> Arm:
-    """The arm with the best likelihood."""
-    means = summary(evaluate(arms, denoiser, rows), ["path_nats"]).set_index("arm")["value"]
-    return next(arm for arm in arms if arm.name == means.idxmin())
 
 
 def main(
@@ -68,7 +52,7 @@ def main(
     """
     denoiser = PhoneDenoiser()
     splits = Pronunciations(length=length, test_share=0.3).splits(denoiser.tokenizer)
-    arms = [*opponents(steps), best_of(periodic_orders(steps), denoiser, splits["validation"])]
+    arms = [*opponents(steps), best_of(spaced_orders(steps), denoiser, splits["validation"])]
     for seed in range(seeds):
         plan = ScanPlan(ScanNetwork(steps, PositionTable(length, 8, noise=0.3)))
         budget = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 16, "particles": 8}

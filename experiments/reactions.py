@@ -90,7 +90,8 @@ def main(
         plan, denoiser, splits["train"], steps, rows=rows, lr=lr, bonus=bonus, seed=seed, group=8, out=out / "order"
     )
     test = splits["test"]
-    records = compare(plan, denoiser, test, steps, seed=seed, out=out, title="Reactions")
+    few_seen = splits["validation"].take(32)
+    records = compare(plan, denoiser, test, steps, chosen_on=few_seen, seed=seed, out=out, title="Reactions")
 
     few = test.take(rows_written)
     arms: dict[str, Policy] = {"learned": plan, "random": Ranked("random"), "top_prob": Ranked("top_prob")}

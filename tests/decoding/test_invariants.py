@@ -29,7 +29,7 @@ from orderppl.decoding.decode import DecodeOutput
 from orderppl.distributions import DecidedSet, IndependentSet
 from orderppl.models import HeldBack, LearnedPolicy, OpeningPlan, PolicyNetwork, PositionTable
 from orderppl.models.denoisers import TransformerDenoiser
-from orderppl.models.networks import ScanNetwork
+from orderppl.models.networks import GroupedNetwork, ScanNetwork
 from orderppl.policies import (
     AtPrice,
     Blocks,
@@ -281,6 +281,7 @@ def scan_plan() -> ScanPlan:
 
 
 SCAN = scan_plan()
+GROUPED = ScanPlan(GroupedNetwork(4, PositionTable(8, 3, noise=2.0), groups=3, width=8).double())
 ANSWER = AnswerTokens(marks=[0], ends=[1])
 Factory = Callable[[Problem], Policy]
 EVERY: dict[str, Factory] = {
@@ -313,6 +314,7 @@ EVERY: dict[str, Factory] = {
     "plan": lambda p: Plan(TokenPlan()),
     "opening": lambda p: OPENING,
     "scan": lambda p: SCAN,
+    "grouped": lambda p: GROUPED,
     "blocks": lambda p: Blocks(Ranked("margin"), p.size),
     "eos_aware": lambda p: EosAware(Ranked("top_prob"), [0, 1]),
     "commit": lambda p: EarlyCommit(Ranked("top_prob"), ANSWER, 0.3),
@@ -333,7 +335,7 @@ EVERY: dict[str, Factory] = {
     "everything": lambda p: Everything(),
 }
 INNER = ("random", "entropy", "threshold", "factor", "entropy_bound", "klass", "oracle", "hazard", "learned")
-BLOCKS_TOO = (*INNER, "plan", "opening", "scan", "periodic", "commit", "eager_commit")
+BLOCKS_TOO = (*INNER, "plan", "opening", "scan", "grouped", "periodic", "commit", "eager_commit")
 EVERY |= {f"blocks_{name}": lambda p, make=EVERY[name]: Blocks(make(p), p.size) for name in BLOCKS_TOO}
 EVERY |= {f"eos_{name}": lambda p, make=EVERY[name]: EosAware(make(p), [0, 1]) for name in (*INNER, "plan")}
 EVERY |= {f"commit_{name}": lambda p, make=EVERY[name]: EarlyCommit(make(p), ANSWER, 0.3) for name in (*INNER, "plan")}
