@@ -12,6 +12,7 @@ share of the way from random sets.
 from pathlib import Path
 
 import pandas as pd
+import pyro
 from jsonargparse import auto_cli
 from rich.console import Console
 from spacing import best_of, spaced_orders
@@ -54,6 +55,7 @@ def main(
     splits = Pronunciations(length=length, test_share=0.3).splits(denoiser.tokenizer)
     arms = [*opponents(steps), best_of(spaced_orders(steps), denoiser, splits["validation"])]
     for seed in range(seeds):
+        pyro.set_rng_seed(seed)
         plan = ScanPlan(ScanNetwork(steps, PositionTable(length, 8, noise=0.3)))
         budget = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 16, "particles": 8}
         learn_plan(plan, denoiser, splits["train"], steps, seed=seed, out=out / f"seed-{seed}", **budget)  # type: ignore[arg-type]

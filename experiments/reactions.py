@@ -9,8 +9,10 @@ token along each arm's own order with the same number of steps. What the arms wr
 """
 
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
+import pyro
 from jsonargparse import auto_cli
 from rich.console import Console
 
@@ -18,7 +20,7 @@ from orderppl import Denoiser, Policy, decode
 from orderppl.data import Examples, Reactions
 from orderppl.data.smiles import smiles_problem
 from orderppl.evaluation.results import results_table, write_results
-from orderppl.models import OpeningPlan, ScanNetwork
+from orderppl.models import GroupedNetwork, OpeningPlan, ScanNetwork
 from orderppl.models.denoisers import ReactionDenoiser
 from orderppl.policies import Plan, Ranked, ScanPlan
 from orderppl.policies.plans import Planned
@@ -53,13 +55,13 @@ def written(policy: Policy, denoiser: Denoiser, examples: Examples, steps: int, 
 def main(
     train: Path,
     steps: int = 4,
-    family: str = "scan",
+    family: Literal["groups", "scan", "independent"] = "groups",
+    groups: int = 4,
     seed: int = 0,
     split: int = 0,
     rows: int = 6_000,
     lr: float = 0.01,
     bonus: float = 0.02,
-    period: int | None = None,
     rows_written: int = 32,
     out: Path = Path("runs/reactions"),
 ) -> None:
@@ -68,13 +70,13 @@ def main(
     Args:
         train: CSV file with a column rxn.
         steps: step budget T.
-        family: scan (steps depend on each other) or independent.
+        family: steps that depend on each other in groups or in a scan, or independent ones.
+        groups: interleaved groups of the first of these.
         seed: of the fit.
         split: seed of what is held out.
         rows: denoiser rows that the fit may spend.
         lr: learning rate.
         bonus: weight of the entropy bonus at the start; it fades.
-        period: of a repeated pattern in the plan; none when left out.
         rows_written: held-out products that are also written freely.
         out: folder of run and results.
     """
@@ -82,10 +84,13 @@ def main(
     data = Reactions(str(train), seed=split)
     splits = data.splits(denoiser.tokenizer)
     plan: Planned
-    if family == "scan":
-        plan = ScanPlan(ScanNetwork(steps, OpeningPlan(16, denoiser.vocab_size, period=period)))
+    pyro.set_rng_seed(seed)
+    if family == "groups":
+        plan = ScanPlan(GroupedNetwork(steps, OpeningPlan(16, denoiser.vocab_size), groups, width=48))
+    elif family == "scan":
+        plan = ScanPlan(ScanNetwork(steps, OpeningPlan(16, denoiser.vocab_size)))
     else:
-        plan = Plan(OpeningPlan(steps, denoiser.vocab_size, period=period))
+        plan = Plan(OpeningPlan(steps, denoiser.vocab_size))
     learn_plan(
         plan, denoiser, splits["train"], steps, rows=rows, lr=lr, bonus=bonus, seed=seed, group=8, out=out / "order"
     )
@@ -111,7 +116,7 @@ def main(
     labels = [[test.spell(token) for token in tokens[latent].tolist()] for tokens, latent in rows_shown]
     figure_of(seen, labels, means, "kind").savefig(out / "order.png", dpi=150)
     label = {"task": "reactions", "family": family, "rows": rows}
-    config = {**label, "steps": steps, "seed": seed, "lr": lr, "bonus": bonus, "period": period}
+    config = {**label, "steps": steps, "groups": groups, "seed": seed, "lr": lr, "bonus": bonus}
     write_results(out, "reactions", config, pd.concat([records, pd.DataFrame(free), means]).assign(**label))
 
 
