@@ -44,13 +44,11 @@ NATS = Layout("Nats per token", "path_nats", "arm nfe")
 BASELINES = {"baseline": (*(f"random uniform T={t}" for t in (2, 4, 8)), "threshold at equal NFE")}
 WHERE = "steps training_seed"
 SPREAD = {"family": ("learned", "long search", "periodic", "random uniform", "top_prob uniform", "entropy uniform")}
-RANKINGS = {"sizes": ("uniform",), "kind": ("heuristic",)}
 MODES = {"axis": ("steps",), "mode": ("stacked", "sequential", "policy")}
 UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured denoiser mode", "steps", MODES)
 PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
 DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
-ORDER = {"gradient": ("order", None)}
 LAYOUTS: dict[str, list[Layout]] = {
     "chain": GAPS,
     "tree": GAPS,
@@ -61,17 +59,20 @@ LAYOUTS: dict[str, list[Layout]] = {
     "posterior": [BY_ARM],
     "quickstart": [BY_ARM, NATS._replace(title="Antibodies, nats per residue", rows="arm")],
     "gsm8k": [Layout("Less the baseline", "path_nats_difference", "form arm nfe baseline", where=BASELINES)],
-    "ablate": [
-        NATS._replace(title="Learned, nats per token", rows="family", where={"kind": ("learned",)}),
-        NATS._replace(title="Rankings, by steps", rows="family", columns="steps", where=RANKINGS),
-        NATS._replace(title="Thresholds", where={"family": ("threshold",)}),
+    "paper": [
+        Layout("Negative bound on held-out problems, nats per problem", "bound_nats", "arm", "training_seed"),
+        Layout("Policies without their guides", "accuracy path_nats marginal_nats nfe", "family"),
+        Layout("Learned better by (paired)", "advantage", "measured arm of"),
     ],
     "benchmark-speed": [UPDATES],
     "benchmark-speed-smdm": [Layout("An update", f"{SHARES} peak_megabytes", "metric part variant", "mode")],
     "benchmark-decode": [DECODING],
     "gpu": [UPDATES, DECODING],
     "benchmark-estimators": [
-        Layout("Gradients", "variance_ratio relative_sd bias_z", "task point state estimator", where=ORDER)
+        Layout("Standard deviation of a gradient", "gradient_sd", "task state", "estimator"),
+        Layout("The same over that of the default", "relative_sd", "task state", "estimator"),
+        Layout("Learned at equal denoiser rows, nats per token", "path_nats", "task training_seed rows", "estimator"),
+        Layout("Largest |z| of the mean gradient against the exact one", "bias_z", "task", "estimator"),
     ],
 }
 

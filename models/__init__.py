@@ -3,7 +3,7 @@
 if __name__ != "orderppl.models":
     raise ImportError("import orderppl.models, not models")
 
-from orderppl.models.learned import HeldBack, LearnedPolicy
+from orderppl.models.learned import LearnedPolicy
 from orderppl.models.networks import (
     GroupedNetwork,
     OpeningPlan,
@@ -16,7 +16,6 @@ from orderppl.models.unmasking import SequentialUnmaskingModel, UnmaskingModel
 
 __all__ = [
     "GroupedNetwork",
-    "HeldBack",
     "LearnedPolicy",
     "OpeningPlan",
     "PolicyNetwork",

@@ -7,7 +7,7 @@ from orderppl.policies.plans import Dilated, FixedOrder, Plan, RandomSteps, Scan
 from orderppl.policies.policy import LogitPolicy, Policy, Renormalised
 from orderppl.policies.price import PriceRange
 from orderppl.policies.ranked import Ranked
-from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EosAware, Smoothed
+from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EosAware, Smoothed, Spaced
 
 __all__ = [
     "AtPrice",
@@ -30,5 +30,6 @@ __all__ = [
     "Renormalised",
     "ScanPlan",
     "Smoothed",
+    "Spaced",
     "Threshold",
 ]

@@ -15,7 +15,7 @@ from orderppl.policies.schedules import SetSizes, make_sizes
 from orderppl.policies.scores import SCORES, reveal_rank
 from orderppl.unmasking import State
 
-Score = Literal["random", "top_prob", "margin", "entropy", "left_to_right"]
+Score = Literal["random", "top_prob", "log_odds", "margin", "entropy", "left_to_right"]
 
 
 def due_count(sizes: SetSizes, state: State) -> Tensor:
@@ -34,9 +34,9 @@ class Ranked(LogitPolicy):
     A very small temperature breaks ties at random, and nothing else.
 
     Args:
-        score: "random" (all sets of K alike), "top_prob" (c = max_v p(v)), "margin" (p1 - p2), "entropy" (-H) or
-            "left_to_right"; or a policy whose log-odds rank.
-        sizes: "uniform", "cosine" or a number of positions a step; or a schedule.
+        score: "random" (all sets of K alike), "top_prob" (c = max_v p(v)), "log_odds" (the same order, also where c
+            rounds to 1), "margin" (p1 - p2), "entropy" (-H) or "left_to_right"; or a policy whose log-odds rank.
+        sizes: "uniform", "cosine", "llada", "dream" or a number of positions a step; or a schedule.
         temperature: at least 0, in the unit of the score.
 
     Raises:
@@ -48,7 +48,7 @@ class Ranked(LogitPolicy):
     def __init__(
         self,
         score: Score | LogitPolicy = "top_prob",
-        sizes: SetSizes | Literal["uniform", "cosine"] | float = "uniform",
+        sizes: SetSizes | Literal["uniform", "cosine", "llada", "dream"] | float = "uniform",
         temperature: float = 0.0,
     ) -> None:
         super().__init__()

@@ -93,6 +93,40 @@ class CosineSizes(SetSizes):
 
 
 @dataclass(frozen=True)
+class LladaSizes(SetSizes):
+    """LLaDA's rounding: floor(n / T) positions a step, and one more in each of the first n mod T steps."""
+
+    name = "llada"
+
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+        """Return t floor(n / T) + min(t, n mod T)."""
+        return step * (positions // num_steps) + torch.minimum(step, positions % num_steps)
+
+
+@dataclass(frozen=True)
+class DreamSizes(SetSizes):
+    """Dream's rounding: floor(m (1 - u_{t+1} / u_t)) of the m positions that are left, u_t from 1 to `end` in T steps.
+
+    Its sampler may reveal nothing at a step; here that is one position.
+
+    Args:
+        end: last time u_T, above 0.
+    """
+
+    end: float = 1e-3
+    name = "dream"
+
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+        """Follow the steps one by one."""
+        left = positions.clone()
+        for t in range(int(step.max())):
+            now, then = (1 - (1 - self.end) * (t + i) / num_steps.double() for i in (0, 1))
+            moved = (left * (1 - then / now)).floor().long().clamp(min=0)
+            left = torch.where(t < step, left - moved, left)
+        return positions - left
+
+
+@dataclass(frozen=True)
 class FractionalSizes(SetSizes):
     """A mix of floor and ceiling whose mean is `mean`: floor(m (t + 1)) - floor(m t).
 
@@ -114,7 +148,7 @@ class FractionalSizes(SetSizes):
 
 
 def make_sizes(sizes: SetSizes | str | float) -> SetSizes:
-    """Read a schedule: an object, "uniform", "cosine", or a number (mean positions per step).
+    """Read a schedule: an object, a name such as "uniform", or a number (mean positions per step).
 
     Raises:
         UserError: for any other value.
@@ -123,6 +157,14 @@ def make_sizes(sizes: SetSizes | str | float) -> SetSizes:
         return sizes
     if isinstance(sizes, (int, float)):
         return FractionalSizes(float(sizes))
-    if sizes not in ("uniform", "cosine"):
-        raise UserError("sizes", f"unknown schedule {sizes!r}", 'use "uniform", "cosine" or positions per step')
-    return UniformSizes() if sizes == "uniform" else CosineSizes()
+    if sizes not in NAMED:
+        raise UserError("sizes", f"unknown schedule {sizes!r}", f"use {', '.join(NAMED)} or positions per step")
+    return NAMED[sizes]()
+
+
+NAMED: dict[str, type[SetSizes]] = {
+    "uniform": UniformSizes,
+    "cosine": CosineSizes,
+    "llada": LladaSizes,
+    "dream": DreamSizes,
+}

@@ -19,6 +19,16 @@ def confidence(state: State) -> Tensor:
     return state.per_position(lambda log_probs: log_probs.amax(-1)).exp()
 
 
+def log_odds(state: State) -> Tensor:
+    """log c - log(1 - c) from the logits of the other tokens: float [*, S]. Where c rounds to 1 it still ranks."""
+
+    def odds(log_probs: Tensor) -> Tensor:
+        top, best = log_probs.max(-1, keepdim=True)
+        return top[..., 0] - log_probs.scatter(-1, best, -torch.inf).logsumexp(-1)
+
+    return state.per_position(odds)
+
+
 def margin(state: State) -> Tensor:
     """p1 - p2, the two largest token probabilities (Kim et al., arXiv 2502.06768): float [*, S]."""
     return state.per_position(lambda log_probs: -log_probs.topk(2, -1).values.exp().diff(dim=-1)[..., 0])
@@ -91,6 +101,7 @@ def longest_prefix(sorted_values_ok: Tensor, count: Tensor) -> Tensor:
 
 SCORES: dict[str, Callable[[State], Tensor]] = {
     "top_prob": confidence,
+    "log_odds": log_odds,
     "margin": margin,
     "entropy": lambda state: -prediction_entropy(state),
     "left_to_right": leftmost,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderppl.distributions import IndependentSet, SetDistribution
+from orderppl.distributions import DecidedSet, IndependentSet, SetDistribution
 from orderppl.errors import UserError
 from orderppl.policies.policy import Policy
-from orderppl.policies.scores import predicted_tokens
+from orderppl.policies.scores import confidence, predicted_tokens, reveal_rank
 from orderppl.unmasking import State
 
 
@@ -126,6 +126,47 @@ class EosAware(Wrapper):
         for index in self.token_ids:
             other = other & (predicted != index)
         return state.restricted(torch.where(other.any(-1, keepdim=True), other, state.masked))
+
+
+class Spaced(Wrapper):
+    """What another policy selects, kept apart: the spacing filter of dilated schedules (DUS, arXiv 2506.19037).
+
+    Of the selected positions, the most confident first, one is kept if it is at least
+
+        gap = max(2, floor(spread |M_t| / n))
+
+    away from all that are kept, of n positions to reveal in all; the others wait. What is revealed together then knows
+    little of each other.
+
+    Args:
+        policy: any policy; of one that draws, what it draws. It decodes only: the draw leaves no density.
+        spread: the gap at the start, positive.
+
+    Raises:
+        UserError: a spread that is not positive.
+    """
+
+    def __init__(self, policy: Policy, spread: float = 8.0) -> None:
+        super().__init__(policy)
+        if not spread > 0:
+            raise UserError("spread", f"{spread} is not positive", "give a distance such as 8")
+        self.spread = spread
+
+    def forward(self, state: State) -> DecidedSet:
+        """Keep what is far enough from what is surer."""
+        sets = super().forward(state)
+        selected = (sets.mode if sets.is_certain or state.takes_mode else sets.draw(state.noise)) & state.masked
+        count = state.latent.sum(-1).clamp(min=1)
+        gap = (self.spread * state.masked.sum(-1) / count).floor().clamp(min=2).unsqueeze(-1)  # [*, 1]
+        ranked = reveal_rank(confidence(state), selected).argsort(-1)  # [*, S], most confident first
+        place = state.attention_mask.long().cumsum(-1)  # padding takes no place
+        column = torch.arange(state.shape[-1], device=selected.device)
+        kept, near = torch.zeros_like(selected), torch.zeros_like(selected)
+        for at in ranked.split(1, -1):  # [*, 1]
+            keep = (selected & ~near).gather(-1, at)
+            kept = kept | keep & (column == at)
+            near = near | keep & ((place - place.gather(-1, at)).abs() < gap)
+        return DecidedSet(kept, state.masked, sets.non_empty)
 
 
 class Smoothed(Wrapper):

@@ -27,7 +27,7 @@ from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.decoding import RevealScheduler
 from orderppl.decoding.decode import DecodeOutput
 from orderppl.distributions import DecidedSet, IndependentSet
-from orderppl.models import HeldBack, LearnedPolicy, OpeningPlan, PolicyNetwork, PositionTable
+from orderppl.models import LearnedPolicy, OpeningPlan, PolicyNetwork, PositionTable
 from orderppl.models.denoisers import TransformerDenoiser
 from orderppl.models.networks import GroupedNetwork, ScanNetwork
 from orderppl.policies import (
@@ -47,8 +47,10 @@ from orderppl.policies import (
     PriceRange,
     RandomSteps,
     Ranked,
+    Renormalised,
     ScanPlan,
     Smoothed,
+    Spaced,
     Threshold,
 )
 from orderppl.policies.plans import Planned
@@ -324,7 +326,11 @@ EVERY: dict[str, Factory] = {
     "learned": lambda p: LEARNED,
     "seeing": lambda p: SEEING,
     "residual": lambda p: BLIND,
-    "held_back": lambda p: HeldBack(Threshold(0.4, temperature=1.0), Plan(PositionTable(8, 3, noise=1.0).double())),
+    "renormalised": lambda p: Renormalised(LEARNED, 0.5),
+    "spaced": lambda p: Spaced(Threshold(0.2), 3.0),
+    "spaced-drawn": lambda p: Spaced(LEARNED, 2.0),
+    "log_odds": lambda p: Ranked("log_odds", "llada"),
+    "dream": lambda p: Ranked("entropy", "dream"),
     "at_price": lambda p: AtPrice(PRICED, 0.7),
     "smoothed": lambda p: Smoothed(Klass(0.3, 0.4), 0.2),
     "smoothed-may_wait": lambda p: Smoothed(Threshold(0.4), 0.4, non_empty=False),
@@ -351,7 +357,7 @@ def test_no_policy_is_left_out():
     classes = {one for one in public if isinstance(one, type) and issubclass(one, Policy)} - bases
     problem = Problem(DENOISERS[0], (Row((None,), 0),), 4, 0.0, False, 0, 2)
     met = {type(module) for make in EVERY.values() for module in make(problem).modules()}
-    assert classes | {LearnedPolicy, HeldBack} <= met
+    assert classes | {LearnedPolicy} <= met
 
 
 # ---- one run

@@ -12,7 +12,7 @@ from orderppl import Batch, Policy, State, UserError, follow
 from orderppl.data.answer_tokens import AnswerTokens
 from orderppl.distributions import DecidedSet, SetDistribution
 from orderppl.distributions.order_distribution import PolicyOrder
-from orderppl.models import HeldBack, LearnedPolicy
+from orderppl.models import LearnedPolicy
 from orderppl.policies import (
     Blocks,
     Eager,
@@ -59,7 +59,6 @@ SOFT: dict[str, Callable[[], Policy]] = {
     "threshold": lambda: Threshold(0.5, temperature=1.0),
     "entropy_bound": lambda: EntropyBound(0.5, temperature=0.7),
     "learned": lambda: LearnedPolicy(StateTable()),
-    "held_back": lambda: HeldBack(Threshold(0.5, temperature=2.0), Plan(PlaceTable(2))),
     "commit": lambda: EarlyCommit(LearnedPolicy(StateTable()), network=StateTable()),
     "commit_to_answer": lambda: EarlyCommit(
         Threshold(0.5, temperature=2.0), AnswerTokens(marks=[0], ends=[1]), 0.5, temperature=1.0

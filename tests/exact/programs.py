@@ -19,7 +19,7 @@ from orderppl.guides import (
     PosteriorGuide,
     RenormalisedScoreGuide,
 )
-from orderppl.models import HeldBack, LearnedPolicy, UnmaskingModel
+from orderppl.models import LearnedPolicy, UnmaskingModel
 from orderppl.models.networks import GroupedNetwork, ScanNetwork
 from orderppl.policies import (
     AtPrice,
@@ -156,10 +156,6 @@ PRICES = PriceRange(0.2, 1.5)
 Options = dict[str, Any]
 
 
-def held_back() -> HeldBack:
-    return HeldBack(Threshold(0.5, temperature=2.0), Plan(PlaceTable(2)), 0.5)
-
-
 def early_commit() -> EarlyCommit:
     return EarlyCommit(LearnedPolicy(StateTable()), network=StateTable())
 
@@ -196,8 +192,10 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "learned": (lambda steps: LearnedPolicy(StateTable()), {}),
     "may_wait": (lambda steps: LearnedPolicy(StateTable(), non_empty=False), {}),
     "residual": (lambda steps: LearnedPolicy(StateTable(), Threshold(0.5, 1.0), non_empty=False), {}),
-    "held_back": (lambda steps: held_back(), {}),
-    "ranked": (lambda steps: Ranked(held_back(), 2.0, temperature=2.0), {}),
+    "ranked": (
+        lambda steps: Ranked(LearnedPolicy(StateTable(), Threshold(0.5, temperature=2.0)), 2.0, temperature=2.0),
+        {},
+    ),
     "random_sizes": (lambda steps: Ranked("random", 2.0), {}),
     "early_commit": (lambda steps: early_commit(), {}),
     "plan": (lambda steps: Plan(PlaceTable(steps)), {}),

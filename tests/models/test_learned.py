@@ -13,7 +13,7 @@ from written_denoisers import Confident, state_of
 
 from orderppl import Policy, State, UserError, decode
 from orderppl.config import Configurable, build, describe
-from orderppl.models import HeldBack, LearnedPolicy, PolicyNetwork, PositionTable
+from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable
 from orderppl.models.networks import GroupedNetwork, ScanNetwork
 from orderppl.policies import (
     AtPrice,
@@ -32,6 +32,7 @@ from orderppl.policies import (
     Renormalised,
     ScanPlan,
     Smoothed,
+    Spaced,
     Threshold,
 )
 from orderppl.policies.policy import LOGIT_LIMIT
@@ -146,7 +147,7 @@ def things() -> dict[str, Policy]:
         "scan": ScanPlan(ScanNetwork(STEPS, PositionTable(5, 2, noise=1.0), width=4)),
         "grouped scan": ScanPlan(GroupedNetwork(STEPS, PositionTable(5, 2, noise=1.0), groups=2, width=4)),
         "renormalised": Renormalised(LearnedPolicy(network()), 0.5),
-        "ranked": Ranked(HeldBack(Threshold(0.7, 0.5), Plan(PositionTable(5, 2, noise=1.0))), CosineSizes(), 0.5),
+        "ranked": Ranked(LearnedPolicy(network(), Threshold(0.7, 0.5)), CosineSizes(), 0.5),
         "ranked by name": Ranked("entropy", "cosine"),
         "sizes": Ranked("random", 1.5),
         "left to right": LearnedPolicy(network(), Ranked("left_to_right", temperature=0.5)),
@@ -156,6 +157,7 @@ def things() -> dict[str, Policy]:
         "factor": Factor(2.0),
         "wrapped": Blocks(EosAware(Eager(LearnedPolicy(network()), 1.5), [1, 2]), 2),
         "smoothed": Smoothed(Threshold(0.6), 0.1),
+        "spaced": Spaced(Ranked("log_odds", "dream"), 4.0),
     }
 
 

@@ -17,7 +17,7 @@ from orderppl.models import LearnedPolicy
 from orderppl.policies import EntropyBound, Factor, Klass, LogitPolicy, Oracle, RandomSteps, Ranked, Threshold
 from orderppl.policies.policy import LOGIT_LIMIT
 from orderppl.policies.schedules import CosineSizes, FractionalSizes, UniformSizes
-from orderppl.policies.scores import reveal_rank
+from orderppl.policies.scores import log_odds, reveal_rank
 
 
 class Constant(nn.Module):
@@ -39,6 +39,27 @@ def test_reveal_rank_ties_go_left_and_what_is_not_masked_goes_last():
 
 
 # ---- ranked
+
+
+class Sure:
+    """Logits of two classes so far apart that c is 1 in float32."""
+
+    vocab_size, mask_index = 2, 2
+
+    def __call__(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.tensor([[30.0, 0.0], [0.0, 60.0], [40.0, 0.0]]).expand(*state.shape, -1)
+
+
+def test_log_odds_rank_where_confidences_are_equal():
+    """log c - log(1 - c) is the difference of the two logits: 30, 60, 40; in float64 c ranks the same way."""
+    state = state_of(Sure(), [[1, 1, 1]])
+    assert log_odds(state).tolist() == [[30.0, 60.0, 40.0]]
+    assert chosen(Ranked("top_prob", 1), state) == [[0]]  # a tie
+    assert chosen(Ranked("log_odds", 1), state) == [[1]]
+    exact = Sure()(state.tokens, state.attention_mask).double().softmax(-1).amin(-1)  # 1 - c
+    assert (-exact).argsort(descending=True).tolist() == log_odds(state).argsort(descending=True).tolist()
+    one = state_of(Table([[0.2, 0.8], [0.6, 0.4]]), [[1, 1]])
+    torch.testing.assert_close(log_odds(one)[0], torch.tensor([math.log(4), math.log(1.5)]).double())
 
 
 def test_top_prob_margin_and_entropy_disagree_where_they_should():

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from written_denoisers import Table, chosen, masks, state_of
+from written_denoisers import Table, masks, state_of
 
 from orderppl import Batch, State, UserError, decode, follow
 from orderppl.config import build, describe
 from orderppl.distributions import RankedOrder, StepwiseOrder
-from orderppl.models import HeldBack, PositionTable
+from orderppl.models import PositionTable
 from orderppl.models.networks import ScanNetwork
-from orderppl.policies import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan, Threshold
+from orderppl.policies import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan
 from orderppl.policies.plans import Planned
 
 from programs import PlaceTable, TableDenoiser, make_batch
@@ -180,29 +180,6 @@ def test_random_steps_are_a_plan_blind_to_everything():
         -(batch.latent.sum(-1) * math.log(3)).expand_as(q.log_prob(values))[possible],
         atol=1e-5,
     )
-
-
-def test_later_sets_of_a_plan_are_held_back():
-    """Plan of two steps over four: E[s] - t / 2 is what a position is early by, if anything."""
-    network, denoiser = PlaceTable(2), Table([[0.7, 0.3]] * 3)
-    base, plan = Threshold(0.5, temperature=1.0), Plan(network)
-    for step in range(4):
-        state = state_of(denoiser, [[1, 1, 0]], step=step)
-        planned = network(state).softmax(-1)[0, :, 1]  # E[s_i], [S]
-        early = (planned - step / 2).clamp(min=0)
-        held_back = HeldBack(base, plan, weight=3.0)
-        torch.testing.assert_close(held_back.logits(state), base.logits(state) - 3.0 * early, check_dtype=False)
-    state = state_of(denoiser, [[1, 1, 1]])
-    held_back.logits(state).sum().backward()
-    assert held_back.weight.grad == pytest.approx(-network(state).softmax(-1)[0, :, 1].sum().item())
-    assert network.table.grad is not None and network.table.grad.abs().sum() > 0
-    assert chosen(held_back, state)
-
-
-@pytest.mark.parametrize(("make", "field"), [(lambda: FixedOrder([]), "steps"), (lambda: FixedOrder([0, -1]), "steps")])
-def test_bad_settings_are_refused(make, field: str):
-    with pytest.raises(UserError, match=f"^{field}: "):
-        make()
 
 
 def test_a_dilated_order_halves_the_distances() -> None:

@@ -6,9 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orderppl import UserError
-from orderppl.policies.schedules import CosineSizes, FractionalSizes, UniformSizes, make_sizes
+from orderppl.policies.schedules import (
+    CosineSizes,
+    DreamSizes,
+    FractionalSizes,
+    LladaSizes,
+    UniformSizes,
+    make_sizes,
+)
 
 SCHEDULES = [UniformSizes(), UniformSizes(3), CosineSizes(), CosineSizes(5), FractionalSizes(1.0), FractionalSizes(2.7)]
+SCHEDULES += [LladaSizes(), DreamSizes()]
 
 
 def all_sizes(schedule, positions, num_steps):
@@ -26,6 +34,14 @@ def test_cosine_starts_small():
     assert all_sizes(CosineSizes(), [16], 4) == [[1, 4, 5, 6]]
     # 4 (1 - cos): 0.304, 1.172, 2.469 -> 0, 1, 2; at least one a step lifts this to 1, 2, 3
     assert all_sizes(CosineSizes(), [4], 4) == [[1, 1, 1, 1]]
+
+
+def test_rounding_of_other_samplers():
+    """LLaDA puts the remainder first; Dream takes floor(m (1 - u' / u)) of m left, u = 1, .75025, .5005, .25075, .001."""
+    assert all_sizes(LladaSizes(), [10, 8, 3], 4) == [[3, 3, 2, 2], [2, 2, 2, 2], [1, 1, 1, 0]]
+    # 10 * 0.24975 = 2.5, 8 * 0.33289 = 2.7, 6 * 0.49900 = 2.99, and what is left
+    assert all_sizes(DreamSizes(), [10], 4) == [[2, 2, 2, 4]]
+    assert all_sizes(DreamSizes(), [3], 4) == [[1, 1, 1, 0]]
 
 
 def test_fractional_mean():
@@ -56,6 +72,7 @@ def test_sizes_sum_to_the_length_and_leave_no_gap(schedule, positions, num_steps
 def test_make_sizes():
     assert make_sizes("uniform") == UniformSizes()
     assert make_sizes("cosine") == CosineSizes()
+    assert (make_sizes("llada"), make_sizes("dream")) == (LladaSizes(), DreamSizes())
     assert make_sizes(2) == FractionalSizes(2.0)
     assert make_sizes(CosineSizes(3)) == CosineSizes(3)
 

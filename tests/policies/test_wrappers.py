@@ -26,6 +26,7 @@ from orderppl.policies import (
     PriceRange,
     Ranked,
     Smoothed,
+    Spaced,
     Threshold,
 )
 from orderppl.policies.policy import LOGIT_LIMIT
@@ -236,6 +237,17 @@ def test_finishing_depends_on_the_price():
 # ---- smoothed
 
 
+def test_what_is_selected_is_kept_apart():
+    """The surest first; of 8 hidden positions of 8 the gap is 3, of 4 it is max(2, floor(1.5)) = 2."""
+    denoiser = Confident([0.9, 0.95, 0.7, 0.65, 0.8, 0.55, 0.61, 0.99])
+    policy = Spaced(Threshold(0.6), spread=3.0)
+    assert chosen(policy, state_of(denoiser, [[1, 1, 1, 1, 1, 1, 1, 1]])) == [[1, 4, 7]]
+    assert chosen(policy, state_of(denoiser, [[1, 0, 1, 1, 0, 0, 1, 0]])) == [
+        [0, 2, 6]
+    ]  # 3 is beside 2, which is surer
+    assert chosen(Spaced(Fixed([0.0] * 8)), state_of(denoiser, [[1] * 8])) == [[]]  # nothing selected, nothing kept
+
+
 def test_smoothed_flips_decisions():
     """Two of three masked positions are the most confident: revealed with 1 - eps, the third with eps, given any."""
     state = state_of(Confident([0.6, 0.9, 0.8, 0.99]), [[1, 1, 1, 0]])
@@ -361,6 +373,7 @@ def test_a_price_reaches_through_other_wrappers():
         (lambda: Smoothed(Ranked(), math.nan), "smoothing"),
         (lambda: Eager(Ranked(), 0.0), "factor"),
         (lambda: Eager(Ranked(), math.nan), "factor"),
+        (lambda: Spaced(Ranked(), 0.0), "spread"),
         (lambda: AtPrice(Ranked(), 0.0), "price"),
         (lambda: AtPrice(Ranked(), -1.0), "price"),
         (lambda: PriceRange(0.0, 1.0), "price"),
