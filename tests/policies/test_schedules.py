@@ -37,7 +37,7 @@ def test_cosine_starts_small():
 
 
 def test_rounding_of_other_samplers():
-    """LLaDA puts the remainder first; Dream takes floor(m (1 - u' / u)) of m left, u = 1, .75025, .5005, .25075, .001."""
+    """LLaDA puts the remainder first; Dream takes floor(m (1 - next / now)) of m left, at 1, .75025, .5005, .25075."""
     assert all_sizes(LladaSizes(), [10, 8, 3], 4) == [[3, 3, 2, 2], [2, 2, 2, 2], [1, 1, 1, 0]]
     # 10 * 0.24975 = 2.5, 8 * 0.33289 = 2.7, 6 * 0.49900 = 2.99, and what is left
     assert all_sizes(DreamSizes(), [10], 4) == [[2, 2, 2, 4]]
