@@ -1,4 +1,4 @@
-"""Decoding: the one loop that reveals (`orderppl.decode`, `follow`, `generate`); a scheduler like those of diffusers."""
+"""Decoding: the one loop that reveals (`orderppl.decode`, `follow`, `generate`); a scheduler like that of diffusers."""
 
 from orderppl.decoding.scheduler import RevealScheduler
 
