@@ -10,7 +10,8 @@ All arms have the same prior, a policy that reads the denoiser's view of the sta
     paper, as the prior         the prior's own form, corrected likewise: the KL starts at 0
     paper, importance-weighted  the same, by the importance-weighted bound
 
-`bound_nats` is the negative bound on held-out problems, nats per problem; the policies decode without their guide.
+`bound_nats` is the negative bound on held-out problems, nats per problem; the policies decode without their guide. What
+is finished is kept: repeat the command to go on.
 """
 
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def learn(
     own = "guide" if arm == "paper" else "correction"
     rates: Any = lr if arm == "learned" else {"model.policy": lr / 3, own: lr}
     settings: dict[str, Any] = {"updates": updates, "batch_size": BATCH_SIZE, "group": 20, "grad_clip": 1.0}
-    settings |= {"schedule": "cosine", "warmup": 10, "seed": seed, "out": out}
+    settings |= {"schedule": "cosine", "warmup": 10, "seed": seed, "out": out, "resume": True}
     fit(model, guide, data, objective=objective(PARTICLES), optimizer=torch.optim.Adam, lr=rates, **settings)
     return model, guide
 

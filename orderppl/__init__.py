@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orderppl.runs import load_order, load_run
     from orderppl.unmasking import Batch, Denoiser, State
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Batch": "orderppl.unmasking",

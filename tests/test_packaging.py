@@ -64,3 +64,15 @@ def test_every_dependency_has_a_lower_bound() -> None:
     bounds = [re.sub(r"\[.*\]", "", text.partition(",")[0]) for text in wanted]
     assert printed.splitlines() == [bound.replace(">=", "==") for bound in bounds]
     assert all("==" in line for line in printed.splitlines())
+
+
+def test_a_release_has_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f'__version__ = "{version}"' in (ROOT / "orderppl" / "__init__.py").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## {re.escape(version)} ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_issues_are_asked_for_versions() -> None:
+    templates = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md"))
+    assert len(templates) == 2 and all("orderppl env" in path.read_text() for path in templates)

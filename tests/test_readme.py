@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import readme_tables
 
 from orderppl.cli.main import COMMANDS
 from orderppl.cli.parser import parse
 
 ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MY_MODULE = """
 from orderppl import Policy
@@ -53,15 +57,57 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:.*requires_grad.*:UserWarning")  # Pyro 1.9 converts its own loss that way
-def test_the_python_of_the_readme_runs_top_to_bottom() -> None:
-    found = blocks(ROOT / "README.md", "python")
-    assert len(found) >= 3
+def run_blocks(page: Path) -> tuple[dict[str, object], str]:
+    """Run the Python of a page in one session; what is left in it, and what it printed."""
     session: dict[str, object] = {}
-    for block in found:
-        exec(compile(block, "README.md", "exec"), session)  # the file under test is our own
+    with redirect_stdout(io.StringIO()) as output:
+        for block in blocks(page, "python"):
+            exec(compile(block, page.name, "exec"), session)  # the file under test is our own
+    return session, output.getvalue()
+
+
+def test_the_readme_is_one_screen_of_each() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 120
+    (code,) = blocks(ROOT / "README.md", "python")
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 15 and sum(line.startswith(("import", "from")) for line in lines) == 1
+
+
+def test_the_python_of_the_readme_runs_and_its_order_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+    _, printed = run_blocks(ROOT / "README.md")
+    low = re.search(r"low=(-?[\d.]+)", printed)
+    assert low is not None and float(low[1]) > 0
+
+
+def test_the_tables_of_the_readme_are_those_of_its_command() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    for table in readme_tables.tables(ROOT / "docs" / "results" / "frontier-programs-wide"):
+        assert f"\n{table}\n\n" in text, "python experiments/readme_tables.py docs/results/frontier-programs-wide"
+
+
+@pytest.mark.filterwarnings("ignore:.*requires_grad.*:UserWarning")  # Pyro 1.9 converts its own loss that way
+def test_the_python_of_the_page_on_python_runs_top_to_bottom() -> None:
+    assert len(blocks(ROOT / "docs" / "python.md", "python")) >= 3
+    session, _ = run_blocks(ROOT / "docs" / "python.md")
     assert session["loss"] == session["loss"]
-    assert session["nats"] > 0
+    assert session["nats"] > 0  # type: ignore[operator]
+
+
+def test_the_python_of_infilling_runs() -> None:
+    session, _ = run_blocks(ROOT / "docs" / "infilling.md")
+    assert session["output"].reveal_step[0, [0, 9]].tolist() == [-1, -1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_to_is_there(page: Path) -> None:
+    """Pages of tutorials are made from scripts, and the index of results from its folders."""
+    for link in LINK.findall(page.read_text("utf-8")):
+        if not link.startswith("http"):
+            path = page.parent / link
+            assert path.is_file() or path.with_suffix(".py").is_file() or link == "results.md", link
 
 
 def test_there_are_commands_to_check() -> None:

@@ -29,8 +29,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def as_front_page(readme: str) -> str:
     """Turn links into the repository into links within the site; files that the site lacks become plain text."""
     readme = re.sub(r"\]\(docs/(tutorials/\w+)\.py\)", r"](\1.md)", readme)
-    readme = readme.replace("](docs/tutorials)", "](tutorials/swap_guide_and_prior.md)").replace("](docs/", "](")
-    return re.sub(r"\[([^\]]+)\]\((CONTRIBUTING\.md|CHANGELOG\.md|LICENSE)\)", r"\1", readme)
+    readme = readme.replace("](docs/", "](")
+    return re.sub(r"\[([^\]]+)\]\((CONTRIBUTING\.md|CHANGELOG\.md|CITATION\.cff|mkdocs\.yml|LICENSE)\)", r"\1", readme)
 
 
 def as_markdown(script: str) -> str:

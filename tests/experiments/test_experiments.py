@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import phones
 import posterior
 import pytest
+import quickstart
 import reactions
 import tree
 
@@ -66,6 +68,19 @@ def test_antibodies(tmp_path: Path, regions: str | None) -> None:
     shown = {record["region"] for record in records if record["metric"] == "mean_step"}
     assert shown == ({"CDR1", "CDR3"} if regions else set(antibodies.REGIONS))
     assert (tmp_path / "out" / "order.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HEAVY.exists(), reason="the antibodies of ../shared/data are absent")
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both differences are paired, what is printed fits 80 columns, and the last line names the page."""
+    monkeypatch.setattr(chain, "main", partial(chain.main, updates=3))
+    quickstart.main(few(HEAVY, 14, tmp_path / "heavy.csv"), rows=150, out=tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    page = lines.pop()
+    assert all(len(line) <= 80 for line in lines)
+    assert sum("better by, paired over" in line for line in lines) == 2
+    assert Path(page.strip()).is_file() and page.endswith("report.html")
 
 
 @pytest.mark.slow
