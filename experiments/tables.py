@@ -95,10 +95,12 @@ def compared(records: Sequence[Record]) -> Iterator[Record]:
 
 
 def markdown(layout: Layout, records: Sequence[Record]) -> str:
-    """One table, without labels that tell nothing apart."""
+    """One table, without labels that tell nothing apart; nothing without records."""
     metrics = layout.metrics.split()
     shown = sorted((r for r in records if r["metric"] in metrics), key=lambda r: metrics.index(r["metric"]))
     shown = [r for r in shown if all(r.get(name) in values for name, values in layout.where.items())]
+    if not shown:
+        return ""
     rows = [name for name in layout.rows.split() if len({record.get(name) for record in shown}) > 1]
     table = results_table(shown, rows=rows or layout.rows.split()[:1], columns=layout.columns.split())
     table.box = box.MARKDOWN
@@ -111,7 +113,8 @@ def tables(folder: Path) -> str:
     """The tables of a folder as Markdown."""
     records = [r for path in sorted(folder.rglob("results.json")) for r in read_results(path.parent)["records"]]
     layouts = LAYOUTS.get(folder.resolve().name, [COMPARED])
-    return "\n".join(markdown(layout, list(compared(records)) if layout is COMPARED else records) for layout in layouts)
+    found = (markdown(layout, list(compared(records)) if layout is COMPARED else records) for layout in layouts)
+    return "\n".join(filter(None, found))
 
 
 def main(folder: Path, write: bool = False) -> None:
