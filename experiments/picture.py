@@ -2,25 +2,26 @@
 
     python experiments/picture.py --out docs/replay.svg
 
-Both are decoded by the denoiser of docs/results/sudoku. The learned order is what `python experiments/sudoku.py
-docs/results/sudoku/denoiser --seeds 1` finds as its opening on seed 0: the cells of a diagonal first. The puzzle is the
-first test puzzle that one order solves and the other does not; the shares are those of all 500 test puzzles.
+Both are decoded by the denoiser of docs/results/sudoku. The order is learned here, as the opening of `sudoku.py` on
+seed 0, in less than a minute. The puzzle is the first test puzzle that one order solves and the other does not; the
+shares are those of all 500 test puzzles.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 from jsonargparse import auto_cli
+from sudoku import learn_opening
 
 from orderppl import Policy, decode
 from orderppl.data import Sudoku
 from orderppl.files import write_text
 from orderppl.models.denoisers import load_denoiser
-from orderppl.policies import FixedOrder, Ranked
+from orderppl.policies import Ranked
 
 SIDE, CELL, TOP, STEPS = 4, 56, 84, 2
-DIAGONAL = [0 if cell % (SIDE + 1) == 0 else 1 for cell in range(SIDE**2)]  # the step of every cell, row by row
 PANELS = (("Most confident first", 24), ("Learned order", 328))
 STYLE = """
 svg { --card: #ffffff; --text: #1f2328; --soft: #59636e; --line: #8c959f; --given: #eaeef2; --bad: #b3261e;
@@ -107,19 +108,25 @@ def drawing(usual: Decoded, learned: Decoded, puzzle: str) -> str:
 
 
 def main(
-    denoiser: Path = Path(__file__).parents[1] / "docs/results/sudoku/denoiser", out: Path = Path("docs/replay.svg")
+    denoiser: Path = Path(__file__).parents[1] / "docs/results/sudoku/denoiser",
+    updates: int = 600,
+    out: Path = Path("docs/replay.svg"),
 ) -> None:
-    """Decode and draw.
+    """Learn, decode and draw.
 
     Args:
         denoiser: run folder of train-denoiser.
+        updates: half of them are those of the plan; see `sudoku.py`.
         out: the SVG file.
     """
     network = load_denoiser(denoiser)
-    test = Sudoku(train=4000, min_clues=2, max_clues=4).splits(network.tokenizer)["test"].take(500)
+    data = Sudoku(train=4000, min_clues=2, max_clues=4)
+    test = data.splits(network.tokenizer)["test"].take(500)
     puzzles = test.references or []
-    policies: list[Policy] = [Ranked("top_prob"), FixedOrder(DIAGONAL)]
-    outputs = [decode(network, policy, test.batch, max_steps=STEPS) for policy in policies]
+    with TemporaryDirectory() as folder:
+        learned = learn_opening(network, data, 0, updates, Path(folder) / "opening")
+    policies: list[Policy] = [Ranked("top_prob"), learned]
+    outputs = [decode(network, policy, test.batch, max_steps=STEPS, mode=True) for policy in policies]
     texts = [test.texts(output.sequences) for output in outputs]
     right = torch.stack([test.grade(found, puzzles) for found in texts])
     row = int(((right[0] == 0) & (right[1] == 1)).nonzero()[0])
