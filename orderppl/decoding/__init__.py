@@ -1,4 +1,4 @@
-"""Decoding: the one loop that reveals (`orderppl.decode`, `follow`, `generate`), and the face that diffusers gave it."""
+"""Decoding: the loop that reveals (`orderppl.decode`, `follow`, `generate`), and the face that diffusers gave it."""
 
 from orderppl.decoding.scheduler import RevealScheduler
 

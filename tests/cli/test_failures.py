@@ -131,6 +131,12 @@ CASES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "no config": (lambda: remove("bert/config.json"), fit("bert"), "denoiser: bert has no readable config.json"),
     "no kind": (lambda: edit("bert/config.json", drop="model_type"), fit("bert"), "is no masked model"),
     "wrong size": (lambda: edit("bert/config.json", hidden_size=32, intermediate_size=64), fit("bert"), "has shape"),
+    "too deep": (
+        lambda: edit("bert/config.json", num_hidden_layers=10**12),
+        fit("bert"),
+        "wants num_hidden_layers",
+    ),
+    "too wide": (lambda: edit("bert/config.json", hidden_size=10**12), fit("bert"), "wants hidden_size"),
     "no tokenizer": (lambda: remove("bert/tok*"), fit("bert"), "tokenizer: bert cannot be loaded"),
     "no mask token": (nothing, fit("bert", "--denoiser.tokenizer_from=smdm"), "smdm has no mask token"),
     "other vocabulary": (other_tokenizer, fit("bert", "--denoiser.tokenizer_from=other"), "other has 79 tokens"),
