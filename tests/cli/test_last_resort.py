@@ -16,7 +16,7 @@ from orderppl.cli.main import main
 from orderppl.errors import UserError
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """Cannot even be shown."""
 
     def __str__(self) -> str:
@@ -29,7 +29,7 @@ class Panic(BaseException):
 
 ERRORS = {
     "bug": KeyError("x\ny"),
-    "unreadable": Unreadable(),
+    "unreadable": UnreadableError(),
     "panic": Panic("index out of range"),
     "exit": SystemExit("own words"),
     "recursion": RecursionError("maximum recursion depth exceeded"),
