@@ -16,6 +16,7 @@ from torch import nn
 
 from orderppl.config import recorded
 from orderppl.data.tokenizers import PretrainedTokenizer, load_tokenizer
+from orderppl.documents import LARGEST
 from orderppl.errors import UserError, first_line, is_out_of_memory
 from orderppl.files import read_tensors
 from orderppl.hub import fetch
@@ -116,6 +117,8 @@ def _load(
 
 def _read_config(path: Path, name: str | Path, file: str = "config.json") -> dict[str, Any]:
     try:
+        if (path / file).stat().st_size > LARGEST:
+            raise ValueError(f"more than {LARGEST} bytes")
         config = json.loads((path / file).read_text(encoding="utf-8"))
         return dict(config.items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:

@@ -129,6 +129,11 @@ CASES: dict[str, tuple[Callable[[], None], list[str], str]] = {
     ),
     "pickled": (pickled, fit("bert"), "no safetensors weights"),
     "no config": (lambda: remove("bert/config.json"), fit("bert"), "denoiser: bert has no readable config.json"),
+    "large config": (
+        lambda: edit("bert/config.json", note="x" * 2**20),
+        fit("bert"),
+        "bert has no readable config.json",
+    ),
     "no kind": (lambda: edit("bert/config.json", drop="model_type"), fit("bert"), "is no masked model"),
     "wrong size": (lambda: edit("bert/config.json", hidden_size=32, intermediate_size=64), fit("bert"), "has shape"),
     "too deep": (
