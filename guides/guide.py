@@ -8,7 +8,7 @@ from torch import Tensor
 from orderppl.distributions import OrderDistribution
 from orderppl.errors import UserError
 from orderppl.policies import Policy
-from orderppl.program import PyroProgram
+from orderppl.program import PyroProgram, rows_plate
 from orderppl.unmasking import Batch
 
 
@@ -76,6 +76,6 @@ class Guide(PyroProgram):
         batch = Batch.of(batch)
         order = self.order(self.shown(batch))  # outside of the plate, which slows networks
         order = order.sharing_draws() if self.shares_orders else order
-        with pyro.plate("batch", len(batch), dim=-1):
+        with rows_plate(len(batch)):
             # What the draw has met on its way goes along with the site, for objectives that score the order next.
             return {"reveal_step": pyro.sample("reveal_step", order, infer={"met": order.met})}

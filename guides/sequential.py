@@ -10,7 +10,7 @@ from orderppl.distributions.order_distribution import PolicyOrder
 from orderppl.distributions.tracked import Tracked
 from orderppl.errors import UserError
 from orderppl.guides.guide import Guide
-from orderppl.program import PyroProgram
+from orderppl.program import PyroProgram, rows_plate
 from orderppl.unmasking import Batch
 from orderppl.unmasking.trajectory import same_step
 
@@ -41,7 +41,7 @@ class SequentialGuide(PyroProgram):
         masked, carry = batch.latent, None
         drawn: dict[str, Tensor] = {}
         provenance: frozenset[str] = frozenset()  # of the sets so far, which work on plain tensors
-        with pyro.plate("batch", len(batch), dim=-1):
+        with rows_plate(len(batch)):
             order = self.guide.order(self.guide.shown(batch))
             if not order.has_steps:
                 raise UserError("guide", "draws whole orders, whose sets are not known one by one", "use it as it is")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from orderppl.errors import UserError
 
+MOST_LAYERS, LARGEST = 10_000, 10**11  # what is refused before memory is asked for it
+
 Positions = Literal["rotary", "learned"]
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of rotary embeddings, float [N, 1, S, size] each."""
@@ -89,6 +91,9 @@ class Backbone(nn.Module):
         max_length: int | None = None,
     ) -> None:
         super().__init__()
+        if layers > MOST_LAYERS or layers * width**2 > LARGEST:
+            problem = f"{layers} layers of width {width} are too many numbers"
+            raise UserError("width", problem, "use e.g. 3 layers of width 128")
         if width % heads or (width // heads) % 2:
             raise UserError("heads", f"{heads} heads do not split width {width} evenly", "use e.g. width 128, heads 4")
         if positions not in ("rotary", "learned"):

@@ -16,7 +16,7 @@ from orderppl.distributions.revealed_tokens import HiddenTokens, RevealedTokens
 from orderppl.distributions.tracked import Tracked
 from orderppl.errors import UserError
 from orderppl.policies import Policy, PriceRange
-from orderppl.program import PyroProgram
+from orderppl.program import PyroProgram, rows_plate
 from orderppl.unmasking import Batch, Denoiser, State
 from orderppl.unmasking.trajectory import Path, same_step, steps_used
 
@@ -98,7 +98,7 @@ class UnmaskingModel(PyroProgram):
             wanted = self.answer(batch.tokens.masked_fill(~batch.attention_mask, -1), batch.latent)
         order = self.policy.order(batch, self.denoiser, self.num_steps)
         order = order.as_prior() if isinstance(order, PolicyOrder) else order
-        with pyro.plate("batch", len(batch), dim=-1):
+        with rows_plate(len(batch)):
             reveal_step = pyro.sample("reveal_step", order)
             settings = (self.robustness, wanted, self.temperature, self.expected)
             likelihood = RevealedTokens(path, reveal_step, *settings)
@@ -148,7 +148,7 @@ class SequentialUnmaskingModel(PyroProgram):
         carry = None
         path, policy = Path(batch, self.denoiser, self.num_steps), self.policy
         order = policy.order(batch, self.denoiser, self.num_steps)
-        with pyro.plate("batch", len(batch), dim=-1):
+        with rows_plate(len(batch)):
             for t in range(self.num_steps):
                 # The sampled values build the next state: they are the generated ones under uncondition.
                 state = path.state(masked, same_step(t, masked), tokens=tokens).replace(carry=carry, truth=None)

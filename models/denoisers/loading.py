@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from orderppl.config import recorded
 from orderppl.data.tokenizers import PretrainedTokenizer, load_tokenizer
+from orderppl.documents import LARGEST
 from orderppl.errors import UserError, first_line, is_out_of_memory
 from orderppl.files import read_tensors
 from orderppl.hub import fetch
@@ -30,6 +32,8 @@ BLOCKWISE = ("bd3lm", "Fast_dLLM", "llada2", "sdar")
 """How the names of kinds begin that read one block after another, each by an attention mask of their own sampler."""
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+SIZE = re.compile("layer|head|hidden_size|intermediate|d_model|n_embd|embedding_size|vocab_size|^dim$")
+"""Names in a config.json that say how large a model is."""
 Kind = Literal["smdm", "masked_lm", "remote"]
 
 
@@ -113,6 +117,8 @@ def _load(
 
 def _read_config(path: Path, name: str | Path, file: str = "config.json") -> dict[str, Any]:
     try:
+        if (path / file).stat().st_size > LARGEST:
+            raise ValueError(f"more than {LARGEST} bytes")
         config = json.loads((path / file).read_text(encoding="utf-8"))
         return dict(config.items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
@@ -187,7 +193,7 @@ def _adapt(
 
 
 def _load_network(path: Path, config: dict[str, Any], kind: Kind, dtype: torch.dtype, mask_index: int) -> Any:
-    _check_weights(path)
+    _check_sizes(config, *_check_weights(path))
     with _without_reports():
         if kind == "remote":
             network, info = load_remote(path, config["auto_map"], dtype)
@@ -205,18 +211,29 @@ def _load_network(path: Path, config: dict[str, Any], kind: Kind, dtype: torch.d
     return network.eval()
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuse pickled and damaged weights by a look at the headers, before anything is made for them."""
+def _check_sizes(config: dict[str, Any], tensors: int, numbers: int) -> None:
+    """Refuse a config.json of more layers or wider ones than its weights can fill, before anything is made."""
+    for name, value in config.items():
+        most = tensors if "layer" in name else numbers
+        if isinstance(value, int) and SIZE.search(name) and value > most:
+            problem = f"its config.json wants {name} = {value}, its weights hold {tensors} tensors of {numbers} numbers"
+            raise UserError("denoiser", problem, "give weights and configuration of one model, or download it again")
+
+
+def _check_weights(folder: Path) -> tuple[int, int]:
+    """Refuse pickled and damaged weights by a look at the headers; the number of tensors, and of what they hold."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         remedy = "convert them: AutoModelForMaskedLM.from_pretrained(...).save_pretrained(...) writes safetensors"
         raise UserError("denoiser", f"{folder} has no safetensors weights (pickled ones are not read)", remedy)
+    sizes: list[int] = []
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as held:
+                sizes += [math.prod(held.get_slice(name).get_shape()) for name in held.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError("denoiser", f"{file} cannot be read ({error})", "download it again") from error
+    return len(sizes), sum(sizes)
 
 
 def _load_masked_lm(folder: Path, dtype: torch.dtype, mask_index: int) -> tuple[Any, dict[str, Any]]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ COMMANDS = {
     "env": "Versions and devices, for a bug report.",
 }
 """Name -> one line of help. The module has the same name, with underscores."""
+STALE = 3600  # seconds after which the mark of a failed launch is of another one
 USAGE = """usage: orderppl COMMAND [options]
 
 Learn the generation order of masked language models.
@@ -72,10 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
+    except BaseException as error:  # foreign code ends by other than exceptions too
+        if isinstance(error, SystemExit) and not error.code:
+            return 0
         if debug:
             traceback.print_exc()
-        _say(f"error: {_line(error, config, debug)}")
+        if _is_first_to_fail():
+            _say(f"error: {_line(error, config)}")
         return 2
     return 0
 
@@ -102,23 +109,46 @@ def _say(text: str) -> None:
     print(f"process {rank}: {shown}" if rank != "0" else shown, file=sys.stderr)
 
 
-def _line(error: Exception, config: Any, debug: bool) -> str:
+def _is_first_to_fail() -> bool:
+    """Whether no other process of a launch on this machine has said what went wrong: the others fail in its wake."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    if launch is None or os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    name = f"orderppl-{os.getppid()}-{os.environ.get('MASTER_PORT')}-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    mark = Path(tempfile.gettempdir()) / f"{name}.failed"
+    try:
+        if mark.exists() and time.time() - mark.stat().st_mtime > STALE:
+            mark.unlink(missing_ok=True)
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _line(error: BaseException, config: Any) -> str:
     """An error as one line; of one that nothing has foreseen, the traceback goes into a log file."""
     from orderppl.cli.failures import explain
 
-    known = error if isinstance(error, UserError) else explain(error, config)
-    if known is not None:
-        return str(known)
-    text = f"{type(error).__name__}: {first_line(error)}"
-    out = getattr(config, "out", None)
-    if debug or out is None or not Path(out).is_dir():
-        return f"{text}; repeat the command with --debug for the traceback"
+    log = Path(getattr(config, "out", None) or os.devnull) / "error.log"
+    is_kept = False
+    with suppress(Exception):  # whatever the error is, there is a line
+        if log.parent.is_dir():
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            is_kept = True
     try:
-        log = Path(out) / "error.log"
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        return f"{text}; the traceback is in {log}"
-    except OSError:
-        return f"{text}; repeat the command with --debug for the traceback"
+        known = error if isinstance(error, UserError) else explain(error, config)
+        if known is not None:
+            return str(known)
+        text = f"{type(error).__name__}: {first_line(error)}"
+    except Exception:  # one that cannot be read
+        text = type(error).__name__
+    return (
+        f"{text}; the traceback is in {log}"
+        if is_kept
+        else f"{text}; repeat the command with --debug for the traceback"
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orderppl.data.dataset import Row, RowData
+from orderppl.data.patterns import Pattern
 from orderppl.data.reading import cell_of, csv_rows, fasta_entries, read_text
 from orderppl.data.report import BadRow, Record
 from orderppl.data.tokenizers import LetterTokenizer, Span, Tokenizer
@@ -63,11 +64,7 @@ class Fasta(RowData):
         **options: Any,
     ) -> None:
         super().__init__(train, **options)
-        try:
-            self.names = re.compile(names or "")
-        except re.error as error:
-            problem = f"{names!r} is no regular expression ({error})"
-            raise UserError("names", problem, "give one such as 'umab$'") from error
+        self.names = Pattern(names or "", "names")
         self.column, self.alphabet = column, alphabet
 
     def read(self, source: str) -> Iterable[Record]:
@@ -98,7 +95,7 @@ class Fasta(RowData):
     def row(self, record: Mapping[str, Any]) -> Row:
         """A sequence, and what of it is hidden."""
         name, raw = str(record["name"]), record["sequence"].strip()
-        if not self.names.search(name):
+        if not self.names.is_in(name):
             raise BadRow("name not wanted", name, wanted=False)
         if not raw:
             raise BadRow("empty sequence", name, "fill or remove the row")

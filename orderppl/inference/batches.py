@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -50,6 +50,8 @@ def _as_batch(data: Data) -> Batch:
     if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler) and not data.sampler.replacement:
         # The stream shuffles, and finds the same rows when a fit is resumed.
         data = DataLoader(data.dataset, data.batch_size, collate_fn=data.collate_fn, num_workers=data.num_workers)
+    if isinstance(data, list | tuple) and data and not isinstance(data[0], Mapping | Batch) and not _is_batches(data):
+        return _from_columns({"tokens": data})  # rows of ids
     if not isinstance(data, Iterable) or isinstance(data, str):
         raise UserError("data", f"a {type(data).__name__} holds no batches", "give a Batch, a dict or a DataLoader")
     parts = [Batch(*part) if isinstance(part, list | tuple) else _as_batch(part) for part in data]
@@ -59,6 +61,12 @@ def _as_batch(data: Data) -> Batch:
         rows["attention_mask"] += part.attention_mask
         rows["given"] += part.attention_mask & ~part.latent
     return _from_columns(rows)
+
+
+def _is_batches(parts: Sequence[Any]) -> bool:
+    """Whether each part is a batch of its own: an array of rows, or (tokens, attention mask, given)."""
+    first = parts[0]
+    return getattr(first, "ndim", 0) == 2 or (isinstance(first, list | tuple) and isinstance(first[0], Tensor))
 
 
 def _from_columns(columns: Mapping[str, Any]) -> Batch:

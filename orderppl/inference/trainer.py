@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from orderppl.errors import UserError, first_line
+from orderppl.errors import UserError
 from orderppl.files import locked
 from orderppl.inference.batches import BatchStream, Data, Piece
 from orderppl.inference.checkpoints import CheckpointFolder, load_module_state, module_state
@@ -272,10 +272,8 @@ def train(
             pieces = list(state.stream.pieces(settings.accumulate, processes.rank, processes.size))
             try:
                 values = _gradient(state, shared, pieces, settings, processes)
-            except (RuntimeError, ValueError, Warning) as error:
+            except (RuntimeError, ValueError, Warning):
                 log.flush(check)  # an earlier update that was not finite is the cause
-                if not processes.is_first:
-                    say(f"process {processes.rank}: {first_line(error)}")
                 raise
             if state.update == 0 or state.stream.device.type == "cpu":  # before it spoils the parameters
                 now = {name: float(values[name]) for name in ("loss", "grad_norm")} | {"update": state.update + 1}

@@ -109,9 +109,12 @@ class Plan(Planned):
         """See `Planned`.
 
         Raises:
-            UserError: a plan of more steps than there are.
+            UserError: a plan of more steps than there are, or a network of scores, one per position.
         """
         logits = self.network(opening)  # [B, S, T]
+        if logits.shape[-1] == 1 < opening.num_steps:  # it would reveal everything at once
+            problem = f"gives one number per position, as for a ranking, where {opening.num_steps} steps are planned"
+            raise UserError("network", problem, f"set its output size to {opening.num_steps}")
         if logits.shape[-1] > opening.num_steps:
             problem = f"{opening.num_steps} steps for a plan of {logits.shape[-1]}"
             raise UserError("num_steps", problem, "allow as many steps as the plan has")

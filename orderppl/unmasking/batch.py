@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orderppl.errors import UserError
+from orderppl.errors import UserError, first_line
 
 ALIASES = {"input_ids": "tokens", "tokens": "tokens", "attention_mask": "attention_mask", "given": "given"}
 NOT_READ = ("token_type_ids",)  # a tokeniser gives them, and nobody needs them
@@ -43,6 +43,7 @@ class Batch:
         if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
             what = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
             raise UserError("tokens", f"{what} where ids [B, S] are needed", "give an int64 tensor of two dimensions")
+        object.__setattr__(self, "tokens", tokens.long())
         given_mask: Any = self.attention_mask
         if given_mask is None:
             object.__setattr__(self, "attention_mask", torch.ones_like(self.tokens, dtype=torch.bool))
@@ -64,16 +65,23 @@ class Batch:
         """
         if isinstance(source, Batch):
             return source
+        if hasattr(source, "column_names"):  # a set of `datasets`
+            source = {name: list(source[name]) for name in source.column_names}
         if isinstance(source, Mapping):
             source = {name: values for name, values in source.items() if name not in NOT_READ}
             unknown = [str(name) for name in source if name not in ALIASES]
             if unknown:
                 raise UserError("batch", f"unknown entry {unknown[0]!r}", "use tokens, attention_mask and given")
-            found = {ALIASES[name]: torch.as_tensor(values) for name, values in source.items()}
+            found = {ALIASES[name]: _as_tensor(name, values) for name, values in source.items()}
             if "tokens" not in found:
                 raise UserError("batch", f"no tokens among {', '.join(map(str, source))}", "give tokens (or input_ids)")
             return Batch(**found)
-        return Batch(torch.as_tensor(source))
+        return Batch(_as_tensor("batch", source))
+
+    def __repr__(self) -> str:
+        """Its size, and how much of it is to be revealed."""
+        given = "nothing said of what is given" if self.given is None else f"{int(self.latent.sum())} to reveal"
+        return f"Batch({' x '.join(map(str, self.tokens.shape))} tokens, {given})"
 
     def __len__(self) -> int:
         """Number of sequences B."""
@@ -131,3 +139,14 @@ class Batch:
     def hidden(self) -> Batch:
         """The same canvas with id 0 at every position to reveal: what a guide blind to the tokens may see."""
         return self._keeping_prefix(replace(self, tokens=self.tokens.masked_fill(self.latent, 0)))
+
+
+def _as_tensor(name: str, values: Any) -> Tensor:
+    """An array, or rows of one length."""
+    if isinstance(values, list | tuple) and values and hasattr(values[0], "tolist"):
+        values = [row.tolist() for row in values]
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        problem = f"a {type(values).__name__} is no array of ids ({first_line(error)})"
+        raise UserError(name, problem, "give rows of one length, of a loader one batch") from error

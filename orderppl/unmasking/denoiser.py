@@ -215,8 +215,9 @@ class Reader:
             return cast(TailDenoiser, self.denoiser).tail_states(rows, attention, self.start)
         read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
         found = read(rows, attention)
-        if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != rows.shape:
-            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        is_tensor = isinstance(found, Tensor)
+        if not is_tensor or not found.is_floating_point() or found.dim() != 3 or found.shape[:2] != rows.shape:
+            what = f"{tuple(found.shape)} of {found.dtype}" if is_tensor else type(found).__name__
             problem = f"returned {what} for a batch of {tuple(rows.shape)}"
             raise UserError("denoiser", problem, "return logits, float [N, S, V]")
         return found[:, self.start :]

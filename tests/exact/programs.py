@@ -219,6 +219,7 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 GUIDES += ["plackett_luce", "one_each", "point", "oracle", "fixed", "smoothed", "klass", "blocks", "finishing", "scan"]
 GUIDES += ["grouped", "corrected", "corrected_plan", "corrected_scan", "renormalised_posterior"]
+WHOLE = {"scan", "grouped", "corrected_scan"}  # orders whose sets are not known one by one
 
 
 def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) -> Guide:

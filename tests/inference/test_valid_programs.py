@@ -28,6 +28,7 @@ from programs import (
     CANVASES,
     GUIDES,
     MODELS,
+    WHOLE,
     TableDenoiser,
     TokenTable,
     is_finite_pair,
@@ -175,7 +176,7 @@ class Case(NamedTuple):
     def supported(self) -> bool:
         if self.form == "sequential" and (self.elbo == "enumerated" or self.likelihood != "plain"):
             return False
-        if self.form == "sequential" and "scan" in (self.model, self.guide):  # whole orders only
+        if self.form == "sequential" and WHOLE & {self.model, self.guide}:  # whole orders only
             return False
         return is_finite_pair(self.guide, self.model)
 

@@ -28,6 +28,7 @@ from programs import (
     LENGTH,
     MODELS,
     VOCAB,
+    WHOLE,
     PlaceTable,
     StateTable,
     TableDenoiser,
@@ -39,7 +40,7 @@ from programs import (
 )
 
 STEPS = 3
-POLICIES = [name for name, (_, options) in MODELS.items() if not options and name != "scan"]  # step by step
+POLICIES = [name for name, (_, options) in MODELS.items() if not options and name not in WHOLE]  # step by step
 every_policy = pytest.mark.parametrize("name", POLICIES)
 every_canvas = pytest.mark.parametrize("canvas", CANVASES)
 
@@ -111,7 +112,7 @@ def test_both_programs_have_one_joint(name: str, canvas: str, num_steps: int):
 
 
 @pytest.mark.parametrize("canvas", ["padded", "scattered", "prompted"])
-@pytest.mark.parametrize("guide", [name for name in GUIDES if name != "scan"])
+@pytest.mark.parametrize("guide", [name for name in GUIDES if name not in WHOLE])
 def test_both_guides_have_one_density(guide: str, canvas: str):
     """For all orders; the sequential guide has a site per step."""
     stacked = make_guide(guide, LearnedPolicy(StateTable(), non_empty=False), TableDenoiser(), STEPS)
