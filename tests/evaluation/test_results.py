@@ -109,3 +109,19 @@ def test_the_table_pivots_records() -> None:
     assert "3.500 (3.000-4.000, 2)" in learned
     assert "1.250" in next(line for line in text.splitlines() if "random" in line)
     assert shown(pd.DataFrame(plain_records(RECORDS))) == text
+
+
+def test_a_table_of_many_columns_fits_80_and_loses_no_letter() -> None:
+    names = ("leave-one-out", "log_likelihood", "importance_weighted", "effective_particles", "path_nats", "stock")
+    records = [
+        {"metric": "value", "value": 0.5, "low": 0.25, "high": 0.75, "task": "antibodies", "arm": name}
+        for name in names
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(results_table(records, rows=("task",), columns=("arm",)))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in console.file.getvalue()
+    heads = [line.split("┃")[1:-1] for line in lines if line.startswith("┃")]
+    whole = ["".join(part.strip() for part in column) for column in zip(*heads, strict=True)]
+    assert set(names) <= set(whole)
