@@ -8,16 +8,15 @@ import matplotlib
 import pandas as pd
 import pyro
 import torch
+from opponents import best_of, opponents, spaced_orders
 from plan_fits import fit_plan
 from rich.console import Console
-from spacing import best_of, spaced_orders
 from torch import Tensor
 
 from orderppl import Batch, Denoiser, Policy, evaluate, follow
 from orderppl.data import Examples
-from orderppl.evaluation import Arm, paired_difference, summary, sweep
+from orderppl.evaluation import Arm, paired_difference, summary
 from orderppl.evaluation.results import results_table
-from orderppl.policies import Oracle
 from orderppl.policies.plans import Planned
 
 
@@ -63,20 +62,6 @@ def learn_plan(
         **settings,
     )
     return updates
-
-
-def opponents(steps: int, seeds: Sequence[int] = (0, 1, 2)) -> list[Arm]:
-    """Every heuristic with a budget of T steps, and the oracle that ranks by the truth."""
-    scores = ["random", "top_prob", "margin", "entropy", "left_to_right"]
-    specs = [
-        {"policy": "Ranked", "score": scores, "sizes": ["uniform", "cosine"], "budgets": [steps]},
-        {"policy": "Threshold", "tau": [0.3, 0.5, 0.7, 0.9], "budgets": [steps]},
-        {"policy": "Factor", "factor": [1.0, 2.0, 4.0, 8.0], "budgets": [steps]},
-        {"policy": "EntropyBound", "gamma": [0.1, 1.0, 4.0], "budgets": [steps]},
-        {"policy": "Klass", "tau": [0.5, 0.7], "eps": [0.01, 0.1], "budgets": [steps]},
-    ]
-    oracles = [Arm(f"greedy oracle {sizes}", Oracle("greedy", sizes), steps) for sizes in ("uniform", "cosine")]  # type: ignore[arg-type]
-    return [*sweep(specs, seeds=seeds), *oracles]
 
 
 def compare(

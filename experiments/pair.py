@@ -118,15 +118,15 @@ def main(
             bound = bootstrap_mean(-weights.mean(0), seed=seed)
             record = {"metric": "bound_nats", "arm": name, "training_seed": seed, "draws": draws, "rows": spent}
             records.append(record | {"value": bound.value, "low": bound.low, "high": bound.high})
-            played: dict[str, Any] = {"training_seed": seed, "family": name}
-            arms.append(Arm(f"{name} #{seed}", model.policy, steps, **played, seeds=tuple(range(draws))))
-            played["family"] = f"{name}, mode"
-            arms.append(Arm(f"{name}, mode #{seed}", model.policy, steps, mode=True, **played))
+            several = {"seeds": tuple(range(draws))}
+            for play, how in (("", several), (", mode", {"mode": True})):
+                label, family = f"{name}{play} #{seed}", f"{name}{play}"
+                arms.append(Arm(label, model.policy, steps, family=family, training_seed=seed, **how))  # type: ignore[arg-type]
     table = evaluate(arms, network, test, metrics=["accuracy", "path_nats"], out=out)
     records += summary(table, ["accuracy", "path_nats", "marginal_nats", "nfe"]).to_dict("records")
-    best = {metric: "learned" if metric == "path_nats" else "learned, mode" for metric in ("accuracy", "path_nats")}
-    for metric, own in best.items():
-        for other in [*(name for name in ARMS if name != "learned"), *heuristics]:
+    for metric, played in (("accuracy", ", mode"), ("path_nats", "")):
+        own = f"learned{played}"
+        for other in [*(f"{name}{played}" for name in ARMS if name != "learned"), *heuristics]:
             found = paired_difference(table, own, other, metric)
             sign = 1 if metric == "accuracy" else -1
             ends = sorted((sign * found.low, sign * found.high))

@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pyro
 from jsonargparse import auto_cli
+from opponents import best_of, spaced_orders
 from rich.console import Console
-from spacing import best_of, spaced_orders
 
 from orderppl import evaluate
 from orderppl.data import Pronunciations

@@ -67,25 +67,27 @@ def centred(values: Tensor) -> Tensor:
     return (values - values.mean(-2, keepdim=True)) * (count / (count - 1))
 
 
-def advantage(reward: Tensor, at_once: Tensor) -> Tensor:
+def advantage(reward: Tensor, at_once: Tensor, left: Tensor) -> Tensor:
     """What every set is credited with, float [T, K, B], without gradient.
 
     Args:
         reward: float [K, B], R.
         at_once: float [T, K, B], v_t: R if everything left were revealed at step t.
+        left: int64 [T, K, B], how many positions are.
     """
-    count = reward.shape[0]
-    if count == 1:
+    if reward.shape[0] == 1:
         return reward.detach().expand_as(at_once)
-    cost, control = centred(reward.detach()), centred(at_once.detach())
-    product, square = cost * control, control.square()
-    # The slope among the other particles: of centred sums, one particle's share is (K - 1) / K.
-    share = (count - 1) / count
-    total = square.sum(-2, keepdim=True)
-    product = share**2 * product.sum(-2, keepdim=True) - share * product
-    square = share**2 * total - share * square
-    slope = torch.where(square > 1e-6 * total, product / square, 0.0).clamp(0.0, 1.0)
-    return cost - slope * control
+    y, x = centred(reward.detach()), centred(at_once.detach())
+
+    def others(values: Tensor) -> Tensor:
+        return values.sum(-2, keepdim=True) - values
+
+    # The slope of y on x among the other particles, weighted by what is left.
+    total = others(left.expand_as(x)).clamp(min=1)
+    mean_x, mean_y = others(left * x) / total, others(left * y) / total
+    product, square = others(left * x * y) / total - mean_x * mean_y, others(left * x * x) / total - mean_x**2
+    slope = torch.where(square > 1e-5 * x.square().mean(-2, keepdim=True), product / square, 0.0).clamp(0.0, 1.0)
+    return y - slope * x
 
 
 def draw_steps(log_q: Tensor, latent: Tensor, num_particles: int) -> Tensor:
@@ -143,7 +145,7 @@ def stacked_update(
     score = torch.where(masked, torch.where(revealed, reveal, keep), 0.0).sum(-1)  # [T, K, B]
     kl = torch.where(latent, (log_q.exp() * log_q).sum(-1) + math.log(num_steps), 0.0).sum()
     objective = reward.sum() / K - kl
-    return _loss(objective, objective + (advantage(reward, at_once) * score).sum() / K, len(batch))
+    return _loss(objective, objective + (advantage(reward, at_once, masked.sum(-1)) * score).sum() / K, len(batch))
 
 
 def sequential_update(
@@ -246,7 +248,7 @@ def tied_policy_update(
     K, start = num_particles, batch.prefix
     likelihood = Likelihood(denoiser, batch)
     masked = batch.latent[None, :, start:]  # [1, B, L] at the first step, [K, B, L] later
-    rewards, everything, scores = [], [], []
+    rewards, everything, scores, left = [], [], [], []
     for t in range(num_steps):
         if t == num_steps - 1:
             by_token, revealed = likelihood(masked), masked
@@ -267,6 +269,7 @@ def tied_policy_update(
             scores.append(torch.where(revealed, log_reveal, log_keep).sum(-1) - log_some)  # [K, B]
         rewards.append(torch.where(revealed, by_token, 0.0).sum(-1).expand(K, -1))
         everything.append(by_token.detach().sum(-1).expand(K, -1))
+        left.append(masked.sum(-1).expand(K, -1))
         masked = masked & ~revealed
     by_step = torch.stack(rewards)  # [T, K, B]
     reward = by_step.sum(0)
@@ -274,7 +277,7 @@ def tied_policy_update(
     if not scores:
         return _loss(objective, objective, len(batch))
     at_once = (by_step.cumsum(0) - by_step).detach() + torch.stack(everything)
-    credited = (advantage(reward, at_once[:-1]) * torch.stack(scores)).sum() / K
+    credited = (advantage(reward, at_once[:-1], torch.stack(left)[:-1]) * torch.stack(scores)).sum() / K
     return _loss(objective, objective + credited, len(batch))
 
 

@@ -193,7 +193,7 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "may_wait": (lambda steps: LearnedPolicy(StateTable(), non_empty=False), {}),
     "residual": (lambda steps: LearnedPolicy(StateTable(), Threshold(0.5, 1.0), non_empty=False), {}),
     "ranked": (
-        lambda steps: Ranked(LearnedPolicy(StateTable(), Threshold(0.5, temperature=2.0)), 2.0, temperature=2.0),
+        lambda steps: Ranked(LearnedPolicy(StateTable(clock=False), Threshold(0.5, 2.0)), 2.0, temperature=2.0),
         {},
     ),
     "random_sizes": (lambda steps: Ranked("random", 2.0), {}),
@@ -201,7 +201,7 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "plan": (lambda steps: Plan(PlaceTable(steps)), {}),
     "scan": (scan, {}),
     "grouped": (grouped, {}),
-    "renormalised": (lambda steps: Renormalised(LearnedPolicy(StateTable()), 1.5), {}),
+    "renormalised": (lambda steps: Renormalised(LearnedPolicy(StateTable(clock=False)), 1.5), {}),
     "smoothed": (lambda steps: Smoothed(Ranked("top_prob"), 0.3), {}),
     "looking_back": (lambda steps: Smoothed(Klass(0.3, eps=0.5), 0.2, non_empty=False), {}),
     "blocks": (lambda steps: Blocks(LearnedPolicy(StateTable(), non_empty=False), 2), {}),

@@ -501,7 +501,7 @@ def test_the_check_notices_a_control_variate_that_makes_it_worse():
 
 
 def test_an_unknown_control_variate_is_refused():
-    with pytest.raises(UserError, match="^control_variate: 'best'; use \"fitted\", or a number"):
+    with pytest.raises(UserError, match="^control_variate: 'best'; use fitted, none, gain or a number"):
         RevealTraceGraph_ELBO(control_variate="best")
 
 

@@ -200,7 +200,7 @@ def covering_cases() -> list[Case]:
     drawn = []
     for model in MODELS:
         guides = [guide for guide in GUIDES if is_finite_pair(guide, model)]
-        drawn += [Case(model, guide, *map(draws.choice, CHOICES[2:])) for guide in guides * (400 // len(guides))]
+        drawn += [Case(model, guide, *map(draws.choice, CHOICES[2:])) for guide in guides * (900 // len(guides))]
     draws.shuffle(drawn)
     candidates = [case for case in drawn if case.supported()]
     covered: set[tuple[int, str, int, str]] = set()

@@ -1,14 +1,29 @@
-"""Orders that nobody has to learn: what a step reveals is spread out."""
+"""Orders that nobody has to learn: heuristics, and spacing out what a step reveals."""
 
+from collections.abc import Sequence
 from itertools import product
 from math import gcd
 
 from orderppl import Denoiser, evaluate
 from orderppl.data import Examples
-from orderppl.evaluation import Arm, summary
-from orderppl.policies import Dilated, FixedOrder
+from orderppl.evaluation import Arm, summary, sweep
+from orderppl.policies import Dilated, FixedOrder, Oracle
 
 SPACED = [(0, 3, 1, 3, 2, 3), (3, 0, 3, 1, 3, 2)]  # of four steps, with longer periods than all that are tried
+
+
+def opponents(steps: int, seeds: Sequence[int] = (0, 1, 2)) -> list[Arm]:
+    """Every heuristic with a budget of T steps, and the oracle that ranks by the truth."""
+    scores = ["random", "top_prob", "margin", "entropy", "left_to_right"]
+    specs = [
+        {"policy": "Ranked", "score": scores, "sizes": ["uniform", "cosine"], "budgets": [steps]},
+        {"policy": "Threshold", "tau": [0.3, 0.5, 0.7, 0.9], "budgets": [steps]},
+        {"policy": "Factor", "factor": [1.0, 2.0, 4.0, 8.0], "budgets": [steps]},
+        {"policy": "EntropyBound", "gamma": [0.1, 1.0, 4.0], "budgets": [steps]},
+        {"policy": "Klass", "tau": [0.5, 0.7], "eps": [0.01, 0.1], "budgets": [steps]},
+    ]
+    oracles = [Arm(f"greedy oracle {sizes}", Oracle("greedy", sizes), steps) for sizes in ("uniform", "cosine")]  # type: ignore[arg-type]
+    return [*sweep(specs, seeds=seeds), *oracles]
 
 
 def spaced_orders(steps: int) -> list[Arm]:
