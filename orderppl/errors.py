@@ -16,8 +16,9 @@ class UserError(ValueError):
             # sites on further lines.
             field, _, rest = field.partition("\n")[0].partition(": ")
             problem, _, remedy = rest.rpartition("; ")
-        self.field, self.problem, self.remedy = field, problem, remedy
-        super().__init__(f"{field}: {problem}; {remedy}")
+        # What users call their fields and files may have line breaks.
+        self.field, self.problem, self.remedy = (" ".join(x.splitlines()) for x in (field, problem, remedy))
+        super().__init__(f"{self.field}: {self.problem}; {self.remedy}")
 
 
 def first_line(error: BaseException) -> str:

@@ -133,6 +133,7 @@ def test_bytes_of_run_folders(
 @example(rows=[DEEP], key="prompt")
 @example(rows=[b'{"prompt": ' + b"9" * 5000 + b"}"], key="prompt")
 @example(rows=[b'{"prompt": "\\ud800", "response": "x"}'], key="prompt")
+@example(rows=[b'{"\\n":null,"":null}'], key=None)  # found: a field whose name is a line break
 def test_data_files(tmp_path: Path, rows: list[bytes], key: Any) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\n".join([*rows, json.dumps({"prompt": key, "response": key}).encode()]))
