@@ -157,7 +157,8 @@ class Task:
 
     def nats(self, rows: int = 64, draws: int = 8) -> Interval:
         """Nats per token along drawn orders of held-out rows."""
-        batch, pair = self.data["validation"].batch.rows(slice(rows)).trimmed(), self.pair
+        held_out = self.data["validation" if "validation" in self.data else "test"]  # antibodies have no third part
+        batch, pair = held_out.batch.rows(slice(rows)).trimmed(), self.pair
         with torch.no_grad():
             drawn = [follow(pair.policy, pair.denoiser, batch, pair.num_steps).nats for _ in range(draws)]
         count = batch.latent.sum(-1).double()

@@ -12,6 +12,7 @@ from torch import Tensor
 from orderppl.distributions import SetDistribution
 from orderppl.errors import UserError
 from orderppl.policies import Policy
+from orderppl.policies.policy import selected_set
 from orderppl.policies.scores import best_of, confidence
 from orderppl.randomness import TOKENS, sample_categorical, uniform_noise
 from orderppl.unmasking import State
@@ -46,14 +47,6 @@ class Step:
     log_prob: Tensor
     rows_left: int
     masks_left: int
-
-
-def selected_set(sets: SetDistribution, state: State) -> Tensor:
-    """The reveal set of a state: a draw by its noise, or the most probable set where it takes modes; bool [*, S]."""
-    if sets.is_certain or state.takes_mode:
-        mode: Tensor = sets.mode
-        return mode & state.masked
-    return sets.draw(state.noise) & state.masked
 
 
 def or_best(sets: SetDistribution, state: State, selected: Tensor) -> Tensor:

@@ -157,6 +157,14 @@ class Corrected(Configurable, nn.Module):
         return total
 
 
+def selected_set(sets: SetDistribution, state: State) -> Tensor:
+    """The reveal set of a state: a draw by its noise, or the most probable set where it takes modes; bool [*, S]."""
+    if sets.is_certain or state.takes_mode:
+        mode: Tensor = sets.mode
+        return mode & state.masked
+    return sets.draw(state.noise) & state.masked
+
+
 def check_temperature(temperature: float) -> None:
     """Refuse what is no temperature."""
     if not temperature >= 0:

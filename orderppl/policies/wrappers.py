@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orderppl.distributions import DecidedSet, IndependentSet, SetDistribution
 from orderppl.errors import UserError
-from orderppl.policies.policy import Policy
+from orderppl.policies.policy import Policy, selected_set
 from orderppl.policies.scores import confidence, predicted_tokens, reveal_rank
 from orderppl.unmasking import State
 
@@ -155,7 +155,7 @@ class Spaced(Wrapper):
     def forward(self, state: State) -> DecidedSet:
         """Keep what is far enough from what is surer."""
         sets = super().forward(state)
-        selected = (sets.mode if sets.is_certain or state.takes_mode else sets.draw(state.noise)) & state.masked
+        selected = selected_set(sets, state)
         count = state.latent.sum(-1).clamp(min=1)
         gap = (self.spread * state.masked.sum(-1) / count).floor().clamp(min=2).unsqueeze(-1)  # [*, 1]
         ranked = reveal_rank(confidence(state), selected).argsort(-1)  # [*, S], most confident first

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from orderppl import Batch, Policy, State
-from orderppl.decoding.step import selected_set
+from orderppl.policies.policy import selected_set
 from orderppl.unmasking.denoiser import Reader
 from orderppl.unmasking.predictions import Window
 
