@@ -21,7 +21,7 @@ from orderppl import evaluate
 from orderppl.data import Pronunciations
 from orderppl.evaluation import Arm, paired_difference, summary
 from orderppl.evaluation.results import results_table, write_results
-from orderppl.inference import refine_plan
+from orderppl.inference.refine import refine_plan
 from orderppl.models import PositionTable, ScanNetwork
 from orderppl.models.denoisers import PhoneDenoiser
 from orderppl.policies import FixedOrder, ScanPlan

@@ -3,6 +3,7 @@
 from orderppl.models.denoisers.antibody import AntibodyDenoiser
 from orderppl.models.denoisers.loading import load_denoiser
 from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
+from orderppl.models.denoisers.own_output import OwnOutput
 from orderppl.models.denoisers.pretrained import PretrainedDenoiser
 from orderppl.models.denoisers.reaction import ReactionDenoiser
 from orderppl.models.denoisers.smdm import SmdmDenoiser
@@ -14,6 +15,7 @@ from orderppl.models.denoisers.trigram import PhoneDenoiser
 __all__ = [
     "AntibodyDenoiser",
     "MarkovChainDenoiser",
+    "OwnOutput",
     "PhoneDenoiser",
     "PretrainedDenoiser",
     "ReactionDenoiser",

@@ -14,7 +14,7 @@ from orderppl.config import Builder
 from orderppl.data import DataSet
 from orderppl.errors import UserError
 from orderppl.guides import Guide
-from orderppl.inference import FitSettings
+from orderppl.inference.fitting import FitSettings
 from orderppl.policies import Policy
 from orderppl.unmasking import Denoiser
 

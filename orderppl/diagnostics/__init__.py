@@ -5,14 +5,13 @@ statistics of draws one by one, figures are in `orderppl.diagnostics.plots`.
 """
 
 from orderppl.diagnostics.calibration import calibrate
-from orderppl.diagnostics.diagnosis import Diagnosis, diagnose
+from orderppl.diagnostics.diagnosis import diagnose
 from orderppl.diagnostics.draws import draw_orders
 from orderppl.diagnostics.importance import bound_curve, importance_report
 from orderppl.diagnostics.inference_data import to_inference_data
 from orderppl.diagnostics.statistics import order_statistics
 
 __all__ = [
-    "Diagnosis",
     "bound_curve",
     "calibrate",
     "diagnose",

@@ -1,10 +1,9 @@
 """Distributions over reveal sets and over ordered partitions, with closed-form Kullback-Leibler divergences."""
 
 from orderppl.distributions.autoregressive_order import AutoregressiveOrder
-from orderppl.distributions.finishing_set import FinishingSet
 from orderppl.distributions.independent_set import IndependentSet
 from orderppl.distributions.order_distribution import OrderDistribution
-from orderppl.distributions.ranked_order import RankedOrder, RenormalisedOrder
+from orderppl.distributions.ranked_order import RankedOrder
 from orderppl.distributions.ranked_set import RankedSet
 from orderppl.distributions.set_distribution import DecidedSet, SetDistribution
 from orderppl.distributions.stepwise_order import StepwiseOrder
@@ -12,12 +11,10 @@ from orderppl.distributions.stepwise_order import StepwiseOrder
 __all__ = [
     "AutoregressiveOrder",
     "DecidedSet",
-    "FinishingSet",
     "IndependentSet",
     "OrderDistribution",
     "RankedOrder",
     "RankedSet",
-    "RenormalisedOrder",
     "SetDistribution",
     "StepwiseOrder",
 ]

@@ -2,20 +2,21 @@
 
 from orderppl.inference.annealing import Anneal
 from orderppl.inference.enumerated import EnumeratedELBO
-from orderppl.inference.fitting import FitSettings, fit
+from orderppl.inference.fitting import fit
 from orderppl.inference.imitation import Imitation
 from orderppl.inference.importance_weighted import ImportanceWeightedELBO, SequenceWakeSleep
-from orderppl.inference.refine import refine_plan
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
+from orderppl.inference.rollouts import AnswerReward, LikelihoodReward, Rollout
 
 __all__ = [
     "Anneal",
+    "AnswerReward",
     "EnumeratedELBO",
-    "FitSettings",
     "Imitation",
     "ImportanceWeightedELBO",
+    "LikelihoodReward",
     "RevealTraceGraph_ELBO",
+    "Rollout",
     "SequenceWakeSleep",
     "fit",
-    "refine_plan",
 ]

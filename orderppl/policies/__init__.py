@@ -2,7 +2,7 @@
 
 from orderppl.policies.adaptive import EntropyBound, Factor, Klass, Threshold
 from orderppl.policies.early_commit import EarlyCommit
-from orderppl.policies.oracles import Oracle
+from orderppl.policies.oracles import CorrectOracle, Oracle
 from orderppl.policies.plans import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan
 from orderppl.policies.policy import LogitPolicy, Policy, Renormalised
 from orderppl.policies.price import PriceRange
@@ -12,6 +12,7 @@ from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EosAware, Smoothe
 __all__ = [
     "AtPrice",
     "Blocks",
+    "CorrectOracle",
     "Dilated",
     "Eager",
     "EarlyCommit",

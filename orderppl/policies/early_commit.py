@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orderppl.distributions import FinishingSet, SetDistribution
+from orderppl.distributions import SetDistribution
+from orderppl.distributions.finishing_set import FinishingSet
 from orderppl.errors import UserError
 from orderppl.policies.policy import LOGIT_LIMIT, Policy, check_temperature
 from orderppl.policies.price import PriceRange

@@ -18,7 +18,7 @@ from orderppl import load_order, load_run
 from orderppl.cli import main as module
 from orderppl.cli.main import COMMANDS, main
 from orderppl.evaluation.results import read_results
-from orderppl.inference import FitSettings
+from orderppl.inference.fitting import FitSettings
 
 
 def test_help_takes_no_time_and_loads_nothing() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import FinishingSet, IndependentSet, RankedSet
+from orderppl.distributions import IndependentSet, RankedSet
+from orderppl.distributions.finishing_set import FinishingSet
 
 MASKED = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
 BASES = {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import DecidedSet, FinishingSet, IndependentSet, RankedSet, SetDistribution
+from orderppl.distributions import DecidedSet, IndependentSet, RankedSet, SetDistribution
+from orderppl.distributions.finishing_set import FinishingSet
 from orderppl.distributions.ranked_set import UniformSet
 
 LENGTH = 4

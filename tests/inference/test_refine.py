@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orderppl import Batch, UserError, follow
 from orderppl.data import Chains, Trees
-from orderppl.inference import refine_plan
+from orderppl.inference.refine import refine_plan
 from orderppl.models.denoisers import MarkovChainDenoiser, TreeFieldDenoiser
 from orderppl.policies import FixedOrder
 from orderppl.unmasking import Denoiser

@@ -14,7 +14,17 @@ from orderppl import State, UserError, decode, follow
 from orderppl.distributions import DecidedSet, RankedSet
 from orderppl.distributions.ranked_set import UniformSet
 from orderppl.models import LearnedPolicy
-from orderppl.policies import EntropyBound, Factor, Klass, LogitPolicy, Oracle, RandomSteps, Ranked, Threshold
+from orderppl.policies import (
+    CorrectOracle,
+    EntropyBound,
+    Factor,
+    Klass,
+    LogitPolicy,
+    Oracle,
+    RandomSteps,
+    Ranked,
+    Threshold,
+)
 from orderppl.policies.policy import LOGIT_LIMIT
 from orderppl.policies.schedules import CosineSizes, FractionalSizes, UniformSizes
 from orderppl.policies.scores import log_odds, reveal_rank
@@ -370,6 +380,17 @@ def test_oracles_use_the_truth_of_the_row():
         assert path.reveal_step.tolist() == [[1, 2, 0], [1, 0, 2]]
     with pytest.raises(UserError, match="needs the true tokens"):
         decode(Table(probs), Oracle("margin"), masks(Table(probs), 3), max_steps=3)
+
+
+def test_what_is_right_already_or_comes_closest():
+    """The most likely tokens are 0, 0 and 2; the second row has none of them, its 1 at the second place is closest."""
+    probs = [[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]
+    truth = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    assert chosen(CorrectOracle(), state_of(Table(probs), [[1, 1, 1], [1, 1, 1]], truth=truth)) == [[0, 2], [1]]
+    assert chosen(CorrectOracle(), state_of(Table(probs), [[0, 1, 1], [1, 0, 1]], truth=truth)) == [[2], [0]]
+    assert follow(CorrectOracle(), Table(probs), truth, 3).reveal_step.tolist() == [[0, 1, 0], [1, 0, 2]]
+    with pytest.raises(UserError, match="needs the true tokens"):
+        decode(Table(probs), CorrectOracle(), masks(Table(probs), 3), max_steps=3)
 
 
 # ---- schedules of independent steps

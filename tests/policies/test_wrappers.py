@@ -11,7 +11,8 @@ from written_denoisers import Confident, Table, chosen, chosen_and_kept, masks, 
 
 from orderppl import Policy, State, UserError, decode, follow
 from orderppl.data.answer_tokens import AnswerTokens
-from orderppl.distributions import DecidedSet, FinishingSet, IndependentSet
+from orderppl.distributions import DecidedSet, IndependentSet
+from orderppl.distributions.finishing_set import FinishingSet
 from orderppl.models import LearnedPolicy
 from orderppl.policies import (
     AtPrice,
