@@ -21,6 +21,7 @@ from orderppl.unmasking.predictions import Predictions
 from orderppl.unmasking.trajectory import Path, same_step, steps_used
 
 if TYPE_CHECKING:
+    from orderppl.data import DataSet
     from orderppl.policies import Policy
 
 
@@ -53,30 +54,69 @@ Reward = Callable[[Rollouts], Tensor]
 
 
 class AnswerReward(Configurable):
-    """1 where all wanted tokens are right, less for more steps.
+    """1 where an answer is right, less for more steps.
 
         R = right (1 - steps / T)^speed - price steps
+
+    Right is what has all wanted tokens of the data; with `graded_by`, what these data say of its text.
 
     Args:
         answer: which tokens are wanted, as in `UnmaskingModel`; all when left out.
         speed: exponent of the share of steps that were saved; 0 asks for none (arXiv 2512.09106).
         price: of a step, whether the answer is right or not.
+        graded_by: data with a `grade` and a reference for every row, which is found by what is given of it; the host
+            waits for the device then.
+
+    Raises:
+        UserError: when called, a row that these data do not have.
     """
 
     def __init__(
-        self, answer: Callable[[Tensor, Tensor], Tensor] | None = None, speed: float = 0.0, price: float = 0.0
+        self,
+        answer: Callable[[Tensor, Tensor], Tensor] | None = None,
+        speed: float = 0.0,
+        price: float = 0.0,
+        graded_by: DataSet | None = None,
     ) -> None:
-        self.answer, self.speed, self.price = answer, speed, price
+        self.answer, self.speed, self.price, self.graded_by = answer, speed, price, graded_by
+        self._references: dict[tuple[int, ...], str] = {}  # by the given tokens
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         """See `Reward`."""
-        batch, steps = rollouts.batch, rollouts.steps
+        steps = rollouts.steps
+        saved: Tensor = (1 - steps / rollouts.num_steps) ** self.speed
+        return self._right(rollouts) * saved - self.price * steps
+
+    def _right(self, rollouts: Rollouts) -> Tensor:
+        """Which answers are right: bool or float [K, B]."""
+        batch, tokens = rollouts.batch, rollouts.tokens
+        if self.graded_by is not None:
+            examples, count = next(iter(self.graded_by.splits().values())), len(tokens)
+            many = batch.rows(torch.arange(len(batch), device=batch.device).repeat(count))
+            texts = examples.texts(tokens.flatten(0, 1), many)
+            return examples.grade(texts, self._references_of(batch) * count).reshape(count, -1).to(batch.device)
         wanted = batch.latent
         if self.answer is not None:
             wanted = self.answer(batch.tokens.masked_fill(~batch.attention_mask, -1), batch.latent)
-        right = ((rollouts.tokens == batch.readable) | ~wanted).all(-1)  # [K, B]
-        saved: Tensor = (1 - steps / rollouts.num_steps) ** self.speed
-        return right * saved - self.price * steps
+        return ((tokens == batch.readable) | ~wanted).all(-1)
+
+    def _references_of(self, batch: Batch) -> list[str]:
+        """What the texts of a batch are compared with."""
+        assert self.graded_by is not None
+        if not self._references:
+            for part in self.graded_by.splits().values():
+                self._references |= zip(_given(part.batch), part.references or (), strict=True)
+        try:
+            return [self._references[given] for given in _given(batch)]
+        except KeyError as error:
+            problem = f"a row of the batch is none of {type(self.graded_by).__name__}"
+            raise UserError("graded_by", problem, "give the data that are fitted") from error
+
+
+def _given(batch: Batch) -> list[tuple[int, ...]]:
+    """The given tokens of every row, by which it is known."""
+    shown = (batch.attention_mask & ~batch.latent).cpu()
+    return [tuple(row[own].tolist()) for row, own in zip(batch.tokens.cpu(), shown, strict=True)]
 
 
 class LikelihoodReward(Configurable):

@@ -12,7 +12,9 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from orderppl import Batch, Denoiser, Policy, RevealTraceGraph_ELBO, UserError, decode, fit
+from orderppl.data import Sudoku
 from orderppl.data.answer_tokens import AnswerTokens
+from orderppl.data.sudoku import all_grids, completions
 from orderppl.guides import MeanFieldGuide, PolicyGuide
 from orderppl.inference import AnswerReward, LikelihoodReward, Rollout
 from orderppl.inference.rollouts import Reward, Rollouts, roll_out
@@ -123,6 +125,25 @@ def test_rewards_by_hand():
     assert AnswerReward(answer, speed=2.0)(rollouts).tolist() == [[0.25], [0.0625]]
     assert AnswerReward(price=0.5)(rollouts).tolist() == [[-1.0], [-0.5]]
     assert LikelihoodReward(price=0.25)(rollouts).tolist() == [[-4.0], [-1.75]]
+
+
+def test_a_text_is_right_when_its_data_say_so():
+    """Another completion of a puzzle counts, a row with the same number twice does not."""
+    data = Sudoku(train=8, validation=2, test=2, min_clues=2, max_clues=4)
+    examples = data.splits()["train"]
+    batch = examples.batch.rows(slice(1))
+    reader, true = examples.tokenizer, examples.batch.tokens[:1]
+    ways = ["".join(map(str, grid)) for grid in all_grids()[completions(examples.references[0])]]
+    other = next(grid for grid in ways if grid != examples.texts(true, batch)[0])
+    swapped, wrong = true.clone(), true.clone()
+    swapped[batch.latent] = torch.tensor(reader.encode(other))
+    wrong[0, -1] = wrong[0, -2]
+    tokens = torch.stack([true, swapped, wrong])
+    rollouts = Rollouts(batch, 4, torch.zeros_like(tokens), tokens, torch.zeros(tokens.shape))
+    assert AnswerReward(graded_by=data, speed=1.0)(rollouts).tolist() == [[0.75], [0.75], [0.0]]
+    assert AnswerReward()(rollouts).tolist() == [[1.0], [0.0], [0.0]]
+    with pytest.raises(UserError, match="graded_by: a row of the batch is none of Sudoku"):
+        AnswerReward(graded_by=Sudoku(train=2, validation=0, test=0, seed=1))(rollouts)
 
 
 def test_the_likelihood_of_the_data_as_reward_is_the_plain_bound():
