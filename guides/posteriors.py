@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from orderppl.distributions import OrderDistribution, RankedOrder, StepwiseOrder
-from orderppl.distributions.ranked_order import RenormalisedOrder
+from orderppl.distributions import OrderDistribution, StepwiseOrder
+from orderppl.distributions.ranked_order import RankedOrder, RenormalisedOrder
 from orderppl.errors import UserError
 from orderppl.guides.guide import Guide
 from orderppl.policies.schedules import SetSizes, UniformSizes, make_sizes

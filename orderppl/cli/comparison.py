@@ -19,7 +19,8 @@ from orderppl.cli.tables import show, write_csv, write_table
 from orderppl.config import Builder
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, advantages, evaluate, frontier_figure, standard_heuristics, summary, sweep
+from orderppl.evaluation import Arm, advantages, evaluate, frontier_figure, summary, sweep
+from orderppl.evaluation.arms import standard_heuristics
 from orderppl.evaluation.table import metrics_of, pass_at_k
 from orderppl.files import appearing
 from orderppl.identity import identity_of

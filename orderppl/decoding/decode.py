@@ -120,7 +120,7 @@ def _unmask(
     """
     latent = batch.latent
     device, (count, _) = latent.device, latent.shape
-    cost = int(getattr(denoiser, "forwards_per_call", 1))  # guidance makes two forwards per call
+    cost = int(getattr(denoiser, "forwards_per_call", 1)) * policy.forwards_per_step  # guidance makes two per call
     start = torch.where(latent, denoiser.mask_index, batch.readable)
     output = DecodeOutput(
         sequences=torch.where(latent, denoiser.mask_index, batch.tokens),

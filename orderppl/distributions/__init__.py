@@ -3,7 +3,6 @@
 from orderppl.distributions.autoregressive_order import AutoregressiveOrder
 from orderppl.distributions.independent_set import IndependentSet
 from orderppl.distributions.order_distribution import OrderDistribution
-from orderppl.distributions.ranked_order import RankedOrder
 from orderppl.distributions.ranked_set import RankedSet
 from orderppl.distributions.set_distribution import DecidedSet, SetDistribution
 from orderppl.distributions.stepwise_order import StepwiseOrder
@@ -13,7 +12,6 @@ __all__ = [
     "DecidedSet",
     "IndependentSet",
     "OrderDistribution",
-    "RankedOrder",
     "RankedSet",
     "SetDistribution",
     "StepwiseOrder",

@@ -1,6 +1,6 @@
 """Evaluation: one engine that makes a table, and pure functions of that table."""
 
-from orderppl.evaluation.arms import Arm, standard_heuristics, sweep
+from orderppl.evaluation.arms import Arm, sweep
 from orderppl.evaluation.curves import advantages, frontier
 from orderppl.evaluation.engine import evaluate
 from orderppl.evaluation.figures import frontier_figure
@@ -13,7 +13,6 @@ __all__ = [
     "frontier",
     "frontier_figure",
     "paired_difference",
-    "standard_heuristics",
     "summary",
     "sweep",
 ]

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from orderppl.config import build
 from orderppl.errors import UserError
-from orderppl.policies import AtPrice, Blocks, EarlyCommit, EosAware, FixedOrder, Klass, Oracle, Policy
+from orderppl.policies import AtPrice, Blocks, EarlyCommit, EndStop, EosAware, Klass, Policy, Spaced
+from orderppl.policies.plans import PlacedOrder
 from orderppl.policies.wrappers import Wrapper
 from orderppl.unmasking import Denoiser
 
@@ -74,7 +75,7 @@ class Arm:
     @property
     def kind(self) -> Literal["heuristic", "oracle", "learned"]:
         """An oracle reads the true tokens, so that it cannot decode; what has a training seed was learned."""
-        if any(isinstance(module, Oracle) for module in self.policy.modules()):
+        if any(getattr(module, "sees_truth", False) for module in self.policy.modules()):
             return "oracle"
         return "heuristic" if self.training_seed is None else "learned"
 
@@ -109,8 +110,9 @@ def sweep(
 
     A spec is a mapping of `policy` (a class path or short name, or several) and arguments of its constructor, each one
     value or a list of values: every combination is an arm. Besides, `budgets` (step budgets T; none: a step per token),
-    `block_size`, `eos_aware` (predicted ends and padding last), `sure` (confidence in the answer that ends a row) and
-    `mode`. Arms that differ in one number only, or in their budget, are a family.
+    `block_size`, `eos_aware` (predicted ends and padding last), `sure` (confidence in the answer that ends a row),
+    `around` (a wrapper, such as `{policy: LookAhead, candidates: 4}`) and `mode`. Arms that differ in one number only,
+    or in their budget, are a family.
 
     Args:
         specs: one or several.
@@ -148,6 +150,16 @@ def standard_heuristics() -> list[dict[str, Any]]:
         {"policy": "Klass", "tau": [0.3, 0.5, 0.7, 0.8, 0.9], "eps": [0.01, 0.1]},
         {"policy": "Threshold", "tau": [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95], "block_size": [8, 16]},
         {"policy": "Factor", "factor": [0.5, 1.0, 2.0, 4.0, 8.0], "block_size": 16},
+        {"policy": "Dilated", "budgets": budgets},
+        {"policy": "PositionWeighted", "decay": [0.02, 0.25], "budgets": budgets},
+        {"policy": "Threshold", "tau": taus, "around": {"policy": "Spaced", "spread": 8.0}},
+        {
+            "policy": "Ranked",
+            "score": "top_prob",
+            "temperature": 0.1,
+            "budgets": [1, 2, 3],
+            "around": {"policy": "LookAhead", "candidates": 4},
+        },
     ]
 
 
@@ -155,9 +167,10 @@ def draws(policy: Policy) -> bool:
     """Whether a policy draws its sets: one with a temperature of 0 does not, one of a kind that is not known may."""
     hard = getattr(policy, "temperature", None) == 0
     if isinstance(policy, Wrapper):
-        hard = isinstance(policy, AtPrice | Blocks | EosAware) or (isinstance(policy, EarlyCommit) and hard)
+        as_the_other = AtPrice | Blocks | EndStop | EosAware | Spaced
+        hard = isinstance(policy, as_the_other) or (isinstance(policy, EarlyCommit) and hard)
         return not hard or draws(policy.policy)
-    return not (isinstance(policy, FixedOrder | Klass) or hard) or getattr(policy, "score", None) == "random"
+    return not (isinstance(policy, PlacedOrder | Klass) or hard) or getattr(policy, "score", None) == "random"
 
 
 def _expanded(spec: Mapping[str, Any], known: Mapping[str, Any] | None, name: str | None, where: str) -> Iterator[Arm]:
@@ -171,6 +184,7 @@ def _expanded(spec: Mapping[str, Any], known: Mapping[str, Any] | None, name: st
         options = dict(zip(axes, values, strict=True))
         played = {name: options.pop(name, None) for name in ("policy", "budgets", "block_size", "mode")}
         ends, sure = bool(options.pop("eos_aware", False)), options.pop("sure", None)
+        around = options.pop("around", None)
         given = dict(options)
         if "price" in options and str(played["policy"]).split(".")[-1] != "AtPrice":  # of the policy that is wrapped
             at = {"price": options.pop("price")}
@@ -179,19 +193,24 @@ def _expanded(spec: Mapping[str, Any], known: Mapping[str, Any] | None, name: st
         options = given
         if ends:
             made = {"class_path": "EosAware", "init_args": {"policy": made}}
+        if around is not None:
+            made = _wrapped(made, around, f"{where}.around")
         if sure is not None:
             made = {"class_path": "EarlyCommit", "init_args": {"policy": made, "sure": sure}}
         numbers = [key for key, value in options.items() if type(value) in (int, float)]
         varied = [key for key in numbers if len(axes[key]) > 1 and played["budgets"] is None]
         curve = next((key for key in (*CURVE, *varied) if key in numbers), None)
         ranking = options["score"] if isinstance(options.get("score"), str) else None  # says enough by itself
-        family = [name or ranking or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(played["policy"]).split(".")[-1]).lower()]
+        family = [name or ranking or _snake(played["policy"])]
         family += [
             _said(key, value) for key, value in options.items() if key != curve and (ranking is None or key != "score")
         ]
         family += [f"T={played['budgets']}"] if curve is not None and played["budgets"] is not None else []
         family += [f"block {played['block_size']}"] if played["block_size"] is not None else []
         family += ["eos-aware"] * ends + ["mode"] * bool(played["mode"])
+        if around is not None:
+            rest = [_said(key, value) for key, value in around.items() if key != "policy"]
+            family += [_snake(around["policy"]), *rest]
         family += [f"sure {_short(sure)}"] if sure is not None else []
         last = "sequential" if played["budgets"] is None else f"T={played['budgets']}"
         yield Arm(
@@ -203,6 +222,21 @@ def _expanded(spec: Mapping[str, Any], known: Mapping[str, Any] | None, name: st
             block_size=played["block_size"],
             setting={} if curve is None else {curve: options[curve]},
         )
+
+
+def _wrapped(made: dict[str, Any], around: Any, where: str) -> dict[str, Any]:
+    """The description of a policy inside that of a wrapper."""
+    if not isinstance(around, Mapping) or "policy" not in around:
+        raise UserError(
+            where, f"{around!r} names no wrapper", "give its class and arguments, such as {policy: EndStop}"
+        )
+    arguments = {name: value for name, value in around.items() if name != "policy"}
+    return {"class_path": around["policy"], "init_args": {"policy": made, **arguments}}
+
+
+def _snake(policy: Any) -> str:
+    """The name of a class as that of a family."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(policy).split(".")[-1]).lower()
 
 
 def _said(name: str, value: Any) -> str:

@@ -2,12 +2,13 @@
 
 from orderppl.policies.adaptive import EntropyBound, Factor, Klass, Threshold
 from orderppl.policies.early_commit import EarlyCommit
+from orderppl.policies.look_ahead import LookAhead
 from orderppl.policies.oracles import CorrectOracle, Oracle
 from orderppl.policies.plans import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan
 from orderppl.policies.policy import LogitPolicy, Policy, Renormalised
 from orderppl.policies.price import PriceRange
-from orderppl.policies.ranked import Ranked
-from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EosAware, Smoothed, Spaced
+from orderppl.policies.ranked import PositionWeighted, Ranked
+from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EndStop, EosAware, Smoothed, Spaced
 
 __all__ = [
     "AtPrice",
@@ -16,15 +17,18 @@ __all__ = [
     "Dilated",
     "Eager",
     "EarlyCommit",
+    "EndStop",
     "EntropyBound",
     "EosAware",
     "Factor",
     "FixedOrder",
     "Klass",
     "LogitPolicy",
+    "LookAhead",
     "Oracle",
     "Plan",
     "Policy",
+    "PositionWeighted",
     "PriceRange",
     "RandomSteps",
     "Ranked",

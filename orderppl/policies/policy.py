@@ -26,10 +26,12 @@ class Policy(Configurable, nn.Module):
     Attributes:
         non_empty: whether every set has at least one position while any is masked.
         looks_back: whether it keeps something from step to step.
+        forwards_per_step: denoiser forwards that a step of it is charged.
     """
 
     non_empty = False
     looks_back = False
+    forwards_per_step = 1
 
     def forward(self, state: State) -> SetDistribution:
         """The distribution of z_t given s_t, batch shape [*], event [S]. The last step's completion is the caller's."""

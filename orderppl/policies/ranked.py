@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from orderppl.distributions.ranked_set import UniformSet
 from orderppl.errors import UserError
 from orderppl.policies.policy import LOGIT_LIMIT, LogitPolicy, Policy, check_temperature, need_temperature
 from orderppl.policies.schedules import SetSizes, make_sizes
-from orderppl.policies.scores import SCORES, reveal_rank
+from orderppl.policies.scores import SCORES, confidence, predicted_tokens, reveal_rank
 from orderppl.unmasking import State
 
 Score = Literal["random", "top_prob", "log_odds", "margin", "entropy", "left_to_right"]
@@ -88,3 +89,47 @@ class Ranked(LogitPolicy):
         rank = reveal_rank(self.scores(state), state.masked)
         size = due_count(self.sizes, state)
         return ((size.unsqueeze(-1) - 0.5 - rank) / self.temperature).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+class PositionWeighted(Ranked):
+    """The K positions of largest confidence, weighted by where they stand and by how rare their token is.
+
+        w_i = exp(-decay i) c_i (-log f(v_i)),      v_i the most likely token, i counted over the positions to reveal
+
+    Position-aware confidence of PC-Sampler (arXiv 2508.13021): the front goes first, and frequent tokens such as ends
+    do not crowd out the others.
+
+    Args:
+        decay: at least 0; 0 knows no position.
+        frequencies: share f of every token class among texts, V positive numbers; all alike when left out.
+        sizes: see `Ranked`.
+        temperature: see `Ranked`.
+
+    Raises:
+        UserError: a negative decay, or frequencies that are none.
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.25,
+        frequencies: Sequence[float] | Tensor | None = None,
+        sizes: SetSizes | Literal["uniform", "cosine", "llada", "dream"] | float = "uniform",
+        temperature: float = 0.0,
+    ) -> None:
+        super().__init__("top_prob", sizes, temperature)
+        if not decay >= 0:
+            raise UserError("decay", f"{decay} is negative", "use 0 or more")
+        rarity = None if frequencies is None else -torch.as_tensor(frequencies, dtype=torch.float64).log()
+        if rarity is not None and not bool((rarity.isfinite() & (rarity >= 0)).all()):
+            raise UserError("frequencies", "are no shares", "give positive numbers that sum to 1, one per token class")
+        self.decay = decay
+        self.register_buffer("rarity", rarity, persistent=False)
+        self.rarity: Tensor | None
+
+    def scores(self, state: State) -> Tensor:
+        """What ranks the positions, float [*, S]."""
+        place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)
+        weighted = (-self.decay * place.double()).exp() * confidence(state)
+        if self.rarity is None:
+            return weighted
+        return weighted * self.rarity[predicted_tokens(state).clamp(min=0, max=len(self.rarity) - 1)]

@@ -32,6 +32,11 @@ class Wrapper(Policy):
         """Whether the other one does."""
         return self.policy.looks_back
 
+    @property
+    def forwards_per_step(self) -> int:  # type: ignore[override]
+        """As many as of the other one."""
+        return self.policy.forwards_per_step
+
     def look_back(self, state: State) -> Any:
         """What the other one keeps of the state that it sees."""
         return self.policy.look_back(self.view(state))
@@ -126,6 +131,44 @@ class EosAware(Wrapper):
         for index in self.token_ids:
             other = other & (predicted != index)
         return state.restricted(torch.where(other.any(-1, keepdim=True), other, state.masked))
+
+
+class EndStop(Wrapper):
+    """Stops at the end: what stands behind an end token is revealed with it, and costs no further forward.
+
+    An end is there once it has been revealed, and when the first hidden position is predicted to be one with more than
+    a confidence. The texts that answers are read from end there anyway. It decodes only: no density is left.
+
+    Args:
+        policy: any policy.
+        token_ids: ids of end tokens.
+        sure: confidence at the first hidden position; 1 waits until an end has been revealed.
+
+    Raises:
+        UserError: no ids, or a confidence outside [0, 1].
+    """
+
+    def __init__(self, policy: Policy, token_ids: Sequence[int], sure: float = 0.9) -> None:
+        super().__init__(policy)
+        if not token_ids:
+            raise UserError("token_ids", "no end id", "give at least one")
+        if not 0 <= sure <= 1:
+            raise UserError("sure", f"{sure} is no confidence", "give a number from 0 to 1")
+        self.token_ids, self.sure = list(token_ids), sure
+
+    def forward(self, state: State) -> DecidedSet:
+        """The other one's set, and all that stands behind an end."""
+        sets = super().forward(state)
+        selected = selected_set(sets, state)
+        predicted = predicted_tokens(state)  # the tokens where they are visible
+        ends = torch.zeros_like(selected)
+        for index in self.token_ids:
+            ends = ends | (predicted == index)
+        hidden_before = state.masked.long().cumsum(-1) - state.masked.long()
+        surely = state.masked & (hidden_before == 0) & (confidence(state) > self.sure)
+        there = ends & state.latent & (~state.masked | selected | surely)
+        behind = there.long().cumsum(-1) > 0  # the end itself, and all after it
+        return DecidedSet(selected | behind & state.masked, state.masked, sets.non_empty)
 
 
 class Spaced(Wrapper):

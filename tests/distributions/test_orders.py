@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from orderppl import Batch
-from orderppl.distributions import OrderDistribution, RankedOrder, StepwiseOrder
+from orderppl.distributions import OrderDistribution, StepwiseOrder
 from orderppl.distributions.order_distribution import PolicyOrder, kl_by_step
-from orderppl.distributions.ranked_order import RenormalisedOrder
+from orderppl.distributions.ranked_order import RankedOrder, RenormalisedOrder
 from orderppl.models import LearnedPolicy
 from orderppl.policies import Blocks, EarlyCommit, EosAware, Policy
 from orderppl.policies.schedules import make_sizes

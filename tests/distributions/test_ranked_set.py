@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import IndependentSet, RankedOrder, RankedSet
+from orderppl.distributions import IndependentSet, RankedSet
+from orderppl.distributions.ranked_order import RankedOrder
 from orderppl.distributions.ranked_set import UniformSet, _LogFirst
 
 MASKED = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()

@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate, frontier, standard_heuristics, sweep
-from orderppl.evaluation.arms import draws
+from orderppl.evaluation import Arm, evaluate, frontier, sweep
+from orderppl.evaluation.arms import draws, standard_heuristics
 from orderppl.policies import (
     AtPrice,
     Blocks,
@@ -107,15 +107,17 @@ def test_learned_policies_are_swept_alike() -> None:
 
 
 def test_the_standard_heuristics_are_played_from_end_to_end() -> None:
-    """As many arms as `frontier.yaml` of old has had, at one forward and more, on one denoiser."""
+    """Rankings, thresholds and factors, blocks, spacing, places, a look ahead: at one forward and more."""
     specs = standard_heuristics()
     families = Counter(arm.family for arm in sweep(specs))
-    assert len(families) == 10 + 3 + 2 + 2 + 1 and sum(families.values()) == 80 + 31 + 10 + 14 + 5
+    assert len(families) == 10 + 3 + 2 + 2 + 1 + 5 and sum(families.values()) == 80 + 31 + 10 + 14 + 5 + 38
     few = [
         {name: v[:2] if isinstance(v, list) else v for name, v in spec.items() if name != "block_size"}
-        for spec in specs
+        for spec in (*specs[:5], *specs[7:])
     ]
-    table = evaluate(sweep(few[:5], seeds=(0,)), Chain(), padded(ROWS), progress=False)
+    arms = sweep(few, seeds=(0,))
+    assert "threshold spaced spread=8 tau=0.3" in [arm.name for arm in arms]
+    table = evaluate(arms, Chain(), padded(ROWS), progress=False)
     assert table["nfe"].min() == 1 and table["nats"].notna().all()
     assert frontier(table, "path_nats").best(2.0) is not None
 

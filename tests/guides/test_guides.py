@@ -19,7 +19,8 @@ from torch import nn
 
 from orderppl import Batch, Policy, UserError, decode, follow
 from orderppl.config import build, describe
-from orderppl.distributions import OrderDistribution, RankedOrder, StepwiseOrder
+from orderppl.distributions import OrderDistribution, StepwiseOrder
+from orderppl.distributions.ranked_order import RankedOrder
 from orderppl.guides import (
     Guide,
     MeanFieldGuide,

@@ -21,6 +21,7 @@ from orderppl.policies import (
     Klass,
     LogitPolicy,
     Oracle,
+    PositionWeighted,
     RandomSteps,
     Ranked,
     Threshold,
@@ -456,3 +457,22 @@ def test_bad_settings_are_refused(make, word: str):
     with pytest.raises(UserError, match=f"^{word}") as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_confidence_weighted_by_place_and_rarity():
+    """c = 0.5, 0.6, 0.6 of tokens 0, 0 and 2, place 0, 1, 2; token 0 is common, token 2 rare."""
+    probs = [[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]
+    state = state_of(Table(probs), [[1, 1, 1]])
+    weighted = PositionWeighted(0.25).scores(state)
+    expected = torch.tensor([[0.5, 0.6 * math.exp(-0.25), 0.6 * math.exp(-0.5)]]).double()
+    torch.testing.assert_close(weighted, expected)
+    assert chosen(PositionWeighted(0.25, sizes=1), state) == [[0]]
+    assert chosen(PositionWeighted(0.0, sizes=1), state) == [[1]]
+    rare = PositionWeighted(0.25, [0.9, 0.05, 0.05], sizes=1)
+    nats = [-math.log(0.9), -math.log(0.9), -math.log(0.05)]
+    torch.testing.assert_close(rare.scores(state), expected * torch.tensor([nats]).double())
+    assert chosen(rare, state) == [[2]]
+    with pytest.raises(UserError, match="decay: -1 is negative"):
+        PositionWeighted(-1)
+    with pytest.raises(UserError, match="frequencies: are no shares"):
+        PositionWeighted(0.1, [0.5, 0.0])

@@ -11,7 +11,8 @@ from written_denoisers import Table, masks, state_of
 
 from orderppl import Batch, State, UserError, decode, follow
 from orderppl.config import build, describe
-from orderppl.distributions import RankedOrder, StepwiseOrder
+from orderppl.distributions import StepwiseOrder
+from orderppl.distributions.ranked_order import RankedOrder
 from orderppl.models import PositionTable
 from orderppl.models.networks import ScanNetwork
 from orderppl.policies import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan

@@ -19,10 +19,12 @@ from orderppl.policies import (
     Blocks,
     Eager,
     EarlyCommit,
+    EndStop,
     EosAware,
     Factor,
     FixedOrder,
     Klass,
+    LookAhead,
     Plan,
     PriceRange,
     Ranked,
@@ -390,3 +392,62 @@ def test_bad_settings_are_refused(make, field: str):
     with pytest.raises(UserError, match=f"^{field}: ") as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+# ---- stopping at the end, looking ahead
+
+
+def test_stops_at_the_end():
+    """Token 2 ends a text. What stands behind it is revealed with it; what stands before it waits."""
+    sure_of_end = [[0.6, 0.4, 0.0], [0.05, 0.0, 0.95], [0.5, 0.4, 0.1], [0.5, 0.4, 0.1]]
+    denoiser = Table(sure_of_end)
+    one = Ranked("top_prob", 1.0)
+    assert chosen(EndStop(one, [2]), state_of(denoiser, [[1, 1, 1, 1]])) == [[1, 2, 3]]  # the end is selected
+    right = Ranked("left_to_right", 1.0)
+    assert chosen(EndStop(right, [2]), state_of(denoiser, [[1, 1, 1, 1]])) == [[0]]  # a token before it is open
+    assert chosen(EndStop(right, [2], sure=0.9), state_of(denoiser, [[0, 1, 1, 1]])) == [[1, 2, 3]]  # first hidden
+    assert chosen(EndStop(right, [2], sure=0.96), state_of(denoiser, [[0, 1, 1, 1]])) == [[1, 2, 3]]  # selected as well
+    quiet = Ranked("top_prob", 1.0)
+    revealed = state_of(denoiser, [[1, 0, 1, 1]]).replace(tokens=torch.tensor([[3, 2, 3, 3]]))
+    assert chosen(EndStop(quiet, [2]), revealed) == [[0, 2, 3]]
+    output = decode(denoiser, EndStop(one, [2]), masks(denoiser, 4), max_steps=4)
+    assert output.nfe.tolist() == [2] and output.sequences.tolist() == [[0, 2, 0, 0]]
+    with pytest.raises(UserError, match="token_ids: no end id"):
+        EndStop(one, [])
+    with pytest.raises(UserError, match=r"sure: 2 is no confidence"):
+        EndStop(one, [2], sure=2)
+
+
+class Pairs:
+    """Four positions of two tokens: 0 and 1 are always equal, so are 2 and 3; nothing else is known."""
+
+    vocab_size, mask_index = 2, 2
+
+    def __call__(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+        other = state[:, [1, 0, 3, 2]]
+        known = torch.nn.functional.one_hot(other, 3)[..., :2] * 20.0
+        return known + torch.tensor([0.1, 0.0])
+
+
+def test_looks_ahead_to_what_is_left_to_guess():
+    """Of random pairs the one that leaves nothing to guess has one position of either couple; four forwards a step."""
+    denoiser, policy = Pairs(), LookAhead(Ranked("random", 2.0), candidates=4)
+    split = {(0, 2), (0, 3), (1, 2), (1, 3)}
+    alone, ahead = [], []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        for found, rule in ((alone, Ranked("random", 2.0)), (ahead, policy)):
+            output = decode(denoiser, rule, masks(denoiser, 4), max_steps=2, generator=generator)
+            first = tuple((output.reveal_step[0] == 0).nonzero()[:, 0].tolist())
+            found.append(first in split)
+            assert output.nfe.tolist() == [8 if rule is policy else 2]
+    assert sum(alone) < 36 < sum(ahead)  # 2 in 3 of random pairs are split; 1 - (1/3)^4 of the best of four at most
+    held = decode(denoiser, policy, masks(denoiser, 4), max_steps=2, mode=True)
+    assert held.reveal_step.equal(decode(denoiser, policy, masks(denoiser, 4), max_steps=2, mode=True).reveal_step)
+    with pytest.raises(UserError, match="candidates: 1 leaves no choice"):
+        LookAhead(policy, 1)
+
+
+def test_the_cost_of_a_step_goes_through_wrappers():
+    assert Blocks(LookAhead(Ranked("random"), 3), 2).forwards_per_step == 3
+    assert Ranked().forwards_per_step == 1
