@@ -135,5 +135,10 @@ def _rounded(digits: int, number: re.Match[str]) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as SVG, whole or not at all, and close it."""
+    """Write a figure as SVG, whole or not at all, and close it.
+
+    Args:
+        figure: such as `ax.figure`; drawn within `plt.rc_context(STYLE)`, its colours suit dark pages, too.
+        path: of the file.
+    """
     write_text(path, to_svg(figure))

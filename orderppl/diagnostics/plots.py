@@ -53,7 +53,13 @@ def plot_order(data: InferenceData, ax: Axes | None = None, *, sequence: int | N
 
 
 def plot_precedence(data: InferenceData, ax: Axes | None = None, *, sequence: int | None = None) -> Axes:
-    """Matrix of P(r_i < r_j): row i, column j; see `plot_order`."""
+    """Matrix of P(r_i < r_j): row i, column j.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+        sequence: label of one sequence; the longest when left out.
+    """
     first, chosen = _one(data, "precedence", sequence)
     first = first.isel(other=[int(np.flatnonzero(first["other"] == place)[0]) for place in first["position"].values])
     with _drawing(ax, HEIGHT * 1.2) as ax:
@@ -66,7 +72,12 @@ def plot_precedence(data: InferenceData, ax: Axes | None = None, *, sequence: in
 
 
 def plot_steps_used(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """Histogram of the number of steps that an order uses, over draws and sequences."""
+    """Histogram of the number of steps that an order uses, over draws and sequences.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     used = group(data, "sample_stats")["steps_used"].values.ravel()
     budget = int(data["sample_stats"].attrs["num_steps"])
     with _drawing(ax) as ax:
@@ -78,7 +89,12 @@ def plot_steps_used(data: InferenceData, ax: Axes | None = None) -> Axes:
 
 
 def plot_set_sizes(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """Tokens revealed at each step: mean, and where 80% of orders and sequences lie."""
+    """Tokens revealed at each step: mean, and where 80% of orders and sequences lie.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     sizes = group(data, STATISTICS)["set_sizes"].stack(order=(*SAMPLE, "sequence"))
     mean = sizes.mean("order").values
     low, high = np.quantile(sizes.transpose("step", "order").values, [0.1, 0.9], axis=1)
@@ -92,7 +108,12 @@ def plot_set_sizes(data: InferenceData, ax: Axes | None = None) -> Axes:
 
 
 def plot_token_types(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """When each kind of token is revealed: mean of (step + 1) / steps used, earliest on top."""
+    """When each kind of token is revealed: mean of (step + 1) / steps used, earliest on top.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     stats = group(data, STATISTICS)
     place = stats["type_place"].sortby(stats["type_place"], ascending=False)
     with _drawing(ax) as ax:
@@ -105,7 +126,12 @@ def plot_token_types(data: InferenceData, ax: Axes | None = None) -> Axes:
 
 
 def plot_pareto_k(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """k-hat of every sequence and its threshold; filled where `trusted`, triangles where k is not finite."""
+    """k-hat of every sequence and its threshold; filled where `trusted`, triangles where k is not finite.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     weights = group(data, "sample_stats")["log_weight"]
     report = importance_report(weights, group(data, "sample_stats_prior")["log_weight"])
     shape, trusted = report["pareto_k"].values, report["trusted"].values
@@ -128,7 +154,12 @@ def plot_pareto_k(data: InferenceData, ax: Axes | None = None) -> Axes:
 
 
 def plot_elbo_parts(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """ELBO, log-likelihood and minus the KL over the updates of a fit, from the group `training`."""
+    """ELBO, log-likelihood and minus the KL over the updates of a fit, from the group `training`.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     trace = group(data, "training")
     names = {"elbo": "ELBO", "log_likelihood": "log-likelihood", "kl": "minus KL"}
     if not set(names) & set(trace):
@@ -146,7 +177,12 @@ def plot_elbo_parts(data: InferenceData, ax: Axes | None = None) -> Axes:
 
 
 def plot_gradient(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """Standard deviation of the gradient, and the norm of its running mean, from the group `training`."""
+    """Standard deviation of the gradient, and the norm of its running mean, from the group `training`.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     trace = group(data, "training")
     if "grad_variance" not in trace:
         raise UserError("training", "has no grad_variance", "fit by Adam, and see `training_trace`")
@@ -161,7 +197,12 @@ def plot_gradient(data: InferenceData, ax: Axes | None = None) -> Axes:
 
 
 def plot_bound_curve(curve: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """L_K against K with two standard errors, and the evidence where it is known; see `bound_curve`."""
+    """L_K against K with two standard errors, and the evidence where it is known.
+
+    Args:
+        curve: from `bound_curve`.
+        ax: where to draw.
+    """
     with _drawing(ax) as ax:
         mean, error = curve["mean_bound"], curve["mean_standard_error"].fillna(0.0)
         ax.fill_between(curve["K"], mean - 2 * error, mean + 2 * error, color=COLOURS[0], alpha=0.2, linewidth=0)
@@ -175,7 +216,14 @@ def plot_bound_curve(curve: xr.Dataset, ax: Axes | None = None) -> Axes:
 
 
 def plot_ranks(calibration: xr.Dataset, function: str, ax: Axes | None = None, *, bins: int = 16) -> Axes:
-    """Histogram of one test function's ranks, and where 99% of the bars of a calibrated guide lie; see `calibrate`."""
+    """Histogram of one test function's ranks, and where 99% of the bars of a calibrated guide lie.
+
+    Args:
+        calibration: from `calibrate`.
+        function: of the test functions.
+        ax: where to draw.
+        bins: of the histogram.
+    """
     from scipy.stats import binom
 
     ranks = calibration["rank"].sel(function=function).values
