@@ -13,7 +13,7 @@ from orderppl.inference.checkpoints import CheckpointFolder
 
 SAYS = {
     "first_order": "Batch(64 x 6 tokens, 384 to reveal)",
-    "learn_an_order": "Interval(",
+    "learn_an_order": "learned ahead of top_prob by 0.",
     "write_a_guide": "ours is higher by",
 }
 

@@ -12,6 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 CELL = re.compile(r"^# %%(?P<markdown> \[markdown\])?.*$", re.MULTILINE)
+INTERVAL = re.compile(r"(?<=\| )([-+]?[\d.]+ [\[(][^\])|]*[\])])(?= *\|)")
 TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 
 
@@ -28,6 +29,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, content in pages.items():
         files.append(File.generated(config, page, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Keep a number and its interval in one line of a table."""
+    return INTERVAL.sub(r'<span class="number">\1</span>', markdown)
 
 
 def as_front_page(readme: str) -> str:
