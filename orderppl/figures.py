@@ -15,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
+from cycler import cycler
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
@@ -57,6 +58,7 @@ STYLE: Any = {
     "grid.color": GRID,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=COLOURS),
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
