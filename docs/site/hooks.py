@@ -32,7 +32,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Keep a number and its interval in one line of a table."""
+    """Keep a number and its interval in one line of a table; show the pages of notebooks."""
+    markdown = re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown)
     return INTERVAL.sub(r'<span class="number">\1</span>', markdown)
 
 
