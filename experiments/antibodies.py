@@ -24,6 +24,7 @@ from orderppl.data import Antibodies, Examples
 from orderppl.data.sequences import REGIONS, antibody_regions
 from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.evaluation.results import write_results
+from orderppl.figures import save_figure
 from orderppl.models import PositionTable
 from orderppl.models.denoisers import AntibodyDenoiser
 from orderppl.policies import Plan, Ranked
@@ -103,7 +104,7 @@ def main(
     means = means.sort_values("region", key=lambda names: names.map(REGIONS.index))
     longest = test.batch.rows(test.batch.attention_mask.sum(-1).argmax().reshape(1))
     shares = step_shares(plan, denoiser, longest, steps)[0]
-    figure_of([shares], [()], means, "region").savefig(out / "order.png", dpi=150)
+    save_figure(figure_of([shares], [()], means, "region"), out / "order.svg")
     if judged:
         few = test.take(judged)
         found = [judge(domains(few), "held-out domains")]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import pandas as pd
 import pyro
 import torch
@@ -17,6 +17,7 @@ from orderppl import Batch, Denoiser, Policy, evaluate, follow
 from orderppl.data import Examples
 from orderppl.evaluation import Arm, paired_difference, summary
 from orderppl.evaluation.results import results_table
+from orderppl.figures import STYLE, colour_bar, new_figure
 from orderppl.policies.plans import Planned
 
 
@@ -128,17 +129,19 @@ def mean_by_group(steps: Tensor, groups: Sequence[Sequence[str | None]], label: 
 
 def figure_of(shares: Sequence[Tensor], labels: Sequence[Sequence[str]], means: pd.DataFrame, label: str) -> Any:
     """P(step | position) of some rows (float [S, T] each), and the mean step of every group below."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(shares) + 1, 1, figsize=(9, 1.8 * len(shares) + 2), layout="constrained")
-    for axis, probs, names in zip(axes, shares, labels, strict=False):
-        image = axis.imshow(probs.T.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-        axis.set(ylabel="step", yticks=range(probs.shape[-1]))
-        axis.set_xticks(range(len(names)), names, fontsize=6)
-    axes[0].set_title("P(step | position)")
-    figure.colorbar(image, ax=list(axes[:-1]), label="probability")
-    axes[-1].bar(means[label], means["value"], color="#0072b2")
-    axes[-1].set(ylabel="mean step")
-    axes[-1].tick_params(axis="x", labelsize=8)
+    heights = [2.0] * len(shares) + [1.0 + 0.21 * len(means)]
+    with plt.rc_context(STYLE):
+        figure = new_figure(sum(heights))
+        axes = figure.subplots(len(heights), 1, height_ratios=heights)
+        for axis, probs, names in zip(axes, shares, labels, strict=False):
+            image = axis.imshow(probs.T.numpy(), aspect="auto", vmin=0, vmax=1)
+            axis.set(ylabel="step", yticks=range(probs.shape[-1]))
+            if len(names):
+                axis.set_xticks(range(len(names)), names, fontsize="x-small")
+            else:
+                axis.set_xlabel("position")
+        colour_bar(image, list(axes[:-1]), "P(step | position)")
+        axes[-1].barh(means[label], means["value"], height=0.6)
+        axes[-1].set(xlabel=f"mean step of a {label}, from 0")
+        axes[-1].invert_yaxis()
     return figure

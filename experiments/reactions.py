@@ -20,6 +20,7 @@ from orderppl import Denoiser, Policy, decode
 from orderppl.data import Examples, Reactions
 from orderppl.data.smiles import smiles_problem
 from orderppl.evaluation.results import results_table, write_results
+from orderppl.figures import save_figure
 from orderppl.models import GroupedNetwork, OpeningPlan, ScanNetwork
 from orderppl.models.denoisers import ReactionDenoiser
 from orderppl.policies import Plan, Ranked, ScanPlan
@@ -114,7 +115,7 @@ def main(
     seen = [own[latent] for own, latent in zip(shares, chosen.latent, strict=True)]
     rows_shown = zip(chosen.tokens, chosen.latent, strict=True)
     labels = [[test.spell(token) for token in tokens[latent].tolist()] for tokens, latent in rows_shown]
-    figure_of(seen, labels, means, "kind").savefig(out / "order.png", dpi=150)
+    save_figure(figure_of(seen, labels, means, "kind"), out / "order.svg")
     label = {"task": "reactions", "family": family, "rows": rows}
     config = {**label, "steps": steps, "groups": groups, "seed": seed, "lr": lr, "bonus": bonus}
     write_results(out, "reactions", config, pd.concat([records, pd.DataFrame(free), means]).assign(**label))

@@ -30,6 +30,7 @@ from orderppl import Denoiser, evaluate, fit
 from orderppl.data import Sudoku
 from orderppl.evaluation import Arm, advantages, frontier_figure, summary, sweep
 from orderppl.evaluation.results import plain_records, write_results
+from orderppl.figures import save_figure
 from orderppl.guides import PolicyGuide
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, ScanNetwork, UnmaskingModel
 from orderppl.models.denoisers import load_denoiser
@@ -140,7 +141,7 @@ def main(
     labels = {"task": "sudoku", "puzzles": puzzles}
     records = plain_records(pd.concat([summary(table), advantages(table, TARGETS)]).assign(**labels))
     write_results(out, "sudoku", {**labels, "seeds": seeds, "rows": rows, "updates": updates}, records)
-    frontier_figure(table).savefig(out / "frontier.png", dpi=100)
+    save_figure(frontier_figure(table), out / "frontier.svg")
     print(markdown(COMPARED, list(compared(records))))
 
 

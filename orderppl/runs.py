@@ -158,6 +158,7 @@ class Run:
         policy: what decodes; None of a denoiser's run.
         model: of a fit.
         guide: of a fit.
+        builder: makes what the config describes.
     """
 
     folder: Path

@@ -1,8 +1,11 @@
 """docs/results: every folder has records that load, a README that says what they say, and denoisers that decode."""
 
 import re
+import shutil
 from pathlib import Path
 
+import matplotlib
+import pictures
 import pytest
 import tables
 import torch
@@ -21,6 +24,10 @@ FOLDERS = sorted(path for path in RESULTS.iterdir() if path.is_dir())
 DENOISERS = [path for path in FOLDERS if (path / "denoiser").is_dir()]
 LARGEST = 15 * 2**20  # bytes, all together
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+PICTURE = re.compile(r"!\[[^\]]{10,}\]\(([^)]+)\)")
+WRITTEN = re.compile(r">([^<>]+)</text>")
+COMMAND = re.compile(r"```sh\n[^`]*(python experiments/|orderppl |make quickstart)")
+LARGEST_PICTURE = 60_000  # bytes
 LINK = re.compile(r"\]\(([^)#]+)\)")
 
 
@@ -46,7 +53,7 @@ def test_there_is_nothing_but_readmes_records_pictures_and_denoisers() -> None:
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert (folder / "README.md").is_file(), folder
         others = [path for path in files if not str(path.relative_to(folder)).endswith(known)]
-        assert len(others) <= 1 and all(path.suffix == ".png" for path in others), others
+        assert [path.name for path in others] == ["picture.svg"], f"python experiments/pictures.py --folder {folder}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -69,11 +76,25 @@ def test_the_numbers_of_a_table_are_in_the_records(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_links_and_pictures_of_a_readme_are_there(folder: Path) -> None:
-    links = LINK.findall((folder / "README.md").read_text("utf-8"))
+def test_a_readme_shows_its_picture_and_a_command_and_its_links_are_there(folder: Path) -> None:
+    text = (folder / "README.md").read_text("utf-8")
+    links = LINK.findall(text)
     assert all((folder / link).is_file() for link in links), links
-    pictures = {path.name for path in folder.glob("*.png")}
-    assert pictures <= set(links)
+    assert PICTURE.findall(text) == ["picture.svg"]
+    assert COMMAND.search(text)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_picture_is_what_its_command_draws(folder: Path, tmp_path: Path) -> None:
+    """To the last byte with the matplotlib that drew it; with another one by all that is written in it."""
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("denoiser"))
+    pictures.main(copy)
+    kept, drawn = ((place / "picture.svg").read_text("utf-8") for place in (folder, copy))
+    assert sorted(WRITTEN.findall(kept)) == sorted(WRITTEN.findall(drawn)), "python experiments/pictures.py"
+    if f"Matplotlib v{matplotlib.__version__}," in kept:
+        assert kept == drawn, "python experiments/pictures.py"
+    assert "prefers-color-scheme: dark" in kept and len(kept) < LARGEST_PICTURE
 
 
 @pytest.mark.parametrize("folder", DENOISERS, ids=lambda folder: folder.name)

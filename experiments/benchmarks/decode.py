@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from orderppl import decode
 
-from timing import Records, Rounds, command, finish, interval_figure, take_turns
+from timing import Records, Rounds, command, finish, take_turns
 
 POLICIES = ("random", "top_prob", "entropy", "threshold")
 DECODE, FORWARDS, NEEDED, REFERENCE = "decode", "forwards", "needed forwards", "reference loop"
@@ -45,7 +45,7 @@ def main(
     `row_forward_ratio` is the sequences that pass through the denoiser over the sum of the rows' own NFE, at least 1.
 
     Args:
-        out: folder for results.json and decode.png.
+        out: folder for results.json.
         vocab_sizes: token classes V, MASK included.
         small: the small denoiser, 0.6M parameters without the vocabulary.
         large: the large denoiser, 10M parameters without the vocabulary.
@@ -73,9 +73,6 @@ def main(
     once = {"rows": ("denoiser", "prompt_once"), "columns": ("metric", "of"), "prompt_once": True}
     once |= {"metrics": ("time_ratio", "cpu_time_ratio"), "title": "Prompts read once"}
     finish(out, "decode", config, records, [*tables, computed, once])
-    if out is not None:
-        shown = [record | {"case": f"{record['denoiser']}\nV={record['vocab_size']}"} for record in records]
-        interval_figure(out / "decode.png", shown, x="case", lines=("policy",), metric="time_ratio", prompt_once=False)
 
 
 def measure(labels: dict[str, Any], size: Size, shape: Shape, rounds: Rounds, device: str) -> Records:

@@ -22,7 +22,7 @@ from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import Plan
 
-from timing import Records, command, finish, interval_figure
+from timing import Records, command, finish
 
 KL_WEIGHT = 0.05  # a plan's entropy bonus, small at the end
 Name = Literal["chain", "antibodies", "reactions", "programs", "sudoku"]
@@ -53,7 +53,7 @@ def main(
     orders of held-out sequences, from one start per seed.
 
     Args:
-        out: folder for results.json and estimators.png.
+        out: folder for results.json.
         tasks: on which the noise is measured.
         draws: gradients per state.
         particles: orders per sequence, K.
@@ -82,9 +82,6 @@ def main(
     biases = {"rows": ("task", "estimator"), "columns": ("metric",), "metrics": ("bias_z", "bias"), "title": "Bias"}
     learned = {"rows": ("task", "training_seed"), "columns": ("estimator",), "metrics": ("path_nats",)}
     finish(out, "estimators", config, records, [*tables, biases, learned | {"title": "Learned, nats per token"}])
-    if out is not None:
-        shown = [record | {"case": f"{record['task']}\n{record.get('state', '')}"} for record in records]
-        interval_figure(out / "estimators.png", shown, x="case", lines=("estimator",), metric="relative_sd")
 
 
 def measure(name: str, task: Task, draws: int, particles: int, updates: int) -> Records:

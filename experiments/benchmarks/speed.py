@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from updates import BY_HAND, LIBRARY, MODES, Axis, Case, Shape, Size, make_updates
 
-from timing import Records, Rounds, command, finish, interval_figure, peak_bytes, random_batch, take_turns
+from timing import Records, Rounds, command, finish, peak_bytes, random_batch, take_turns
 
 BARE = "bare forwards"
 
@@ -44,7 +44,7 @@ def main(
     `--axes '[steps]' --steps '[2, 8]'` takes two minutes, the defaults a quarter of an hour.
 
     Args:
-        out: folder for results.json and speed.png.
+        out: folder for results.json.
         axes: what is varied.
         steps: step budgets T of the axis steps.
         lengths: response lengths of the axis length.
@@ -79,9 +79,6 @@ def main(
     costs = {"metrics": ("seconds", "peak_megabytes", "denoiser_rows"), "columns": ("metric", "variant")}
     tables = [ratios | {"title": "SVI update / ...", "rows": rows}, costs | {"title": "Costs", "rows": rows}]
     finish(out, "speed", config, records, tables)
-    if out is not None:
-        lines = ("mode", "denoiser")
-        interval_figure(out / "speed.png", records, x="steps", lines=lines, metric="time_ratio", axis="steps")
 
 
 def measure(case: Case, rounds: Rounds, device: str) -> Records:

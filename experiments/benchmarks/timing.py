@@ -184,26 +184,3 @@ def finish(
             console.print(results_table(shown, **layout))
     if out is not None:
         console.print(f"{len(records)} records in {write_results(out, name, config, records)}")
-
-
-def interval_figure(path: Path, records: Records, x: str, lines: Sequence[str], **wanted: object) -> None:
-    """Draw values with their intervals over a label, one panel for each thing (`of`) that they are relative to."""
-    import matplotlib.pyplot as plt
-
-    shown: Any = [r for r in records if all(r.get(key) == value for key, value in wanted.items())]
-    if not shown:
-        return
-    others, places = (list(dict.fromkeys(record[key] for record in shown)) for key in ("of", x))
-    figure, panels = plt.subplots(1, len(others), figsize=(5 * len(others), 3.6), squeeze=False, layout="constrained")
-    for panel, other in zip(panels[0], others, strict=True):
-        for name in dict.fromkeys(tuple(str(record[key]) for key in lines) for record in shown):
-            points = [r for r in shown if r["of"] == other and tuple(str(r[key]) for key in lines) == name]
-            bars = [[r["value"] - r["low"] for r in points], [r["high"] - r["value"] for r in points]]
-            middle = [r["value"] for r in points]
-            panel.errorbar([places.index(r[x]) for r in points], middle, bars, marker=".", label=", ".join(name))
-        panel.axhline(1.0, color="0.6", linewidth=0.8)
-        panel.set_xticks(range(len(places)), [str(place) for place in places], fontsize="x-small")
-        panel.set(xlabel=x, title=f"{wanted['metric']}, of {other}", ylim=(0, None))
-    panels[0][-1].legend(fontsize="x-small")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from orderppl.cli.assemble import Known, check_device, make_data, make_denoiser
@@ -22,7 +21,7 @@ from orderppl.errors import UserError
 from orderppl.evaluation import Arm, advantages, evaluate, frontier_figure, summary, sweep
 from orderppl.evaluation.arms import standard_heuristics
 from orderppl.evaluation.table import metrics_of, pass_at_k
-from orderppl.files import appearing
+from orderppl.figures import save_figure
 from orderppl.identity import identity_of
 from orderppl.policies import PriceRange
 from orderppl.runs import Run
@@ -155,10 +154,7 @@ def report(config: Config, tables: dict[str, pd.DataFrame], out: Path) -> None:
         found.append(pass_at_k(tables["sampled"], config.k))
     write_csv(out / "table.csv", table)
     write_table(out, "frontier", pd.concat(found, ignore_index=True), asdict(config))
-    figure = frontier_figure(table, metrics)
-    with appearing(out / "frontier.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+    save_figure(frontier_figure(table, metrics), out / "frontier.svg")
     for lines, title, columns in _shown(means, gains, found[2:]):
         show(lines, columns, title)
     print(f"files: {out}")

@@ -22,7 +22,7 @@ class Config:
     (`advantage`, positive is better), paired over rows, the choice of the best heuristic included. Tune on
     --split validation; look at the test rows once. Runs that differ in their seed alone are training seeds of one
     order. Finished parts are kept in the folder: repeat the command after a kill, or with more arms, and it goes on.
-    The folder then has table.csv (one line per arm and row), results.json (means, advantages) and frontier.png.
+    The folder then has table.csv (one line per arm and row), results.json (means, advantages) and frontier.svg.
 
     Args:
         runs: run folders, or folders or hub names of shared orders; that of a denoiser for heuristics alone.

@@ -63,7 +63,13 @@ def answers_match(prediction: str, reference: str, flexible: bool = False) -> bo
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str], flexible: bool = False) -> Tensor:
-    """Compare the answers of predictions and references as numbers: float64 [N], 1 where they are equal."""
+    """Compare the answers of predictions and references as numbers: float64 [N], 1 where they are equal.
+
+    Args:
+        predictions: texts.
+        references: as many texts.
+        flexible: the last number of a prediction is its answer; else the one behind `####`.
+    """
     return graded(predictions, references, lambda text, reference: answers_match(text, reference, flexible))
 
 
@@ -73,7 +79,12 @@ def flexible_match(predictions: Sequence[str], references: Sequence[str]) -> Ten
 
 
 def same_text(predictions: Sequence[str], references: Sequence[str]) -> Tensor:
-    """Compare texts letter by letter, white space at both ends apart: float64 [N]."""
+    """Compare texts letter by letter, white space at both ends apart: float64 [N].
+
+    Args:
+        predictions: texts.
+        references: as many texts.
+    """
     return graded(predictions, references, lambda text, reference: text.strip() == reference.strip())
 
 

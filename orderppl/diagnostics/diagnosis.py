@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +24,7 @@ from orderppl.diagnostics.inference_data import to_inference_data
 from orderppl.diagnostics.statistics import Numbers, alarms, defined, number, summarise
 from orderppl.diagnostics.training import read_log, training_trace
 from orderppl.errors import UserError
-from orderppl.files import appearing, write_text
+from orderppl.files import write_text
 from orderppl.inference.programs import Program
 from orderppl.inference.trainer import module_device
 from orderppl.policies import Policy, Ranked
@@ -58,11 +57,10 @@ class Diagnosis:
         verdict = self.numbers.get("k_hat_largest", {}).get("verdict", "too few draws for k-hat")
         return f"Diagnosis({len(self.numbers)} numbers; {'; '.join([verdict, *self.alarms])})"
 
-    def figures(self) -> dict[str, bytes]:
-        """Every figure there are data for, as PNG by its name."""
-        from matplotlib import pyplot as plt
-
+    def figures(self) -> dict[str, str]:
+        """Every figure there are data for, as SVG by its name."""
         from orderppl.diagnostics import plots
+        from orderppl.figures import to_svg
 
         data, groups = self.data, self.data.groups()
         makers: dict[str, Callable[[], Any]] = {
@@ -78,12 +76,9 @@ class Diagnosis:
             try:
                 ax = maker()
             except UserError as error:  # something it shows is not there
-                self.left_out[f"{name}.png"] = str(error)
+                self.left_out[f"{name}.svg"] = str(error)
                 continue
-            buffer = io.BytesIO()
-            ax.figure.savefig(buffer, format="png", dpi=200)
-            plt.close(ax.figure)
-            found[name] = buffer.getvalue()
+            found[name] = to_svg(ax.figure)
         return found
 
     def write(self, out: str | os.PathLike[str]) -> Path:
@@ -94,15 +89,14 @@ class Diagnosis:
             "data": DATA_FILE,
             "alarms": self.alarms,
             "numbers": self.numbers,
-            "figures": [f"{name}.png" for name in figures],
+            "figures": [f"{name}.svg" for name in figures],
             "left_out": self.left_out,
         }
         document = json.dumps(summary, indent=1, allow_nan=False) + "\n"
         out.mkdir(parents=True, exist_ok=True)
         save(self.data, out / DATA_FILE)
         for name, image in figures.items():
-            with appearing(out / f"{name}.png") as temporary:
-                temporary.write_bytes(image)
+            write_text(out / f"{name}.svg", image)
         write_text(out / SUMMARY_FILE, document)
         return out
 

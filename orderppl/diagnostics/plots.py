@@ -1,7 +1,7 @@
 """Figures of an InferenceData.
 
-As in arviz, every function takes the data and an `ax`, makes one when there is none, and returns it. Colours are those
-of Okabe and Ito, maps cividis: both can be told apart without red and green. Sizes fit a column of a paper.
+As in arviz, every function takes the data and an `ax`, makes one when there is none, and returns it. The style is that
+of `orderppl.figures`, whose `save_figure` writes a file for light and dark pages.
 """
 
 from __future__ import annotations
@@ -20,20 +20,8 @@ from orderppl.diagnostics.importance import importance_report
 from orderppl.diagnostics.order import SAMPLE
 from orderppl.diagnostics.statistics import STATISTICS
 from orderppl.errors import UserError
+from orderppl.figures import COLOURS, HEIGHT, INK, STYLE, colour_bar, new_figure
 
-COLUMN = 3.4
-HEIGHT = 2.4
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#f0e442")
-STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 SHOWN_TOKENS = 32  # with more positions their tokens would overlap
 
 
@@ -44,7 +32,7 @@ def _drawing(ax: Axes | None, height: float = HEIGHT) -> Iterator[Axes]:
         yield ax
         return
     with plt.rc_context(STYLE):
-        yield plt.subplots(figsize=(COLUMN, height), layout="constrained")[1]
+        yield new_figure(height).subplots()
 
 
 def plot_order(data: InferenceData, ax: Axes | None = None, *, sequence: int | None = None) -> Axes:
@@ -57,20 +45,26 @@ def plot_order(data: InferenceData, ax: Axes | None = None, *, sequence: int | N
     """
     probs, chosen = _one(data, "step_probs", sequence)
     with _drawing(ax) as ax:
-        image = ax.imshow(probs.T, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-        ax.figure.colorbar(image, ax=ax, label="P(step | position)")
+        image = ax.imshow(probs.T, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="none")
+        colour_bar(image, ax, "P(step | position)")
         ax.set(ylabel="step", yticks=range(probs.sizes["step"]), title=f"sequence {chosen}")
         _label_positions(ax, probs, "x")
         return ax
 
 
 def plot_precedence(data: InferenceData, ax: Axes | None = None, *, sequence: int | None = None) -> Axes:
-    """Matrix of P(r_i < r_j): row i, column j; see `plot_order`."""
+    """Matrix of P(r_i < r_j): row i, column j.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+        sequence: label of one sequence; the longest when left out.
+    """
     first, chosen = _one(data, "precedence", sequence)
     first = first.isel(other=[int(np.flatnonzero(first["other"] == place)[0]) for place in first["position"].values])
     with _drawing(ax, HEIGHT * 1.2) as ax:
-        image = ax.imshow(first, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-        ax.figure.colorbar(image, ax=ax, label="P(row before column)")
+        image = ax.imshow(first, cmap="cividis", vmin=0, vmax=1, interpolation="none")
+        colour_bar(image, ax, "P(row before column)")
         ax.set(title=f"sequence {chosen}")
         _label_positions(ax, first, "x")
         _label_positions(ax, first, "y")
@@ -78,19 +72,29 @@ def plot_precedence(data: InferenceData, ax: Axes | None = None, *, sequence: in
 
 
 def plot_steps_used(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """Histogram of the number of steps that an order uses, over draws and sequences."""
+    """Histogram of the number of steps that an order uses, over draws and sequences.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     used = group(data, "sample_stats")["steps_used"].values.ravel()
     budget = int(data["sample_stats"].attrs["num_steps"])
     with _drawing(ax) as ax:
         ax.bar(range(1, budget + 1), np.bincount(used, minlength=budget + 1)[1:] / len(used), color=COLOURS[0])
-        ax.axvline(used.mean(), color=COLOURS[6], linestyle="--", linewidth=1, label=f"mean {used.mean():.2f}")
+        ax.axvline(used.mean(), color=INK, linestyle="--", linewidth=1, label=f"mean {used.mean():.2f}")
         ax.set(xlabel="steps used", ylabel="share of orders", xticks=_few(range(1, budget + 1)))
-        ax.legend(frameon=False)
+        ax.legend()
         return ax
 
 
 def plot_set_sizes(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """Tokens revealed at each step: mean, and where 80% of orders and sequences lie."""
+    """Tokens revealed at each step: mean, and where 80% of orders and sequences lie.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     sizes = group(data, STATISTICS)["set_sizes"].stack(order=(*SAMPLE, "sequence"))
     mean = sizes.mean("order").values
     low, high = np.quantile(sizes.transpose("step", "order").values, [0.1, 0.9], axis=1)
@@ -98,13 +102,18 @@ def plot_set_sizes(data: InferenceData, ax: Axes | None = None) -> Axes:
         steps = sizes["step"].values
         ax.bar(steps, mean, color=COLOURS[0])
         spread = np.maximum([mean - low, high - mean], 0)  # a mean can be outside
-        ax.errorbar(steps, mean, yerr=spread, fmt="none", ecolor=COLOURS[6], elinewidth=1, capsize=2)
+        ax.errorbar(steps, mean, yerr=spread, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
         ax.set(xlabel="step", ylabel="tokens revealed", xticks=_few(steps))
         return ax
 
 
 def plot_token_types(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """When each kind of token is revealed: mean of (step + 1) / steps used, earliest on top."""
+    """When each kind of token is revealed: mean of (step + 1) / steps used, earliest on top.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     stats = group(data, STATISTICS)
     place = stats["type_place"].sortby(stats["type_place"], ascending=False)
     with _drawing(ax) as ax:
@@ -117,7 +126,12 @@ def plot_token_types(data: InferenceData, ax: Axes | None = None) -> Axes:
 
 
 def plot_pareto_k(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """k-hat of every sequence and its threshold; filled where `trusted`, triangles where k is not finite."""
+    """k-hat of every sequence and its threshold; filled where `trusted`, triangles where k is not finite.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     weights = group(data, "sample_stats")["log_weight"]
     report = importance_report(weights, group(data, "sample_stats_prior")["log_weight"])
     shape, trusted = report["pareto_k"].values, report["trusted"].values
@@ -128,20 +142,24 @@ def plot_pareto_k(data: InferenceData, ax: Axes | None = None) -> Axes:
     places = np.arange(len(shape))
     with _drawing(ax) as ax:
         for mark, chosen in (("o", np.isfinite(shape)), ("v", np.isneginf(shape)), ("^", np.isposinf(shape))):
-            for kept, colour, face in ((trusted, COLOURS[0], COLOURS[0]), (~trusted, COLOURS[5], "none")):
+            for kept, colour, face in ((trusted, COLOURS[0], COLOURS[0]), (~trusted, COLOURS[1], "none")):
                 some = chosen & kept
                 ax.scatter(places[some], height[some], s=14, marker=mark, edgecolors=colour, facecolors=face)
-        ax.axhline(threshold, color=COLOURS[6], linestyle="--", linewidth=1)
-        ax.text(
-            1, threshold, f"{threshold:.2f}", va="bottom", ha="right", fontsize=7, transform=ax.get_yaxis_transform()
-        )
+        ax.axhline(threshold, color=INK, linestyle="--", linewidth=1)
+        at_end: Any = {"va": "bottom", "ha": "right", "fontsize": "small", "transform": ax.get_yaxis_transform()}
+        ax.text(1, threshold, f"{threshold:.2f}", **at_end)
         ax.set(xlabel="sequence", ylabel="Pareto k", ylim=(low, high), xticks=_few(places))
         ax.set_title(f"{int(trusted.sum())} of {len(shape)} trusted (filled)")
         return ax
 
 
 def plot_elbo_parts(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """ELBO, log-likelihood and minus the KL over the updates of a fit, from the group `training`."""
+    """ELBO, log-likelihood and minus the KL over the updates of a fit, from the group `training`.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     trace = group(data, "training")
     names = {"elbo": "ELBO", "log_likelihood": "log-likelihood", "kl": "minus KL"}
     if not set(names) & set(trace):
@@ -154,41 +172,58 @@ def plot_elbo_parts(data: InferenceData, ax: Axes | None = None) -> Axes:
                 ax.plot(values.index, values, color=colour, alpha=0.25, linewidth=0.7)
                 ax.plot(values.index, smooth, color=colour, linewidth=1.3, label=label)
         ax.set(xlabel="update", ylabel="nats per sequence")
-        ax.legend(frameon=False)
+        ax.legend()
         return ax
 
 
 def plot_gradient(data: InferenceData, ax: Axes | None = None) -> Axes:
-    """Standard deviation of the gradient, and the norm of its running mean, from the group `training`."""
+    """Standard deviation of the gradient, and the norm of its running mean, from the group `training`.
+
+    Args:
+        data: from `to_inference_data`.
+        ax: where to draw.
+    """
     trace = group(data, "training")
     if "grad_variance" not in trace:
         raise UserError("training", "has no grad_variance", "fit by Adam, and see `training_trace`")
     with _drawing(ax) as ax:
         known = trace["grad_variance"].dropna("update")
         mean = trace["grad_mean_norm"].sel(update=known["update"])
-        ax.plot(known["update"], np.sqrt(known), color=COLOURS[5], marker=".", label="standard deviation")
+        ax.plot(known["update"], np.sqrt(known), color=COLOURS[1], marker=".", label="standard deviation")
         ax.plot(known["update"], mean, color=COLOURS[0], marker=".", label="norm of the mean")
         ax.set(xlabel="update", ylabel="gradient", yscale="log")
-        ax.legend(frameon=False)
+        ax.legend()
         return ax
 
 
 def plot_bound_curve(curve: xr.Dataset, ax: Axes | None = None) -> Axes:
-    """L_K against K with two standard errors, and the evidence where it is known; see `bound_curve`."""
+    """L_K against K with two standard errors, and the evidence where it is known.
+
+    Args:
+        curve: from `bound_curve`.
+        ax: where to draw.
+    """
     with _drawing(ax) as ax:
         mean, error = curve["mean_bound"], curve["mean_standard_error"].fillna(0.0)
         ax.fill_between(curve["K"], mean - 2 * error, mean + 2 * error, color=COLOURS[0], alpha=0.2, linewidth=0)
         ax.plot(curve["K"], mean, color=COLOURS[0], marker="o", markersize=3, linewidth=1.1, label="bound")
         if "evidence" in curve:
             exact = float(curve["evidence"].mean())
-            ax.axhline(exact, color=COLOURS[6], linestyle="--", linewidth=1, label="log evidence")
+            ax.axhline(exact, color=INK, linestyle="--", linewidth=1, label="log evidence")
         ax.set(xlabel="orders K", ylabel="nats per sequence", xscale="log")
-        ax.legend(frameon=False)
+        ax.legend()
         return ax
 
 
 def plot_ranks(calibration: xr.Dataset, function: str, ax: Axes | None = None, *, bins: int = 16) -> Axes:
-    """Histogram of one test function's ranks, and where 99% of the bars of a calibrated guide lie; see `calibrate`."""
+    """Histogram of one test function's ranks, and where 99% of the bars of a calibrated guide lie.
+
+    Args:
+        calibration: from `calibrate`.
+        function: of the test functions.
+        ax: where to draw.
+        bins: of the histogram.
+    """
     from scipy.stats import binom
 
     ranks = calibration["rank"].sel(function=function).values
@@ -197,7 +232,7 @@ def plot_ranks(calibration: xr.Dataset, function: str, ax: Axes | None = None, *
     low, high = (binom.ppf(level, len(ranks), expected) for level in (0.005, 0.995))
     with _drawing(ax) as ax:
         ax.stairs(np.histogram(ranks, edges - 0.5)[0], edges, color=COLOURS[0], fill=True)
-        ax.stairs(high, edges, baseline=low, color=COLOURS[6], fill=True, alpha=0.25)
+        ax.stairs(high, edges, baseline=low, color=INK, fill=True, alpha=0.25)
         p_value = float(calibration["p_value"].sel(function=function))
         ax.set(xlabel=f"rank of {function}", ylabel="simulations", title=f"p = {p_value:.2g}")
         return ax
@@ -220,9 +255,10 @@ def _label_positions(ax: Axes, values: xr.DataArray, axis: str) -> None:
     ax.set(**{f"{axis}label": "position to reveal"})
     if "token" not in values.coords or values.sizes["position"] > SHOWN_TOKENS:
         return
+    ax.set(**{f"{axis}label": "position to reveal, by its token"})
     ax.set(**{f"{axis}ticks": range(values.sizes["position"]), f"{axis}ticklabels": values["token"].values})
     if values.sizes["position"] > SHOWN_TOKENS // 2:
-        (ax.xaxis if axis == "x" else ax.yaxis).set_tick_params(labelsize=5)
+        (ax.xaxis if axis == "x" else ax.yaxis).set_tick_params(labelsize="x-small")
     if axis == "x" and max(map(len, values["token"].values)) > 2:
         ax.tick_params(axis="x", rotation=90)
 

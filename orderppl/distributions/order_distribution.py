@@ -60,6 +60,7 @@ class OrderDistribution(dist.TorchDistribution):
     Args:
         masked: bool [*, S], positions masked before the first step.
         num_steps: T.
+        validate_args: check arguments and values, as in torch; None: as `torch.distributions` is set.
 
     Attributes:
         has_steps: whether the distribution of a set given those before it is known; a distribution without defines

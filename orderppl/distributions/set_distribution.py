@@ -21,6 +21,7 @@ class SetDistribution(dist.TorchDistribution):
 
     Args:
         masked: bool [*, S], M.
+        validate_args: check arguments and values, as in torch; None: as `torch.distributions` is set.
 
     Attributes:
         non_empty: whether at least one position is revealed for sure while any is masked.

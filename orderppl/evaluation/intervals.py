@@ -15,7 +15,13 @@ _CHUNK = 2**24  # entries of a float table of resampled rows held at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the percentile interval of its bootstrap distribution."""
+    """A mean and the percentile interval of its bootstrap distribution.
+
+    Attributes:
+        value: the mean.
+        low: lower end of the interval.
+        high: upper end.
+    """
 
     value: float
     low: float

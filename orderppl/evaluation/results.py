@@ -79,6 +79,9 @@ def write_results(
 def read_results(out: str | Path) -> dict[str, Any]:
     """Read `out/results.json` back.
 
+    Args:
+        out: the run folder.
+
     Raises:
         UserError: there is no such file, or it is damaged.
     """

@@ -373,8 +373,10 @@ def diagnosis(path: Path, folder: Path) -> list[Markup]:
 def figure(path: Path, folder: Path) -> Markup:
     """A figure of the run."""
     name = path.stem.replace("_", " ").replace("-", " ")
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = tag("img", src=f"data:{FIGURES[path.suffix]};base64,{data}", alt=f"Figure: {name}")
+    content = path.read_bytes()
+    source = f"data:{FIGURES[path.suffix]};base64,{base64.b64encode(content).decode()}"
+    ground = None if b"prefers-color-scheme" in content else "paper"  # drawn for white pages
+    image = tag("img", src=source, alt=f"Figure: {name}", class_=ground)
     return tag("figure", image, tag("figcaption", f"{name}. Source: ", tag("code", _named(path, folder))))
 
 

@@ -91,7 +91,7 @@ def test_an_own_guide_through_every_command(shell, small_chain) -> None:
         "--heuristics",
         "[{policy: Threshold, tau: [0.5, 0.9]}]",
     )
-    assert Path("runs/frontier/frontier.png").stat().st_size > 1000
+    assert Path("runs/frontier/frontier.svg").stat().st_size > 1000
     shell.fine("diagnose", "runs/mine", "--rows", 2, "--draws", 4, "--state_draws", 2, "--correlation_draws", 1)
     assert "alarms" in json.loads(Path("runs/mine/results/diagnosis/summary.json").read_text())
     shell.fine("report", "runs/mine", "--problems", 1)

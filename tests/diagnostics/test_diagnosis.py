@@ -56,8 +56,8 @@ def test_a_run_is_diagnosed(runs: Path, tmp_path: Path, name: str) -> None:
     data = load(out / summary["data"])
     assert {"posterior", "prior", "order_statistics", "states", "correlation", "path", "exact"} <= set(data.groups())
     assert data["posterior"]["reveal_step"].shape == (2, 20, 3, 6)
-    assert {f"{figure}.png" for figure in FIGURES} <= set(summary["figures"])
-    assert all((out / figure).read_bytes().startswith(b"\x89PNG") for figure in summary["figures"])
+    assert {f"{figure}.svg" for figure in FIGURES} <= set(summary["figures"])
+    assert all((out / figure).read_text("utf-8").startswith("<svg") for figure in summary["figures"])
     assert {path.name for path in out.iterdir()} == {"draws.nc", "summary.json", *summary["figures"]}
 
     numbers = summary["numbers"]
@@ -76,13 +76,13 @@ def test_a_run_is_diagnosed(runs: Path, tmp_path: Path, name: str) -> None:
     if name == "plan":
         assert numbers["training_elbo"]["value"] == pytest.approx(float(data["training"]["elbo"].mean()))
         assert data["training"].attrs["grad_clip"] == 1.0
-        assert {"elbo_parts.png", "gradient.png", "calibration.png"} <= set(summary["figures"])
+        assert {"elbo_parts.svg", "gradient.svg", "calibration.svg"} <= set(summary["figures"])
         assert data["calibration"]["rank"].shape == (8, 80)
         smallest = min(1.0, 8 * float(data["calibration"]["p_value"].min()))
         assert numbers["calibration_p"]["value"] == pytest.approx(smallest)
     else:
         assert "no such file" in summary["left_out"]["training"]
-        assert {"elbo_parts.png", "gradient.png"} <= set(summary["left_out"])
+        assert {"elbo_parts.svg", "gradient.svg"} <= set(summary["left_out"])
         assert numbers["kl"]["value"] == pytest.approx(0, abs=1e-5)  # the policy is its own guide
 
 
@@ -95,7 +95,7 @@ def test_a_pair_is_diagnosed_without_a_folder() -> None:
     assert set(found.figures()) >= FIGURES
     plain = diagnose((model, guide), chain_batch(2, 4), num_samples=3)
     assert set(plain.left_out) == {"training"} and "k_hat_largest" not in plain.numbers
-    assert "pareto_k" not in plain.figures() and "at least 25" in plain.left_out["pareto_k.png"]
+    assert "pareto_k" not in plain.figures() and "at least 25" in plain.left_out["pareto_k.svg"]
 
 
 def test_examples_bring_their_tokens(runs: Path) -> None:

@@ -14,6 +14,7 @@ from orderppl.diagnostics import bound_curve, calibrate, plots, to_inference_dat
 from orderppl.diagnostics.backend import InferenceData, add_groups
 from orderppl.diagnostics.training import training_trace
 from orderppl.errors import UserError
+from orderppl.figures import WIDTH
 
 from chain_programs import chain_batch, chain_programs, plan_guide, with_holes
 
@@ -54,7 +55,7 @@ FUNCTIONS = (
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_figures_take_an_ax_or_make_one(data, function):
     own = function(data)
-    assert own.figure.get_size_inches()[0] == plots.COLUMN
+    assert own.figure.get_size_inches()[0] == WIDTH
     own.figure.canvas.draw()
     assert own.get_xlabel()
     assert own.get_ylabel() or function is plots.plot_token_types

@@ -9,11 +9,11 @@ import pytest
 from matplotlib.colors import to_hex
 
 from orderppl.errors import UserError
-from orderppl.evaluation import frontier_figure
+from orderppl.evaluation import frontier, frontier_figure
+from orderppl.evaluation.figures import best_heuristic
+from orderppl.figures import GREY
 
 from measured_rows import arm, together
-
-GREY = to_hex("0.8")
 
 
 def many_families(count: int = 14) -> pd.DataFrame:
@@ -33,13 +33,13 @@ def many_families(count: int = 14) -> pd.DataFrame:
 
 def test_at_most_eight_curves_have_names_and_the_rest_is_grey() -> None:
     figure = frontier_figure(many_families(), highlight=["h0"])
-    labels = {text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()}
-    assert {"h0", "l", "best heuristic"} <= labels and len(labels) == 8
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"h0", "l", "best heuristic", "oracle, sees the truth"} <= labels and len(labels) == 8
     for axis in figure.axes:
         curves = {to_hex(line.get_color()) for line in axis.lines if not line.get_label().startswith("_")}
         assert GREY not in curves
         grey = [line for line in axis.lines if to_hex(line.get_color()) == GREY]
-        assert len(grey) >= 2 * (14 + 1 - 7)  # a line and its points for each of the others
+        assert len(grey) >= 2 * (14 + 1 - 6)  # a line and its points for each of the others
     plt.close(figure)
 
 
@@ -56,8 +56,20 @@ def test_curves_go_through_their_points() -> None:
     x, y = lines["best heuristic"].get_data()
     assert np.interp([1.0, 5.0], x, y) == pytest.approx([0.1, 0.5])
     assert lines["l"].get_linewidth() > lines["h"].get_linewidth()
-    assert axis.get_ylabel() == "accuracy"
+    assert axis.get_ylabel() == "accuracy (share of rows)"
     plt.close(figure)
+
+
+def test_the_best_heuristic_is_the_frontier_of_the_means() -> None:
+    table = many_families()
+    arms = (
+        table[table["run"] == "decoding"].groupby(["arm", "family", "kind"], as_index=False)[["nfe", "correct"]].mean()
+    )
+    best = best_heuristic(arms.rename(columns={"correct": "value"}), higher=True)
+    edge = frontier(table, "accuracy", resamples=0)
+    assert len(best) > 20
+    for nfe, value, _ in best.itertuples(index=False):
+        assert value == pytest.approx(edge.best(nfe)[1])  # type: ignore[index]
 
 
 def test_without_heuristics_and_without_anything() -> None:

@@ -223,7 +223,6 @@ def test_speed_measures_every_pair(tmp_path: Path) -> None:
         peaks = chosen(records, "peak_megabytes", axis="smdm", mode=mode, variant="library")
         assert peaks[0]["value"] < peaks[1]["value"]  # frozen, trained
         assert len(chosen(records, "time_ratio", axis="smdm", mode=mode, of="bare forwards")) == 2
-    assert (tmp_path / "speed.png").stat().st_size > 0
 
 
 def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +259,6 @@ def test_decoding_spends_no_forward_in_vain(tmp_path: Path) -> None:
     assert {r["value"] for r in chosen(records, "same_rows")} == {1.0}
     shares = {r["policy"]: r["value"] for r in chosen(records, "head_share", denoiser="10M", vocab_size=20)}
     assert shares["random"] < shares["top_prob"] < 1
-    assert (tmp_path / "decode.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("policy", decode.POLICIES)
@@ -334,7 +332,6 @@ def test_estimators_on_the_chain_and_without_files(tmp_path: Path, capsys: pytes
     wanted = {("chain", state, name) for state in ("start", "half", "learned") for name in names}
     assert {(r["task"], r["state"], r["estimator"]) for r in chosen(records, "gradient_sd")} == wanted
     assert all(0 < r["low"] <= r["value"] <= r["high"] for r in records)
-    assert (tmp_path / "estimators.png").stat().st_size > 0
     shown = capsys.readouterr()
     for task in tasks[1:]:
         assert f"{task} is left out: " in shown.out + shown.err

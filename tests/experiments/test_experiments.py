@@ -67,7 +67,7 @@ def test_antibodies(tmp_path: Path, regions: str | None) -> None:
     assert {"path_nats", "nfe", "advantage", "mean_step"} <= {record["metric"] for record in records}
     shown = {record["region"] for record in records if record["metric"] == "mean_step"}
     assert shown == ({"CDR1", "CDR3"} if regions else set(antibodies.REGIONS))
-    assert (tmp_path / "out" / "order.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "order.svg").stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -31,4 +31,4 @@ def test_sudoku(
     assert isinstance(prices, PriceRange) and (prices.low, prices.high) == (0.03, 0.4)
     assert isinstance(load_run(tmp_path / "seed-0" / "opening").policy, ScanPlan)
     assert "| learned |" in capsys.readouterr().out
-    assert (tmp_path / "frontier.png").stat().st_size > 1000
+    assert (tmp_path / "frontier.svg").stat().st_size > 1000

@@ -1,13 +1,8 @@
-"""The page of a report in a real browser: replay, given tokens, keyboard, phone width, light and dark.
-
-Chromium (Debian's `chromium`, or any other Chrome on the PATH) is driven by playwright.
-"""
+"""The page of a report in a real browser: replay, given tokens, keyboard, phone width, light and dark."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import NEEDS_BROWSER, launched
 
 from orderppl import load_run
 from orderppl.data.dataset import Examples
@@ -25,15 +21,7 @@ from orderppl.report import record_replay
 from orderppl.report.page import page, sections
 from orderppl.unmasking import Batch
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH"),
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
-]
-SWITCHES = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
+pytestmark = NEEDS_BROWSER
 HOSTILE = '<img src="x" onerror="document.title=1">'
 
 
@@ -72,14 +60,9 @@ def replay(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One Chromium with a profile of its own."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=BROWSER, headless=True, args=SWITCHES.split())
-        yield launched
-        launched.close()
+def browser() -> Iterator[Any]:
+    with launched() as found:
+        yield found
 
 
 @pytest.fixture

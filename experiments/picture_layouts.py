@@ -1,0 +1,84 @@
+"""What `pictures.py` draws of every folder of docs/results."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from tables import BASELINES
+
+from orderppl.evaluation.figures import FORWARDS
+
+Where = Mapping[str, Sequence[object]]
+
+
+class Curves(NamedTuple):
+    """Metrics against forwards, or against another label."""
+
+    metrics: str = "path_nats"
+    where: Where = {}
+    xlabel: str = FORWARDS
+
+
+class Dots(NamedTuple):
+    """Values with their intervals: a line for every combination of `rows`, a colour for every `series`."""
+
+    label: str
+    metric: str
+    rows: str
+    series: str = ""
+    where: Where = {}
+    even: float | None = None  # where nothing is gained or lost
+    log: bool = False
+
+
+STEPS = "steps (denoiser forwards per row)"
+FIRST = Curves(where={"training_seed": (None, 0)}, xlabel=f"{STEPS}, training seed 0")
+NATS = "learned order better by, nats per token (paired)"
+PAIRED = Dots(NATS, "advantage", "steps training_seed of", even=0.0)
+REGION = {"run": ("T04-seed0", "T04-seed1", "T04-seed2")}
+LESS = "path_nats less that of the baseline, nats per token"
+GAP = Dots("expected gap to the log evidence, nats per sequence", "expected_gap_nats", "length steps", "arm")
+AT_RANDOM = ("learned", "random", "top_prob", "entropy", "left_to_right", "best fixed order")
+SAME = "time of decoding / time of the other"
+PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold"), "prompt_once": (False,)}
+DECODED = Dots(SAME, "time_ratio", "denoiser vocab_size policy", "of", PLAYED, even=1.0)
+UPDATED = Dots(
+    "time of an update, library / by hand", "time_ratio", "denoiser mode", "steps", {"axis": ("steps",)}, 1.0
+)
+LAYOUTS: dict[str, list[Curves | Dots]] = {
+    "antibodies": [FIRST, Dots("mean step of a region, from 0 (of 4)", "mean_step", "region", "run", REGION)],
+    "antibodies-human": [FIRST, Dots("mean step of a region, from 0", "mean_step", "region", "steps")],
+    "benchmark-decode": [DECODED],
+    "benchmark-estimators": [
+        Dots("noise over that of the default", "relative_sd", "task state", "estimator", even=1.0, log=True)
+    ],
+    "benchmark-speed": [UPDATED],
+    "benchmark-speed-smdm": [Dots("share of the time of an update", "part_share", "part", "mode")],
+    "chain": [GAP],
+    "equations-scan": [Curves(), PAIRED._replace(rows="arm target_nfe", where={"target_nfe": (3.0, 4.0)})],
+    "frontier-equations": [Curves()],
+    "gpu": [UPDATED._replace(where={"benchmark": ("speed",), **UPDATED.where}), DECODED],
+    "gsm8k": [
+        Dots(
+            "path_nats less that of the baseline, nats per token",
+            "path_nats_difference",
+            "form arm",
+            "baseline",
+            BASELINES,
+            0.0,
+        )
+    ],
+    "loops": [FIRST, Dots("mean step of a loop, from 0", "mean_step", "region", "run")],
+    "paper": [
+        Dots("negative bound, nats per problem", "bound_nats", "arm", "training_seed"),
+        Dots("accuracy of the policy alone", "accuracy", "family", "training_seed"),
+    ],
+    "phones": [Curves(xlabel=STEPS), PAIRED._replace(rows="steps training_seed")],
+    "posterior": [Dots("gap to the log evidence, nats per sequence", "gap_nats", "arm", "training_seed")],
+    "quickstart": [
+        Dots("gap to the log evidence, nats per sequence", "gap_nats", "arm", where={"arm": AT_RANDOM}),
+        Dots("antibodies: mean step of a region, from 0", "mean_step", "region"),
+    ],
+    "reactions": [FIRST, Dots("mean step of a kind of token, from 0", "mean_step", "kind", "steps")],
+    "sudoku": [Curves("accuracy path_nats")],
+    "tree": [GAP],
+}
