@@ -22,6 +22,7 @@ from tables import COMPARED, compared, markdown
 from orderppl import evaluate, fit, load_run
 from orderppl.evaluation import Arm, advantages, frontier_figure, summary
 from orderppl.evaluation.results import plain_records, write_results
+from orderppl.figures import save_figure
 from orderppl.guides import PolicyGuide
 from orderppl.inference import Imitation
 from orderppl.models import UnmaskingModel
@@ -102,7 +103,7 @@ def main(
     records = plain_records(found.assign(task=type(loaded[0].data).__name__.lower(), rows=found["arm"].map(spent)))
     config = {"test_rows": len(test), "split": split, "spent": spent, "lr": lr, "speed": speed, "price": price}
     write_results(out, "learned-opponents", config, records)
-    frontier_figure(table).savefig(out / "frontier.png", dpi=100)
+    save_figure(frontier_figure(table), out / "frontier.svg")
     print(markdown(COMPARED, list(compared(records))))
 
 

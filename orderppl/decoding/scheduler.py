@@ -78,6 +78,7 @@ class RevealScheduler:
         self.mask_token_id, self.temperature, self.mode = mask_token_id, temperature, mode
         self.timesteps = torch.empty(0, dtype=torch.int64)
         self._carry: Any = None
+        self._rows: Any = None  # those that are not finished
 
     @property
     def config(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class RevealScheduler:
         """
         if num_inference_steps < 1:
             raise UserError("num_inference_steps", f"a budget of {num_inference_steps} steps", "allow at least 1")
-        self.timesteps = torch.arange(num_inference_steps).flip(0)
+        self.timesteps, self._rows = torch.arange(num_inference_steps).flip(0), None
 
     @torch.no_grad()
     def step(
@@ -129,6 +130,9 @@ class RevealScheduler:
         if model_output.shape[:2] != sample.shape:
             problem = f"{tuple(model_output.shape)} for a sample of {tuple(sample.shape)}"
             raise UserError("model_output", problem, "give logits of every position")
+        if step > 0 and self._rows is None:
+            problem = f"{int(timestep)} before the first one, {num_steps - 1}"
+            raise UserError("timestep", problem, "go through `timesteps` in their order")
         masked = sample == self.mask_token_id
         if attention_mask is not None:
             masked = masked & attention_mask.bool()

@@ -142,3 +142,13 @@ def test_the_canvas_of_a_response():
     ):
         with pytest.raises(UserError, match=f"^length: .*{problem}"):
             with_response(torch.tensor([[5, 2], [7, 8]]), None, length, 2)
+
+
+def test_a_budget_begins_with_its_first_timestep():
+    scheduler = RevealScheduler(Ranked("top_prob"), mask_token_id=2)
+    canvas, logits = torch.full((1, 3), 2), torch.zeros(1, 3, 2)
+    for _ in range(2):
+        scheduler.set_timesteps(3)
+        with pytest.raises(UserError, match=r"timestep: 0 before the first one, 2; go through"):
+            scheduler.step(logits, 0, canvas)
+        scheduler.step(logits, 2, canvas)

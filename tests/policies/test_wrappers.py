@@ -11,6 +11,7 @@ from written_denoisers import Confident, Table, chosen, chosen_and_kept, masks, 
 
 from orderppl import Policy, State, UserError, decode, follow
 from orderppl.data.answer_tokens import AnswerTokens
+from orderppl.decoding import RevealScheduler
 from orderppl.distributions import DecidedSet, IndependentSet
 from orderppl.distributions.finishing_set import FinishingSet
 from orderppl.models import LearnedPolicy
@@ -446,6 +447,14 @@ def test_looks_ahead_to_what_is_left_to_guess():
     assert held.reveal_step.equal(decode(denoiser, policy, masks(denoiser, 4), max_steps=2, mode=True).reveal_step)
     with pytest.raises(UserError, match="candidates: 1 leaves no choice"):
         LookAhead(policy, 1)
+
+
+def test_a_scheduler_without_the_denoiser_cannot_look_ahead():
+    scheduler = RevealScheduler(LookAhead(Ranked("random", 2.0)), mask_token_id=2)
+    scheduler.set_timesteps(2)
+    canvas = torch.full((1, 4), 2)
+    with pytest.raises(UserError, match="use decode, which has the denoiser"):
+        scheduler.step(Pairs()(canvas, torch.ones(1, 4)), 1, canvas)
 
 
 def test_the_cost_of_a_step_goes_through_wrappers():
