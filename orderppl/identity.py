@@ -42,12 +42,20 @@ def identity_of(denoiser: Any) -> dict[str, Any]:
 
 def weights_digest(module: Any) -> str:
     """Sixteen hexadecimal digits that tell other weights apart: of the sums of the bit patterns, on any device."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = {
-        name: int(tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
-        for name, tensor in tensors_of(module)
-    }
+    sums = {name: bit_sum(module, name, tensor) for name, tensor in tensors_of(module)}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def bit_sum(module: nn.Module, name: str, tensor: Tensor) -> int:
+    """The sum of the bit patterns of a named tensor of a module, exact on any device."""
+    if tensor.is_meta:  # it lies on the disk, and is read for a moment
+        from accelerate.utils.modeling import align_module_device
+
+        place, _, own = name.rpartition(".")
+        with align_module_device(module.get_submodule(place)):
+            return bit_sum(module, name, getattr(module.get_submodule(place), own))
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.detach().contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def check_denoiser(known: Mapping[str, Any] | None, denoiser: Any, source: object, weights: bool = True) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,17 @@ SIZE = re.compile("layer|head|hidden_size|intermediate|d_model|n_embd|embedding_
 Kind = Literal["smdm", "masked_lm", "remote"]
 
 
+class Wanted(NamedTuple):
+    """How a model is to be loaded; see `load_denoiser`."""
+
+    dtype: torch.dtype
+    trust: bool
+    tokenizer_from: str | Path | None
+    frame: bool | None
+    places: dict[str, Any]
+    """What accelerate is told of where the parts go; empty: all on the CPU."""
+
+
 @recorded
 def load_denoiser(
     name_or_path: str | Path,
@@ -46,10 +57,14 @@ def load_denoiser(
     dtype: str | torch.dtype = "float32",
     tokenizer_from: str | Path | None = None,
     read_up_to: int | None = None,
+    frame: bool | None = None,
+    device_map: str | dict[str, str | int] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> PretrainedDenoiser | SmdmDenoiser | TransformerDenoiser:
-    """Load a masked model as a denoiser, whatever kind its files are of: frozen, in evaluation mode, on the CPU.
+    """Load a masked model as a denoiser, whatever kind its files are of: frozen, in evaluation mode.
 
-    Remote code is loaded twice and must give the same logits both times.
+    It is on the CPU, unless a map says where its parts go. Remote code is loaded twice and must give the same logits
+    both times.
 
     Args:
         name_or_path: a folder of a masked model of transformers, SMDM, LLaDA or Dream, or of a LoRA adapter to one; a
@@ -61,6 +76,11 @@ def load_denoiser(
             1e-6 of the largest logit in float32, 1e-2 in bfloat16, where texts may come out differently.
         tokenizer_from: folder or hub name of another tokeniser than its own.
         read_up_to: longest canvas, tokens, of a run with rotary positions; as it was trained when left out.
+        frame: put a start and an end token around every row, or neither; as its tokeniser does when left out.
+        device_map: where the parts of a model go that one device cannot hold: `auto`, another name that accelerate
+            knows, or devices by the names of parts, such as `cpu`, 0 or `disk`. They stay there, whatever the device
+            of a fit.
+        offload_folder: for what goes to the disk.
 
     Returns:
         A module; its `tokenizer` is None where there is none.
@@ -72,13 +92,15 @@ def load_denoiser(
     if wanted not in DTYPES:
         raise UserError("dtype", f"unknown dtype {wanted!r}", f"use one of {', '.join(DTYPES)}")
     path = fetch(name_or_path, revision, field="denoiser")
+    places: dict[str, Any] = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
     try:
-        denoiser = _load(path, name_or_path, getattr(torch, wanted), trust_remote_code, tokenizer_from)
+        how = Wanted(getattr(torch, wanted), trust_remote_code, tokenizer_from, frame, places)
+        denoiser = _load(path, name_or_path, how)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         problem = f"{name_or_path} in {wanted} does not fit into memory"
-        raise UserError("memory", problem, "use dtype bfloat16, or a smaller model") from error
+        raise UserError("memory", problem, "use dtype bfloat16, or device_map auto") from error
     if read_up_to is not None:
         if not isinstance(denoiser, TransformerDenoiser):
             raise UserError("read_up_to", "a public model knows its longest canvas", "leave it out")
@@ -87,32 +109,35 @@ def load_denoiser(
     return denoiser.eval()
 
 
-def _load(
-    path: Path, name: str | Path, dtype: torch.dtype, trust: bool, tokenizer_from: str | Path | None
-) -> PretrainedDenoiser | SmdmDenoiser | TransformerDenoiser:
-    if (path / "run.json").is_file():
+def _load(path: Path, name: str | Path, how: Wanted) -> PretrainedDenoiser | SmdmDenoiser | TransformerDenoiser:
+    is_run, is_adapter = (path / "run.json").is_file(), (path / ADAPTER).is_file()
+    config = {} if path.is_file() or is_run or is_adapter else _read_config(path, name)
+    kind = "smdm" if path.is_file() else None if is_run or is_adapter else _kind(config, name, how.trust)
+    if (is_run or kind == "smdm") and (how.places or how.frame is not None):
+        field = "device_map" if how.places else "frame"
+        raise UserError(field, f"{name} is no model of transformers", "leave it out")
+    if is_run:
         from orderppl.runs import load_run  # which builds what this module is part of
 
-        denoiser: Any = load_run(path, trust=trust or None).denoiser
+        denoiser: Any = load_run(path, trust=how.trust or None).denoiser
         if not isinstance(denoiser, nn.Module):
             raise UserError("denoiser", f"{name} is a run without a denoiser", "give one of train-denoiser")
-        return denoiser.to(dtype)  # type: ignore[return-value]
-    if (path / ADAPTER).is_file():
-        return _load_adapter(path, dtype, trust, tokenizer_from)
-    config = {} if path.is_file() else _read_config(path, name)
-    kind = "smdm" if path.is_file() else _kind(config, name, trust)
+        return denoiser.to(how.dtype)  # type: ignore[return-value]
+    if is_adapter:
+        return _load_adapter(path, how)
     if kind == "smdm":
-        denoiser = load_smdm(path, dtype)
+        denoiser = load_smdm(path, how.dtype)
         own = path if path.is_dir() and any(path.glob("tokenizer*")) else smdm.TOKENIZER
         classes = denoiser.vocab_size
         try:
             with _without_reports():
-                denoiser.tokenizer = load_tokenizer(tokenizer_from or own, mask_index=classes, num_classes=classes)
+                named = how.tokenizer_from or own
+                denoiser.tokenizer = load_tokenizer(named, mask_index=classes, num_classes=classes)
         except UserError:  # of one that nobody named: texts need it, token ids do not
-            if tokenizer_from or own == path:
+            if how.tokenizer_from or own == path:
                 raise
         return denoiser
-    return _adapt(path, config, kind, dtype, _pretrained_tokenizer(tokenizer_from or path, config, trust))
+    return _adapt(path, config, kind, how, _pretrained_tokenizer(path, config, how))
 
 
 def _read_config(path: Path, name: str | Path, file: str = "config.json") -> dict[str, Any]:
@@ -154,13 +179,15 @@ def _kind(config: dict[str, Any], name: str | Path, trust: bool) -> Kind:
     return "remote"
 
 
-def _pretrained_tokenizer(name: str | Path, config: dict[str, Any], trust: bool) -> PretrainedTokenizer:
+def _pretrained_tokenizer(own: Path, config: dict[str, Any], how: Wanted) -> PretrainedTokenizer:
     """The tokeniser of a model, whose MASK counts where config.json names another one, as those of XLM do."""
+    name = how.tokenizer_from or own
+    options: dict[str, Any] = {"trust_remote_code": how.trust, "frame": how.frame}
     mask, classes = config.get("mask_token_id"), config.get("vocab_size")
     for mask_index in (mask, None):
-        tokenizer = load_tokenizer(name, mask_index=mask_index, num_classes=classes, trust_remote_code=trust)
-        own = getattr(getattr(tokenizer, "tokenizer", None), "mask_token_id", None)
-        if own in (None, tokenizer.mask_index):
+        tokenizer = load_tokenizer(name, mask_index=mask_index, num_classes=classes, **options)
+        spelt = getattr(getattr(tokenizer, "tokenizer", None), "mask_token_id", None)
+        if spelt in (None, tokenizer.mask_index):
             break
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise UserError("tokenizer_from", f"{name} is no tokeniser of transformers", "give a folder or hub name")
@@ -170,13 +197,13 @@ def _pretrained_tokenizer(name: str | Path, config: dict[str, Any], trust: bool)
 def _adapt(
     path: Path,
     config: dict[str, Any],
-    kind: Kind,
-    dtype: torch.dtype,
+    kind: Kind | None,
+    how: Wanted,
     tokenizer: PretrainedTokenizer,
     adapter: Path | None = None,
 ) -> PretrainedDenoiser:
     def load() -> PretrainedDenoiser:
-        network = _load_network(path, config, kind, dtype, tokenizer.mask_index)
+        network = _load_network(path, config, kind, how, tokenizer.mask_index)
         if adapter is not None:
             add_lora(network, adapter)
         shift = LOGIT_SHIFT.get(str(config.get("model_type")), 0)
@@ -192,13 +219,13 @@ def _adapt(
     return denoiser
 
 
-def _load_network(path: Path, config: dict[str, Any], kind: Kind, dtype: torch.dtype, mask_index: int) -> Any:
+def _load_network(path: Path, config: dict[str, Any], kind: Kind | None, how: Wanted, mask_index: int) -> Any:
     _check_sizes(config, *_check_weights(path))
     with _without_reports():
         if kind == "remote":
-            network, info = load_remote(path, config["auto_map"], dtype)
+            network, info = load_remote(path, config["auto_map"], how.dtype, how.places)
         else:
-            network, info = _load_masked_lm(path, dtype, mask_index)
+            network, info = _load_masked_lm(path, how, mask_index)
     for name, *shapes in sorted(info.get("mismatched_keys") or ()):
         stored, wanted = (list(shape) for shape in shapes)
         problem = f"{name!r} of {path} has shape {stored}, its config.json wants {wanted}"
@@ -236,7 +263,7 @@ def _check_weights(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def _load_masked_lm(folder: Path, dtype: torch.dtype, mask_index: int) -> tuple[Any, dict[str, Any]]:
+def _load_masked_lm(folder: Path, how: Wanted, mask_index: int) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     try:
@@ -245,10 +272,11 @@ def _load_masked_lm(folder: Path, dtype: torch.dtype, mask_index: int) -> tuple[
         network, info = AutoModelForMaskedLM.from_pretrained(
             str(folder),
             config=config,
-            dtype=dtype,
+            dtype=how.dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the second result
+            **how.places,
         )
     except Exception as error:  # what a wrong file leads to depends on the model
         if is_out_of_memory(error):
@@ -271,17 +299,16 @@ def _without_reports() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _load_adapter(path: Path, dtype: torch.dtype, trust: bool, other: str | Path | None) -> PretrainedDenoiser:
+def _load_adapter(path: Path, how: Wanted) -> PretrainedDenoiser:
     """A masked model with a LoRA adapter (Hu et al. 2021) added to its weights."""
     name = str(_read_config(path, path, ADAPTER).get("base_model_name_or_path"))
     base = fetch(name, field="denoiser")
     config = _read_config(base, name)
-    kind = _kind(config, name, trust)
+    kind = _kind(config, name, how.trust)
     if kind == "smdm":
         raise UserError("denoiser", f"{path} adapts an SMDM", "merge it into the weights")
-    if other is None and any(path.glob("tokenizer*")):
-        other = path
-    return _adapt(base, config, kind, dtype, _pretrained_tokenizer(other or base, config, trust), path)
+    own = path if any(path.glob("tokenizer*")) else base
+    return _adapt(base, config, kind, how, _pretrained_tokenizer(own, config, how), path)
 
 
 @torch.no_grad()
@@ -313,4 +340,6 @@ def add_lora(network: nn.Module, folder: Path) -> None:
             shapes = f"{list(change.shape)}, the model has {list(layer.weight.shape)}"
             problem = f"the adapter {folder} changes {place!r} of shape {shapes}"
             raise UserError("denoiser", problem, "load it with the model that it was trained on")
+        if layer.weight.is_meta:
+            raise UserError("device_map", f"{place!r} lies on the disk, where no adapter is added", "keep it elsewhere")
         layer.weight += change.to(layer.weight)

@@ -78,6 +78,21 @@ class PretrainedDenoiser(nn.Module):
         super().train(False)
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> PretrainedDenoiser:
+        """Move and convert; a model in parts stays where accelerate has put them."""
+        return self if self.in_parts else super()._apply(fn, recurse)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether accelerate has spread the model over devices, or put some of it on the disk."""
+        return bool(getattr(self.network, "hf_device_map", None))
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are read; parts that lie on the disk have no device."""
+        devices = (parameter.device for parameter in self.network.parameters())
+        return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
     def forward(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """Score every position; see `orderppl.unmasking.Denoiser`.
 
@@ -89,6 +104,7 @@ class PretrainedDenoiser(nn.Module):
     def output_logits(self, hidden: Tensor) -> Tensor:
         """The output head: float [.., W] -> [.., V]."""
         logits: Tensor = hidden.clone() if isinstance(self.head, nn.Identity) else self.head(hidden)
+        logits = logits.to(hidden.device)  # of a model in parts, the head may be on a device of its own
         return logits.index_fill(-1, self.impossible, -torch.inf) if len(self.impossible) else logits
 
     def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
@@ -164,7 +180,7 @@ class PretrainedDenoiser(nn.Module):
     def _probe_row(self) -> tuple[Tensor, Tensor]:
         """Tokens from all over the vocabulary, every other one MASK; none that looks like padding."""
         classes = int(getattr(self.network.config, "vocab_size", None) or self.mask_index + 1)
-        tokens = torch.linspace(0, classes - 1, PROBE, device=next(self.network.parameters()).device).long()[None]
+        tokens = torch.linspace(0, classes - 1, PROBE, device=self.device).long()[None]
         tokens[tokens == self.pad_index] += 2 * (self.pad_index == 0) - 1  # its neighbour
         tokens[:, 1::2] = self.mask_index
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
@@ -181,7 +197,10 @@ class PretrainedDenoiser(nn.Module):
             if is_out_of_memory(error):
                 raise
             problem = f"the model does not read a row of tokens ({first_line(error)})"
-            raise UserError("denoiser", problem, "use the transformers_version of its config.json") from error
+            remedy = "use the transformers_version of its config.json"
+            if self.in_parts:
+                remedy = "give weights that are tied, such as those of head and embedding, one place in device_map"
+            raise UserError("denoiser", problem, remedy) from error
         if not torch.equal(alone, again) or not bool(alone.isfinite().all()):
             problem = "the model gives other logits at each look, or none that are finite"
             raise UserError("denoiser", problem, "use a model whose logits follow from the tokens")
@@ -209,7 +228,7 @@ class PretrainedDenoiser(nn.Module):
         longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_sequence_length", None)
         if "position_ids" in inspect.signature(self.network.forward).parameters:
             for first in (0, (getattr(config, "pad_token_id", None) or 0) + 1):
-                position = torch.arange(PROBE, device=next(self.network.parameters()).device) + first
+                position = torch.arange(PROBE, device=self.device) + first
                 if is_same(position_ids=position[None]):
                     self.first_position = first
                     break

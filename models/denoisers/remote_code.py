@@ -20,13 +20,16 @@ from orderppl.errors import UserError, first_line, is_out_of_memory
 AUTO_CLASSES = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
 
 
-def load_remote(folder: Path, auto_map: dict[str, str], dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def load_remote(
+    folder: Path, auto_map: dict[str, str], dtype: torch.dtype, places: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Load a model by its own code.
 
     Args:
         folder: of its files.
         auto_map: class names by what they are for, as in its config.json.
         dtype: of the parameters.
+        places: further options of `from_pretrained`, which say where the parts go.
 
     Returns:
         The model, and what was missing in its files.
@@ -54,6 +57,7 @@ def load_remote(folder: Path, auto_map: dict[str, str], dtype: torch.dtype) -> t
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the second result
+                **places,
             )
             if getattr(config, "tie_word_embeddings", False) and hasattr(network, "tied_by_hand"):
                 network.get_output_embeddings().weight = network.get_input_embeddings().weight

@@ -23,6 +23,7 @@ PAD, MASK, EOS, UNK, JOIN = "<pad>", "<mask>", "<eos>", "<unk>", "<join>"
 SPECIAL = (PAD, MASK, EOS, UNK, JOIN)  # ids 0..4
 # a letter may be followed by digits (`r1` is one reference, not a number)
 PIECE = re.compile(r"<<|>>|#+|[0-9]+|[^\W\d_]+[0-9]*|\s|.", re.DOTALL)
+WORD_MARK = re.compile("^(##|\u0120|\u2581| )")  # of a token's place in a word
 
 NumberMode = Literal["digits", "numbers"]
 Span = tuple[int, int]  # characters start..end - 1
@@ -277,12 +278,19 @@ class PretrainedTokenizer(Tokenizer):
         mask_index: id of MASK in the model it belongs to; may lie behind the vocabulary.
         num_classes: token classes of the model's output head, often more than there are tokens. The ids that stand for
             no token decode to nothing.
+        frame: put a start and an end token around every row, or neither; None: as the tokeniser does.
 
     Raises:
         UserError: one of these tokens is missing, or there are fewer classes than tokens.
     """
 
-    def __init__(self, tokenizer: Any, mask_index: int | None = None, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        mask_index: int | None = None,
+        num_classes: int | None = None,
+        frame: bool | None = None,
+    ) -> None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
@@ -301,7 +309,20 @@ class PretrainedTokenizer(Tokenizer):
         size = max(spelt, num_classes or 0, self.mask_index + 1)
         unused = (MASK if token == self.mask_index else f"<unused{token}>" for token in range(spelt, size))
         super().__init__([*map(str, tokenizer.convert_ids_to_tokens(list(range(spelt)))), *unused])
-        self.frame = self._find_frame()
+        self.frame = self._find_frame() if frame is None else self.both_ends() if frame else ((), ())
+
+    def both_ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A frame of the start and the end token.
+
+        Raises:
+            UserError: one of them is missing.
+        """
+        own = self.tokenizer
+        first = own.cls_token_id if own.cls_token_id is not None else own.bos_token_id
+        last = own.sep_token_id if own.sep_token_id is not None else own.eos_token_id
+        if first is None or last is None:
+            raise UserError("frame", "the tokeniser has no start or no end token", "leave frame out")
+        return (int(first),), (int(last),)
 
     def _find_frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What a masked model's tokeniser puts around a text; those of others keep begin tokens for themselves."""
@@ -320,15 +341,27 @@ class PretrainedTokenizer(Tokenizer):
         """Token ids, and the characters that each stands for, white space before them left out.
 
         Raises:
-            UserError: it is one of the slow ones, which do not know.
+            UserError: it is one of the slow ones, which do not know, and its tokens are not the letters of the text.
         """
         if not self.tokenizer.is_fast:
-            problem = "does not say which characters a token stands for"
-            raise UserError("tokenizer", problem, "use a fast tokeniser (with a tokenizer.json)")
+            return self._find_spans(text)
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         skipped = ((start, end, text[start:end]) for start, end in found["offset_mapping"])
         spans = [(end - len(piece.lstrip() or piece), end) for start, end, piece in skipped]
         return list(found["input_ids"]), spans
+
+    def _find_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Look the tokens up in the text, one after another; that of ESM, for one, is slow and spells letters."""
+        ids, spans, end = self.encode(text), list[Span](), 0
+        for token in ids:
+            piece = WORD_MARK.sub("", self.tokens[token])
+            start = text.find(piece, end)
+            if start < 0 or text[end:start].strip():
+                problem = f"does not say which characters {self.tokens[token]!r} stands for"
+                raise UserError("tokenizer", problem, "use a fast tokeniser (with a tokenizer.json)")
+            end = start + len(piece)
+            spans.append((start, end))
+        return ids, spans
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` up to the first end of sequence; special tokens are left out."""
@@ -337,7 +370,7 @@ class PretrainedTokenizer(Tokenizer):
 
     def number_values(self) -> Tensor:
         """float [V]: the value of tokens that are whole numerals (leading-space marks ignored), nan elsewhere."""
-        plain = [re.sub("^(##|\u0120|\u2581| )", "", token) for token in self.tokens]
+        plain = [WORD_MARK.sub("", token) for token in self.tokens]
         return torch.tensor([float(t) if t.isascii() and t.isdecimal() else float("nan") for t in plain])  # [V]
 
 
@@ -348,6 +381,7 @@ def load_tokenizer(
     *,
     mask_index: int | None = None,
     num_classes: int | None = None,
+    frame: bool | None = None,
     trust_remote_code: bool = False,
 ) -> PretrainedTokenizer:
     """Load a tokeniser of Hugging Face.
@@ -357,6 +391,7 @@ def load_tokenizer(
         revision: branch, tag or commit on the hub.
         mask_index: see `PretrainedTokenizer`.
         num_classes: see `PretrainedTokenizer`.
+        frame: see `PretrainedTokenizer`.
         trust_remote_code: run the code that comes with it.
 
     Raises:
@@ -375,7 +410,7 @@ def load_tokenizer(
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # without its files transformers makes an empty one
         problem = f"{name_or_path} cannot be loaded (no vocabulary)"
         raise UserError("tokenizer", problem, "give a folder or hub name with the files of a tokeniser")
-    return PretrainedTokenizer(tokenizer, mask_index, num_classes)
+    return PretrainedTokenizer(tokenizer, mask_index, num_classes, frame)
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

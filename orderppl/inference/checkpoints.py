@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from orderppl.errors import UserError, first_line
 from orderppl.files import TEMPORARY, appearing, check_shapes, shapes_of
+from orderppl.identity import bit_sum
 
 
 class CheckpointFolder:
@@ -71,10 +72,9 @@ def learned_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen_sums(module: nn.Module) -> dict[str, int]:
-    """A number for every frozen parameter that tells other values: the sum of its bit patterns, exact on any device."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    """A number for every frozen parameter that tells other values; see `bit_sum`."""
     return {
-        name: int(parameter.detach().view(integer[parameter.element_size()]).sum(dtype=torch.int64))
+        name: bit_sum(module, name, parameter)
         for name, parameter in module.named_parameters()
         if not parameter.requires_grad
     }
