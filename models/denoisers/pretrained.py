@@ -117,7 +117,7 @@ class PretrainedDenoiser(nn.Module):
         tokens, keys = self._gather(state, attended, column)
         if not self.reads_mask_alone and bool(((tokens == self.mask_index) | ~keys).all(-1).any()):
             problem = f"{type(self.network).__name__} reads no row of nothing but MASK"
-            raise UserError("tokens", problem, "put its start and end tokens around every row, as given tokens")
+            raise UserError("tokens", problem, "load it with frame true, or give every row its start and end tokens")
         found = self._call(tokens, keys)
         column = (column - self.logit_shift).clamp(0, tokens.shape[-1] - 1)
         return found.gather(1, column[..., None].expand(-1, -1, found.shape[-1]))

@@ -84,6 +84,7 @@ def run(config: Config) -> None:
         if config.estimate is not None:
             estimate(parts, config.estimate)
             return
+        say_framing(parts, config.device)
         result = fit(**parts, out=Path(config.out), resume=config.resume)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -91,6 +92,18 @@ def run(config: Config) -> None:
     found = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "update")
     print(f"{result.updates} updates in {result.seconds:.1f} s{'; held out: ' * bool(found)}{found}")
     print(f"run folder: {config.out}")
+
+
+def say_framing(parts: dict[str, Any], device: str) -> None:
+    """Say where the rows of the data should have other ends than they have."""
+    from orderppl.models.denoisers.framing import framing_advice
+
+    denoiser, data = parts["model"].denoiser, parts["data"]
+    if os.environ.get("RANK", "0") != "0" or not isinstance(denoiser, nn.Module):
+        return
+    advice = framing_advice(denoiser.to(device), next(iter(data.splits().values())))
+    if advice is not None:
+        print(f"note: {advice}")
 
 
 def estimate(parts: dict[str, Any], tflops: float) -> None:
