@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,10 @@ def test_every_config_of_a_page_is_one_of_fit_order(page: Path, somewhere: Path)
 
 
 def check_script(words: list[str]) -> None:
-    """An experiment is there, and takes the options that it is given."""
+    """An experiment is there, and takes the options that it is given; a module is there."""
+    if words[0] == "-m":
+        assert find_spec(words[1]) is not None, words
+        return
     path = ROOT / words[0]
     assert path.is_file(), words
     (main,) = (

@@ -1,4 +1,9 @@
-"""A denoiser and a policy as a model of the lm-evaluation-harness, `pip install "orderppl[lm-eval]"`."""
+"""A denoiser and a policy as a model of the lm-evaluation-harness, `pip install "orderppl[lm-eval]"`.
+
+The command `lm_eval` knows the model `orderppl` once this module is imported, as a task does that names something of it
+(`process_results: !function orderppl.evaluation.harness.score_answer`). For tasks that do not,
+`python -m orderppl.evaluation.harness` is the same command.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +12,28 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lm_eval.models  # noqa: F401 (its own models first: it would not list them beside ours)
 import torch
+from lm_eval.api.filter import Filter
 from lm_eval.api.model import LM
+from lm_eval.api.registry import model_registry
+from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from orderppl.data.answers import answers_match
+from orderppl.data.answers import answers_match, parse_answer
 from orderppl.data.dataset import padded
 from orderppl.data.tokenizers import Tokenizer
 from orderppl.decoding.decode import decode, follow
 from orderppl.errors import UserError
 from orderppl.policies import Policy
+from orderppl.runs import load_order
 from orderppl.unmasking import Batch, Denoiser
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+
+model_registry.register("orderppl", target="orderppl.evaluation.harness:OrderLM")
 
 
 class OrderLM(LM):
@@ -80,6 +92,41 @@ class OrderLM(LM):
         self.seed = seed
         parameter = next(denoiser.parameters(), None) if isinstance(denoiser, torch.nn.Module) else None
         self._device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> OrderLM:
+        """Make it as `lm_eval --model orderppl --model_args order=FOLDER` does.
+
+        Args:
+            arg_dict: `order`, a run folder, or folder or hub name of a shared order; `revision`, `trust_remote_code`;
+                and arguments of the class. What is left out is as the order was learned: steps, canvas, separator.
+            additional_config: `batch_size` and `device` of the command.
+
+        Raises:
+            UserError: there is no order, or see `load_order`.
+        """
+        settings = {**(additional_config or {}), **arg_dict}
+        source = {name: settings.pop(name) for name in ("order", "revision", "trust_remote_code") if name in settings}
+        if "order" not in source:
+            raise UserError("model_args", "no order", "give order=FOLDER, such as runs/order")
+        settings.pop("max_batch_size", None)
+        if not str(settings.setdefault("batch_size", 32)).isdecimal():
+            raise UserError("batch_size", f"{settings['batch_size']!r} is no number", "give one, such as 32")
+        settings["batch_size"] = int(settings["batch_size"])
+        if not torch.cuda.is_available() and str(settings.get("device")).startswith("cuda"):
+            settings["device"] = "cpu"  # the command says cuda of itself, whether there is one or not
+        order = load_order(str(source.pop("order")), device=settings.get("device") or "cpu", **source)
+        if order.policy is None or order.tokenizer is None:
+            raise UserError("order", f"{order.name} has no order, or reads no text", "give a run of fit-order on text")
+        about = order.info["response"]
+        learned = {"max_steps": order.num_steps, "mode": order.mode, "separator": about["separator_index"] is not None}
+        learned["max_new_tokens"] = about["length"] - about["prompt_length"] if about["length"] else 256
+        return cls(order.denoiser, order.policy, order.tokenizer, **{**learned, **settings})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> OrderLM:
+        """The same from `order=FOLDER,max_steps=4`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def tokenizer_name(self) -> str:
@@ -215,10 +262,44 @@ class OrderLM(LM):
         return torch.Generator().manual_seed(self.seed)
 
 
-def gsm8k_task(path: str | Path, prompt: str = "{{question}}", name: str = "gsm8k_local") -> dict[str, Any]:
+class AnswerFilter(Filter):
+    """A filter of the harness: the answer of every response as our parser reads it, a plain number or nothing.
+
+    Args:
+        flexible: the last number of a text, whatever stands before it.
+    """
+
+    def __init__(self, flexible: bool = False) -> None:
+        self.flexible = flexible
+
+    def apply(self, resps: Any, docs: Any) -> list[list[str]]:
+        """Read the responses to every question."""
+        found = ((parse_answer(text, self.flexible) for text in texts) for texts in resps)
+        return [["" if answer is None else f"{answer:f}" for answer in answers] for answers in found]
+
+
+def score_answer(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
+    """`process_results` of a task of the harness: whether what `AnswerFilter` has read is the answer of the row.
+
+    Args:
+        row: with `answer`: a text that ends in `#### number`, or a bare number.
+        answers: the first counts.
+    """
+    return {"exact_match": float(answers_match(f"#### {answers[0]}", str(row["answer"])))}
+
+
+def gsm8k_task(
+    path: str | Path,
+    prompt: str = "{{question}}",
+    name: str = "gsm8k_local",
+    *,
+    train: str | Path | None = None,
+    num_fewshot: int = 0,
+) -> dict[str, Any]:
     """Task of the harness for a local file of GSM8K, scored by our own answer parser.
 
-    `exact_match` reads the number behind the last mark, `flexible_match` the last number of the text.
+    `exact_match,strict-match` reads the number behind the last mark, `exact_match,flexible-extract` the last number of
+    the text, as the tasks of the harness call them.
 
     Give it to `lm_eval.simple_evaluate(model=OrderLM(...), tasks=[gsm8k_task("test.jsonl")])`.
 
@@ -226,31 +307,37 @@ def gsm8k_task(path: str | Path, prompt: str = "{{question}}", name: str = "gsm8
         path: JSON lines with `question` and `answer`.
         prompt: template of the prompt.
         name: of the task.
+        train: the same of training rows, which examples before a prompt are drawn from.
+        num_fewshot: how many.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or examples without training rows.
     """
-    if not Path(path).is_file():
-        raise UserError("path", f"{path} is not a file", "give a file of JSON lines with question and answer")
-
-    def process_results(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-        return {
-            name: float(answers_match(answers[0], row["answer"], flexible=name != "exact_match"))
-            for name in ("exact_match", "flexible_match")
-        }
-
-    metrics = ("exact_match", "flexible_match")
+    files = {"test": path} if train is None else {"test": path, "train": train}
+    for file in files.values():
+        if not Path(file).is_file():
+            raise UserError("path", f"{file} is not a file", "give a file of JSON lines with question and answer")
+    if num_fewshot and train is None:
+        raise UserError("num_fewshot", "there are no training rows to take examples from", "give train")
+    ways = {"strict-match": False, "flexible-extract": True}
+    first = {"function": "take_first"}
     return {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "dataset_kwargs": {"data_files": {split: str(file) for split, file in files.items()}},
         "test_split": "test",
+        **({} if train is None else {"training_split": "train", "fewshot_split": "train"}),
+        **({"num_fewshot": num_fewshot} if num_fewshot else {}),  # none, said as 0, could not be changed by a command
         "output_type": "generate_until",
         "doc_to_text": prompt,
         "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": [], "do_sample": False},
-        "process_results": process_results,
-        "metric_list": [{"metric": one, "aggregation": "mean", "higher_is_better": True} for one in metrics],
+        "filter_list": [
+            {"name": way, "filter": [{"function": AnswerFilter, "flexible": flexible}, first]}
+            for way, flexible in ways.items()
+        ],
+        "process_results": score_answer,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
     }
 
@@ -263,3 +350,9 @@ def _before(text: str, until: str | Sequence[str] | None) -> str:
     """Cut a text at the first stop string."""
     stops = [until] if isinstance(until, str) else list(until or [])
     return min((text.split(stop)[0] for stop in stops if stop), key=len, default=text)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
