@@ -24,6 +24,7 @@ from orderppl.distributions.revealed_tokens import RevealedTokens
 from orderppl.errors import UserError
 from orderppl.inference.objective import Objective
 from orderppl.inference.programs import RevealSites, mean_metrics, order_metrics, reveal_sites, temper
+from orderppl.randomness import stratified_uniform
 from orderppl.unmasking import Batch
 from orderppl.unmasking.trajectory import Trajectory
 
@@ -47,6 +48,12 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
     sequence, weighted by how much is left to reveal, within [0, 1]; r^k has no part in it, so the gradient is unbiased.
     With less than three orders it is 0.
 
+    With n scored steps R is estimated at n of the T states of every order, which saves forwards of the denoiser where
+    nobody else reads it: R = T / n sum_t log p(z_t | s_t) over steps (j + u) T / n, j = 0..n-1, rounded down, one
+    uniform u per sequence, so that every step has the same chance and all orders of a sequence the same steps. C_t
+    then counts what is scored from step t on, and v_t what the last scored state before it says of what is left: the
+    gradient stays unbiased. Where guide or policy read the denoiser at every step anyway, all steps are scored.
+
     What has no closed form stands in as it was drawn: log q_t - log p_t for KL_t, with the score of the step's own set
     as well. A robust likelihood puts its function of the whole sequence around R and v_t; where only an answer
     is wanted, both are over what is observed (see `RevealedTokens`). Any other pair of programs goes through Pyro's own
@@ -59,6 +66,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         kl_weight: weight of the KL (or of log q - log p) in the objective; 1 is the ELBO, less is a tempered bound.
         control_variate: coefficient of v_t: "fitted", or a fixed one. "none" (0) is the plain leave-one-out estimator;
             with "gain" (1) each set is credited with what it made easier.
+        scored_steps: steps of every order that the denoiser scores in an update, n; all T when left out.
 
     Attributes:
         metrics: detached 0-dim tensors of the last call on an unmasking program, per sequence: `elbo` (untempered),
@@ -73,12 +81,15 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         *,
         kl_weight: float = 1.0,
         control_variate: Literal["fitted", "none", "gain"] | float = "fitted",
+        scored_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_particles, max_plate_nesting, vectorize_particles, kl_weight=kl_weight, **kwargs)
         if isinstance(control_variate, str) and control_variate not in ("fitted", "none", "gain"):
             raise UserError("control_variate", f"{control_variate!r}", "use fitted, none, gain or a number")
-        self.control_variate = control_variate
+        if scored_steps is not None and scored_steps < 1:
+            raise UserError("scored_steps", f"{scored_steps} is below 1", "score at least one step, or leave it out")
+        self.control_variate, self.scored_steps = control_variate, scored_steps
         self._found: list[dict[str, Tensor]] = []  # metrics of every particle, or of all together
 
     def value_and_surrogate(
@@ -127,8 +138,11 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         # A guide may look at other tokens, or through another denoiser: the model reads its states itself then.
         is_met = bool(met) and path.is_that_of(met[0].state)
         trajectory = Trajectory(path, order, met) if is_met else likelihood.trajectory
-        reward, shared, baseline = self._rewards(sites, likelihood, trajectory)  # [*], [K, 1] or a number, v_t [T, *]
         log_q, kl, kl_to_come = self._order_terms(q, p, trajectory)  # [P, *] each; P = T, or 1 for a whole order
+        steps = self._steps_to_score(likelihood, trajectory)
+        reward, to_come, baseline = self._likelihood(sites, likelihood, trajectory, steps)  # [*], [T, *] or [*], [T, *]
+        own, shared = self._factors(sites)  # [*] or 0, [K, 1] or 0
+        reward, to_come = reward + own, to_come + own
         kl = kl.masked_fill(~_is_proper(order, path.batch), torch.inf)
 
         def scaled(values: Tensor) -> Tensor:
@@ -136,8 +150,8 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
 
         kl, kl_to_come = scaled(kl), scaled(kl_to_come)
         if len(log_q) == 1:
-            baseline = baseline[:1]
-        cost = (reward + shared - self.kl_weight * kl_to_come).detach()
+            baseline, to_come = baseline[:1], to_come if steps is None else to_come[:1]
+        cost = (to_come + shared - self.kl_weight * kl_to_come).detach()
         advantage = self._advantage(cost, baseline.detach(), trajectory.masked)
         log_likelihood = reward.sum() + torch.as_tensor(shared).sum()
         objective = log_likelihood - self.kl_weight * kl.sum()
@@ -145,35 +159,66 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         self._found.append(order_metrics(log_likelihood, kl.sum(), order))
         return objective.detach(), -surrogate
 
-    def _rewards(
-        self, sites: RevealSites, likelihood: RevealedTokens, trajectory: Trajectory
-    ) -> tuple[Tensor, Tensor | float, Tensor]:
-        """What every order earns.
+    def _steps_to_score(self, likelihood: RevealedTokens, trajectory: Trajectory) -> Tensor | None:
+        """Some of the steps, int64 [n, .., B]; None: all of them.
+
+        Raises:
+            UserError: a likelihood that is no sum over steps.
+        """
+        total, count = trajectory.num_steps, self.scored_steps
+        if count is None or count >= total or trajectory.states.predictions.was_read:
+            return None
+        if likelihood.robustness:
+            problem = "a robust likelihood is no sum over steps"
+            raise UserError("scored_steps", problem, "leave it out, or the robustness of the model")
+        order = trajectory.order
+        start = torch.arange(count, device=order.device)[:, None]
+        drawn = stratified_uniform(order.shape[-2], order.device)  # [B]
+        step = ((start + drawn) * (total / count)).long().clamp(max=total - 1)
+        return step.reshape((count,) + (1,) * (order.dim() - 2) + (-1,))
+
+    def _likelihood(
+        self, sites: RevealSites, likelihood: RevealedTokens, trajectory: Trajectory, steps: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What every order earns by its tokens.
 
         Returns:
-            R of every order, float [*]; further factors of all sequences together, outside of their plate; and v_t: R
-            if everything left were revealed at step t, float [T, *].
+            R of every order, float [*]; what of it the choice at step t has a part in, float [T, *] (or all of it,
+            [*]); and v_t: what would come if everything left were revealed at step t, float [T, *].
         """
 
         def scored(log_likelihood: Tensor) -> Tensor:
             robust = likelihood.robust(log_likelihood)
             return scale_and_mask(robust, sites.tokens["scale"], sites.tokens["mask"])
 
-        tokens = detach_provenance(sites.tokens["value"])
-        hidden = likelihood.said(trajectory, tokens)  # l_i(s_t), [T, *, S]
-        by_step = likelihood.observed(hidden, trajectory.revealed, trajectory.masked)  # log p(x_{z_t} | s_t), [T, *]
+        tokens, masked = detach_provenance(sites.tokens["value"]), trajectory.masked
+        some = trajectory if steps is None else Trajectory(trajectory.path, trajectory.order, step=steps)
+        hidden = likelihood.said(some, tokens)  # l_i(s_t), [n, *, S]
+        by_step = likelihood.observed(hidden, some.revealed, some.masked)  # log p(x_{z_t} | s_t), [n, *]
+        reward = scored(by_step.sum(0))
+        if steps is None:
+            with torch.no_grad():
+                at_once = likelihood.observed(hidden, masked, masked)
+                return reward, reward, scored(by_step.cumsum(0) - by_step + at_once)
+        share = trajectory.num_steps / len(steps)
         with torch.no_grad():
-            at_once = likelihood.observed(hidden, trajectory.masked, trajectory.masked)
-            before = by_step.cumsum(0) - by_step
-            baseline = scored(before + at_once)
-        reward, shared = scored(by_step.sum(0)), 0.0
+            every = trajectory.step.unsqueeze(1)  # [T, 1, *]
+            to_come = (by_step * (some.step >= every)).sum(1)  # [T, *]
+            last = (some.step <= every).sum(1)  # number of states scored up to step t, [T, *]
+            said = hidden.gather(0, (last - 1).clamp_min(0).unsqueeze(-1).expand(masked.shape))
+            left = likelihood.observed(said, masked, masked).masked_fill(last == 0, 0.0)
+        return share * reward, share * scored(to_come), scored(left)
+
+    def _factors(self, sites: RevealSites) -> tuple[Tensor | float, Tensor | float]:
+        """Further factors of every sequence, float [*], and of all of them together, outside of their plate."""
+        own, shared = torch.zeros(()), 0.0
         for site in sites.factors:
             log_factor = scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
             if site["cond_indep_stack"] == sites.tokens["cond_indep_stack"]:
-                reward = reward + detach_provenance(log_factor)
+                own = own + detach_provenance(log_factor)
             else:
                 shared = shared + detach_provenance(log_factor)
-        return reward, shared, baseline
+        return own, shared
 
     def _order_terms(
         self, q: OrderDistribution, p: OrderDistribution, trajectory: Trajectory

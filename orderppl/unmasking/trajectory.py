@@ -85,23 +85,27 @@ class Path:
 
 
 class Trajectory:
-    """The T states of an order, stacked: leading shape [T, *, B].
+    """The T states of an order, or n of them, stacked: leading shape [T, *, B].
 
     Args:
         path: the sequences that are revealed.
         reveal_step: int64 [*, B, S], the order; it may lack dimensions of the batch.
         met: the states met while the order was drawn; without them they are built, and read in one denoiser call.
+        step: int64 [n, *, B], the states before these steps only, which are built.
     """
 
-    def __init__(self, path: Path, reveal_step: Tensor, met: Sequence[Met] | None = None) -> None:
+    def __init__(
+        self, path: Path, reveal_step: Tensor, met: Sequence[Met] | None = None, step: Tensor | None = None
+    ) -> None:
         order = detach_provenance(reveal_step)
         self.path, self.num_steps = path, path.num_steps
         self.order = order.expand(torch.broadcast_shapes(order.shape, path.batch.tokens.shape))
-        self.met = met or None
-        step = torch.arange(self.num_steps, device=order.device).reshape((-1,) + (1,) * (self.order.dim() - 1))
-        self.step = step.expand((self.num_steps,) + self.order.shape[:-1])  # [T, *, B]
-        self.masked = self.order >= step.unsqueeze(-1)  # M_t, [T, *, B, S]
-        self.revealed = self.order == step.unsqueeze(-1)  # z_t; given positions are -1: never
+        self.met, self.is_whole = met or None, step is None
+        if step is None:
+            step = torch.arange(self.num_steps, device=order.device).reshape((-1,) + (1,) * (self.order.dim() - 1))
+        self.step = step.expand(step.shape[:1] + self.order.shape[:-1])  # [T, *, B]
+        self.masked = self.order >= self.step.unsqueeze(-1)  # M_t, [T, *, B, S]
+        self.revealed = self.order == self.step.unsqueeze(-1)  # z_t; given positions are -1: never
 
     @cached_property
     def states(self) -> State:
@@ -129,7 +133,7 @@ class Trajectory:
         tokens = self.path.hide(self.masked)
         lead, num_steps = self.order.shape[:-1], self.num_steps  # not self: what is read must not hold the trajectory
         copies = prod(lead[:-1])
-        if copies == 1:
+        if copies == 1 or not self.is_whole:
             return Window(self.path.reader, tokens)
         rows = tokens.reshape((num_steps, copies) + tokens.shape[-2:])
         distinct = torch.cat([rows[0, :1], rows[1:].flatten(0, 1)])  # [1 + (T - 1) K, B, S]

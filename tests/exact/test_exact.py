@@ -220,7 +220,7 @@ PATHS = [
 ]
 
 
-KINDS = ["no_control", "full_control", "tempered", "looped", "one_particle", "three", "stock"]
+KINDS = ["no_control", "full_control", "tempered", "looped", "one_particle", "three", "stock", "one_step", "two_steps"]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,8 @@ def test_every_gradient_path_is_unbiased(model: str, guide: str, canvas: str, ki
         "looped": (RevealTraceGraph_ELBO(2, vectorize_particles=False), 32),
         "one_particle": (RevealTraceGraph_ELBO(1), 64),
         "three": (RevealTraceGraph_ELBO(3), 24),  # where a slope that looked at its own order would show
+        "one_step": (RevealTraceGraph_ELBO(3, scored_steps=1), 24),
+        "two_steps": (RevealTraceGraph_ELBO(64, scored_steps=2, control_variate=1.0), 1),
         "stock": (TraceGraph_ELBO(64, max_plate_nesting=1, vectorize_particles=True), 1),
     }[kind]
     program, guide_program = make_pair(model, guide, num_steps=3)

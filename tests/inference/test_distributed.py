@@ -76,10 +76,11 @@ def learned() -> LearnedPolicy:
 
 
 def mean_field(out: Path | None, **changes: Any) -> tuple[nn.Module, FitResult]:
-    """A trainable denoiser; sorted batches; a moving average; validations."""
+    """A trainable denoiser; sorted batches; a moving average; validations; two steps of three are scored."""
     model = UnmaskingModel(denoiser(frozen=False), RandomSteps(), T)
     guide = MeanFieldGuide(scores(T), T)
     options = {"validation": ragged(5), "validate_every": 2, "ema_decay": 0.8, "group": 2, "train_denoiser": True}
+    options |= {"objective": RevealTraceGraph_ELBO(2, scored_steps=2)}
     return nn.ModuleList([model, guide]), learn(model, guide, out, **(options | changes))
 
 
