@@ -13,10 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import readme_tables
 
 from orderppl.cli.main import COMMANDS
 from orderppl.cli.parser import parse
+
+import readme_tables
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")

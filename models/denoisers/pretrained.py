@@ -115,7 +115,7 @@ class PretrainedDenoiser(nn.Module):
         attended = attention_mask.bool()
         column = attended.long().cumsum(-1) - (1 if self.frame is None else 0)  # [N, S], where each token goes
         tokens, keys = self._gather(state, attended, column)
-        if not self.reads_mask_alone and bool(((tokens == self.mask_index) | ~keys).all(-1).any()):
+        if not (self.reads_mask_alone or tokens.is_meta) and bool(((tokens == self.mask_index) | ~keys).all(-1).any()):
             problem = f"{type(self.network).__name__} reads no row of nothing but MASK"
             raise UserError("tokens", problem, "load it with frame true, or give every row its start and end tokens")
         found = self._call(tokens, keys)
@@ -157,8 +157,8 @@ class PretrainedDenoiser(nn.Module):
         """Read the rows of one length after another; costs a synchronisation with the host."""
         counts, position = keys.sum(-1), options.pop("position_ids", None)
         found: Tensor | None = None
-        for length in counts.unique().tolist():
-            rows = (counts == length).nonzero()[:, 0]
+        for length in [tokens.shape[1]] if tokens.is_meta else counts.unique().tolist():  # shapes: all are the longest
+            rows = counts if tokens.is_meta else (counts == length).nonzero()[:, 0]
             if position is not None:
                 options["position_ids"] = position[: len(rows), :length]
             part = tokens[rows, :length]

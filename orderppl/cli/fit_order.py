@@ -49,6 +49,7 @@ class Config:
         out: the run folder.
         resume: go on with the run in --out.
         estimate: print what the training needs in memory, operations and hours at so many TFLOP/s, and stop.
+        processes: that the estimate is for, as torchrun would start them.
     """
 
     guide: Guide
@@ -65,6 +66,7 @@ class Config:
     out: str = "runs/fit-order"
     resume: bool = False
     estimate: float | None = None
+    processes: int = 1
 
 
 def run(config: Config) -> None:
@@ -82,7 +84,7 @@ def run(config: Config) -> None:
         torch.manual_seed(config.seed)
         parts = make_parts(config)
         if config.estimate is not None:
-            estimate(parts, config.estimate)
+            estimate(parts, config.estimate, config.processes)
             return
         say_framing(parts, config.device)
         result = fit(**parts, out=Path(config.out), resume=config.resume)
@@ -106,7 +108,7 @@ def say_framing(parts: dict[str, Any], device: str) -> None:
         print(f"note: {advice}")
 
 
-def estimate(parts: dict[str, Any], tflops: float) -> None:
+def estimate(parts: dict[str, Any], tflops: float, processes: int = 1) -> None:
     """Print what the fit of these parts needs."""
     from dataclasses import fields
 
@@ -120,7 +122,7 @@ def estimate(parts: dict[str, Any], tflops: float) -> None:
     rows, _ = training_rows(parts["data"], model.denoiser)
     settings = FitSettings(**{item.name: parts[item.name] for item in fields(FitSettings)})
     with frozen(model.denoiser, unless=settings.train_denoiser):
-        show_costs(PairLoss(model, parts["guide"], objective), rows, settings, tflops)
+        show_costs(PairLoss(model, parts["guide"], objective), rows, settings, tflops, processes)
 
 
 def make_parts(config: Any) -> dict[str, Any]:

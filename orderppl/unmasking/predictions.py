@@ -13,6 +13,7 @@ from torch import Tensor
 from orderppl.unmasking.denoiser import Reader
 
 _CHUNK = 2**19  # logits that a CPU works on at a time: they stay in its cache, and no temporary is as large as all
+_AT_ONCE = 2**27  # logits that are held for tokens to be looked up in, 512 MiB in float32
 
 Function = Callable[[Tensor], Tensor]
 """Of the token log-probabilities of positions: float [.., V] -> [.., ..]."""
@@ -97,8 +98,26 @@ class Window(Predictions):
         index = tokens[..., self.reader.start :].expand(self.tokens.shape[:-1] + (-1,)).unsqueeze(-1)
         if temperature == 1 and "log_probs" in self.__dict__:
             return self._whole(self.log_probs.gather(-1, index).squeeze(-1))
+        if "logits" not in self.__dict__ and self._is_large():
+            return self._whole(self._said_in_parts(index.flatten(), temperature).reshape(index.shape[:-1]))
         logits = self.logits if temperature == 1 else self.logits / temperature
         return self._whole(logits.gather(-1, index).squeeze(-1) - logits.logsumexp(-1))
+
+    def _is_large(self) -> bool:
+        """Whether the logits of all positions are more than should be held, and nothing is learned through them."""
+        states, classes = self.states, self.reader.denoiser.vocab_size
+        few = states.reshape(-1, states.shape[-1])[:1]
+        return states[..., 0].numel() * classes > _AT_ONCE and not self.reader.logits(few).requires_grad
+
+    def _said_in_parts(self, index: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities of the tokens int64 [N], of some positions after others: float [N]."""
+        states = self.states.reshape(len(index), -1)
+        size = max(1, _AT_ONCE // self.reader.denoiser.vocab_size)
+        found = []
+        for part, tokens in zip(states.split(size), index.split(size), strict=True):
+            logits = self.reader.logits(part) / temperature
+            found.append(logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1))
+        return torch.cat(found)
 
 
 class MaskedOnly(Predictions):

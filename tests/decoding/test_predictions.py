@@ -321,3 +321,24 @@ def test_packed_numbers_are_those_of_the_masked_positions(monkeypatch: pytest.Mo
     fresh = MaskedOnly(reader, tokens, masked, count)
     torch.testing.assert_close(fresh.logits_at(some), everywhere.flatten(0, 1)[some])
     assert "logits" not in vars(fresh)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_are_looked_up_in_parts_where_all_logits_would_be_too_many(
+    whole: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers, and never more logits at a time; a denoiser that is trained keeps all of them."""
+    denoiser = Counting()
+    tokens = torch.randint(0, 9, (3, 2, 7))
+    batch = Batch(tokens[0], given=(torch.arange(7) < 2).expand(2, 7))
+    reader = Reader(Whole(denoiser) if whole else denoiser, batch)
+    once = Window(reader, tokens.masked_fill(tokens > 4, MASK)).token_log_prob(batch.tokens, temperature)
+    monkeypatch.setattr("orderppl.unmasking.predictions._AT_ONCE", 4 * VOCAB)
+    for trained in (False, True):
+        denoiser.requires_grad_(trained)
+        denoiser.forget()
+        window = Window(reader, tokens.masked_fill(tokens > 4, MASK))
+        torch.testing.assert_close(window.token_log_prob(batch.tokens, temperature).detach(), once.detach())
+        assert ("logits" in window.__dict__) == trained
+        assert whole or (max(denoiser.positions) <= 4) != trained

@@ -223,8 +223,8 @@ LLADA_MODEL = """
 
     def rotate(x, theta):
         size = x.shape[-1]
-        rate = theta ** (-torch.arange(0, size, 2).float() / size)
-        angle = torch.arange(x.shape[-2]).float()[:, None] * rate
+        rate = theta ** (-torch.arange(0, size, 2, device=x.device).float() / size)
+        angle = torch.arange(x.shape[-2], device=x.device).float()[:, None] * rate
         angle = torch.cat([angle, angle], -1).to(x.dtype)
         left, right = x.chunk(2, -1)
         return x * angle.cos() + torch.cat([-right, left], -1) * angle.sin()
@@ -438,7 +438,7 @@ DREAM_MODEL = """
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None,
                     output_hidden_states=None, return_dict=None):
             if position_ids is None:
-                position_ids = torch.arange(input_ids.shape[1])[None]
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
             hidden = self.model.embed_tokens(input_ids)
             for layer in self.model.layers:
                 hidden = layer(hidden, attention_mask, position_ids)
