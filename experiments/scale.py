@@ -12,8 +12,7 @@ from jsonargparse import auto_cli
 from orderppl import Batch, RevealTraceGraph_ELBO
 from orderppl.cli.costs import GIB, TERA, find_costs
 from orderppl.guides import PolicyGuide
-from orderppl.inference import FitSettings
-from orderppl.inference.fitting import PairLoss
+from orderppl.inference.fitting import FitSettings, PairLoss
 from orderppl.models import LearnedPolicy, PolicyNetwork, UnmaskingModel
 from orderppl.models.denoisers import SmdmDenoiser
 

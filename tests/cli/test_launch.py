@@ -16,7 +16,7 @@ import yaml
 from orderppl import Batch, load_run
 from orderppl.cli.costs import find_costs
 from orderppl.cli.main import main
-from orderppl.inference import FitSettings
+from orderppl.inference.fitting import FitSettings
 
 import scale
 from tiny_models import write_model
