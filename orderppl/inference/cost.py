@@ -94,6 +94,10 @@ def on_shapes(module: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for hook in filter(None, (getattr(part, "_hf_hook", None) for part in module.modules())):
+        from accelerate.hooks import ModelHook
+
+        memo[id(hook)] = ModelHook()  # one that does nothing, in place of what fetches numbers from elsewhere
     return copy.deepcopy(module, memo)
 
 
@@ -102,7 +106,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _AsOnAccelerator(TorchFunctionMode):
-    """Attention in one kernel, and products in bfloat16 under autocast, neither of which the meta device knows."""
+    """Attention in one kernel, and products in bfloat16 under autocast, neither of which the meta device knows.
+
+    Nor does it know whether all of a mask is true, which masked models ask: they are told no, and keep the mask.
+    """
 
     def __init__(self, bfloat16: bool = False) -> None:
         super().__init__()
@@ -110,6 +117,8 @@ class _AsOnAccelerator(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        if func is Tensor.all and len(args) == 1 and not kwargs and args[0].is_meta:
+            return torch.zeros((), dtype=torch.bool)
         if self.bfloat16 and (func in PRODUCTS or func is F.scaled_dot_product_attention):
             args, kwargs = tree_map_only(Tensor, _lowered, (args, kwargs))
         return _fused_attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)

@@ -138,9 +138,11 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         # A guide may look at other tokens, or through another denoiser: the model reads its states itself then.
         is_met = bool(met) and path.is_that_of(met[0].state)
         trajectory = Trajectory(path, order, met) if is_met else likelihood.trajectory
-        log_q, kl, kl_to_come = self._order_terms(q, p, trajectory)  # [P, *] each; P = T, or 1 for a whole order
+        # Whether all states are read anyway is known after the densities of the order.
+        terms = None if self.scored_steps is None else self._order_terms(q, p, trajectory)
         steps = self._steps_to_score(likelihood, trajectory)
         reward, to_come, baseline = self._likelihood(sites, likelihood, trajectory, steps)  # [*], [T, *] or [*], [T, *]
+        log_q, kl, kl_to_come = self._order_terms(q, p, trajectory) if terms is None else terms  # [P, *], P = T or 1
         own, shared = self._factors(sites)  # [*] or 0, [K, 1] or 0
         reward, to_come = reward + own, to_come + own
         kl = kl.masked_fill(~_is_proper(order, path.batch), torch.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -14,14 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from orderppl.guides import RenormalisedScoreGuide
+from orderppl.guides import PolicyGuide, RenormalisedScoreGuide
 from orderppl.inference.cost import on_shapes, update_cost
 from orderppl.inference.fitting import PairLoss
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
-from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
-from orderppl.models.denoisers import SmdmDenoiser
+from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, SequenceEncoder, UnmaskingModel
+from orderppl.models.denoisers import SmdmDenoiser, load_denoiser
 from orderppl.models.denoisers.training import MaskedDiffusionLoss
+from orderppl.policies import Plan, RandomSteps
 from orderppl.unmasking import Batch
+
+from tiny_models import KINDS, write_model
 
 V, T, B, L, C = 300, 3, 4, 12, 10
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
@@ -88,6 +92,26 @@ def test_operations_are_those_of_the_update(kind: str, accumulate: int) -> None:
     found = update_cost(loss, data, OPTIMIZER, accumulate=accumulate).flops
     assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
     assert update_cost(loss, data.rows(slice(2)), OPTIMIZER).flops == pytest.approx(0.5 * found, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bert in parts"])
+def test_public_models_are_counted_on_shapes(kind: str, tmp_path: Path) -> None:
+    """Also those that look at their masks, and one whose parts lie on the disk."""
+    torch.manual_seed(0)
+    folder, parts = write_model(tmp_path / "model", kind.split()[0]), {}
+    if kind.endswith("parts"):
+        places = {"bert.embeddings": "cpu", "bert.encoder": "disk", "cls": "cpu"}
+        parts = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    denoiser: Any = load_denoiser(folder, trust_remote_code=True, **parts)
+    plan = Plan(PositionTable(L, T))
+    model, guide = UnmaskingModel(denoiser, RandomSteps(), T), PolicyGuide(plan, denoiser, T)
+    loss = PairLoss(model, guide, RevealTraceGraph_ELBO(2, scored_steps=2))
+    data = Batch(torch.randint(5, 40, (B, L)), given=(torch.arange(L) % (L - 1) == 0).expand(B, L))
+    with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss(data).backward()
+    found = update_cost(loss, data, OPTIMIZER)
+    assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert found.weights >= sum(weight.numel() * weight.element_size() for weight in loss.parameters())
 
 
 def test_pieces_save_memory_and_a_frozen_denoiser_holds_no_activations() -> None:
