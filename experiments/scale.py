@@ -6,12 +6,15 @@ The denoiser has the shape of LLaDA 8B and bfloat16 weights, and stays frozen. A
 learned with the canvas all hidden. One sequence after another goes through an update (`fit.accumulate`).
 """
 
+from pathlib import Path
+
 import torch
 from jsonargparse import auto_cli
 
 from orderppl import Batch, RevealTraceGraph_ELBO
-from orderppl.cli.costs import GIB, TERA, find_costs
+from orderppl.files import write_text
 from orderppl.guides import PolicyGuide
+from orderppl.inference.cost import GIB, TERA, find_costs
 from orderppl.inference.fitting import FitSettings, PairLoss
 from orderppl.models import LearnedPolicy, PolicyNetwork, UnmaskingModel
 from orderppl.models.denoisers import SmdmDenoiser
@@ -41,8 +44,9 @@ def main(
     updates: int = 1000,
     tflops: float = 400.0,
     price: float = 2.5,
+    out: Path | None = None,
 ) -> None:
-    """Print the table.
+    """Make the table.
 
     Args:
         scored: steps of every order that the denoiser scores in an update.
@@ -54,6 +58,7 @@ def main(
         updates: of the fit.
         tflops: 10^12 operations a second of a GPU.
         price: dollars an hour of a GPU.
+        out: file for it; printed when left out.
     """
     rows, lines = Batch(torch.zeros(batch_size, canvas, dtype=torch.long)), []
     for steps in scored:
@@ -65,7 +70,10 @@ def main(
             cells = [f"{steps} of {num_steps}", processes, f"{cost['memory'] / GIB:.0f}"]
             cells += [f"{cost['flops'] / TERA:,.0f}", f"{3600 * cost['hours'] / updates:,.2g}", f"{cost['hours']:,.2g}"]
             lines.append([*map(str, cells), f"{cost['hours'] * processes * price:,.2g}"])
-    print(table(HEAD, lines))
+    if out is None:
+        print(table(HEAD, lines))
+    else:
+        write_text(out, table(HEAD, lines) + "\n")
 
 
 if __name__ == "__main__":

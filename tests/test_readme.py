@@ -53,7 +53,8 @@ def commands(page: Path) -> Iterator[list[str]]:
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the documents take as given: a module and a config of one's own."""
     (tmp_path / "my_module.py").write_text(MY_MODULE, "utf-8")
-    (tmp_path / "my.yaml").write_text("num_steps: 4\ndata: Chains\ndenoiser: MarkovChainDenoiser\nguide: PolicyGuide\n")
+    for name in ("my.yaml", "large.yaml"):
+        (tmp_path / name).write_text("num_steps: 4\ndata: Chains\ndenoiser: MarkovChainDenoiser\nguide: PolicyGuide\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

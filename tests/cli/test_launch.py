@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from orderppl import Batch, load_run
-from orderppl.cli.costs import find_costs
 from orderppl.cli.main import main
+from orderppl.inference.cost import find_costs
 from orderppl.inference.fitting import FitSettings
 
 import scale
