@@ -17,7 +17,7 @@ from orderppl.guides import PolicyGuide
 from orderppl.inference.cost import GIB, TERA, find_costs
 from orderppl.inference.fitting import FitSettings, PairLoss
 from orderppl.models import LearnedPolicy, PolicyNetwork, UnmaskingModel
-from orderppl.models.denoisers import SmdmDenoiser
+from orderppl.models.denoisers.smdm import SmdmDenoiser
 
 from readme_tables import table
 

@@ -16,7 +16,8 @@ from orderppl.guides import Guide, MeanFieldGuide, PolicyGuide, SequentialGuide
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.fitting import PairLoss
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, SequentialUnmaskingModel, UnmaskingModel
-from orderppl.models.denoisers import SmdmDenoiser, TransformerDenoiser
+from orderppl.models.denoisers import TransformerDenoiser
+from orderppl.models.denoisers.smdm import SmdmDenoiser
 from orderppl.policies import RandomSteps
 
 Axis = Literal["steps", "length", "particles", "trainable", "precision", "compiled", "smdm"]

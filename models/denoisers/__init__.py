@@ -6,7 +6,6 @@ from orderppl.models.denoisers.markov_chain import MarkovChainDenoiser
 from orderppl.models.denoisers.own_output import OwnOutput
 from orderppl.models.denoisers.pretrained import PretrainedDenoiser
 from orderppl.models.denoisers.reaction import ReactionDenoiser
-from orderppl.models.denoisers.smdm import SmdmDenoiser
 from orderppl.models.denoisers.training import train_denoiser
 from orderppl.models.denoisers.transformer import TransformerDenoiser
 from orderppl.models.denoisers.tree_field import TreeFieldDenoiser
@@ -19,7 +18,6 @@ __all__ = [
     "PhoneDenoiser",
     "PretrainedDenoiser",
     "ReactionDenoiser",
-    "SmdmDenoiser",
     "TransformerDenoiser",
     "TreeFieldDenoiser",
     "load_denoiser",

@@ -20,7 +20,8 @@ from orderppl.inference.cost import on_shapes, update_cost
 from orderppl.inference.fitting import PairLoss
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, SequenceEncoder, UnmaskingModel
-from orderppl.models.denoisers import SmdmDenoiser, load_denoiser
+from orderppl.models.denoisers import load_denoiser
+from orderppl.models.denoisers.smdm import SmdmDenoiser
 from orderppl.models.denoisers.training import MaskedDiffusionLoss
 from orderppl.policies import Plan, RandomSteps
 from orderppl.unmasking import Batch

@@ -17,8 +17,9 @@ from orderppl.config import build, describe
 from orderppl.data.tokenizers import PretrainedTokenizer, load_tokenizer, tokenizer_fingerprint
 from orderppl.errors import UserError
 from orderppl.hub import fetch
-from orderppl.models.denoisers import PretrainedDenoiser, SmdmDenoiser, load_denoiser
+from orderppl.models.denoisers import PretrainedDenoiser, load_denoiser
 from orderppl.models.denoisers.remote_code import check_loads_alike
+from orderppl.models.denoisers.smdm import SmdmDenoiser
 from orderppl.unmasking import Batch, Denoiser
 from orderppl.unmasking.denoiser import Reader, SplitDenoiser
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from orderppl.config import build, describe
 from orderppl.errors import UserError
-from orderppl.models.denoisers import SmdmDenoiser, load_denoiser
-from orderppl.models.denoisers.smdm import SIZES
+from orderppl.models.denoisers import load_denoiser
+from orderppl.models.denoisers.smdm import SIZES, SmdmDenoiser
 
 from tiny_models import loud
 
@@ -169,6 +169,6 @@ def test_rotary_tables_are_bit_equal_to_theirs() -> None:
 def test_is_described_by_its_arguments() -> None:
     denoiser = SmdmDenoiser(**TINY)
     spec = describe(denoiser)
-    assert spec["class_path"] == "orderppl.models.denoisers.SmdmDenoiser"
+    assert spec["class_path"] == "orderppl.models.denoisers.smdm.SmdmDenoiser"
     assert spec["init_args"].items() >= TINY.items()
     assert build(describe(denoiser)).config == denoiser.config

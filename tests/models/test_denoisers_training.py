@@ -13,11 +13,11 @@ from orderppl.errors import UserError
 from orderppl.inference.trainer import FitResult
 from orderppl.models.denoisers import (
     MarkovChainDenoiser,
-    SmdmDenoiser,
     TransformerDenoiser,
     load_denoiser,
     train_denoiser,
 )
+from orderppl.models.denoisers.smdm import SmdmDenoiser
 from orderppl.models.denoisers.training import (
     DenoiserSettings,
     MaskedDiffusionLoss,
