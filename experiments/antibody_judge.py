@@ -1,14 +1,18 @@
-"""An independent model's opinion of antibody sequences."""
+"""What to say of antibody sequences: the opinion of an independent model, and how far apart their loops are."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import combinations
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orderppl.data.sequences import antibody_regions
+from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.wheels import load_wheel_tensors, wheel_file
 
 PACKAGE, VERSION, WHAT = "antiberty", "0.1.3", "the judge of antibodies"
@@ -43,11 +47,12 @@ class AntibodyJudge:
         load_wheel_tensors(self.model, used, PACKAGE, VERSION, WHAT, "judge")
 
     @torch.no_grad()
-    def nats(self, sequences: Sequence[str], every: int = 8) -> Tensor:
+    def nats(self, sequences: Sequence[str], counted: Sequence[Tensor], every: int = 8) -> Tensor:
         """Negative pseudo-log-likelihood per residue, every residue predicted with seven in eight visible.
 
         Args:
             sequences: one-letter residues.
+            counted: those that the mean is over, bool [L] of every sequence.
             every: residues i, i + every, ... are hidden together, for all i: so many forwards per sequence.
 
         Returns:
@@ -56,7 +61,7 @@ class AntibodyJudge:
         start, end, mask = (self.ids[token] for token in ("[CLS]", "[SEP]", "[MASK]"))
         special = [self.ids[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
         means = []
-        for sequence in sequences:
+        for sequence, wanted in zip(sequences, counted, strict=True):
             tokens = torch.tensor([self.ids[residue] for residue in sequence])  # [L]
             place = torch.arange(len(tokens))
             hidden = place % every == torch.arange(every)[:, None]  # [E, L]
@@ -64,5 +69,59 @@ class AntibodyJudge:
             logits = self.model(framed, torch.ones_like(framed)).logits[:, 1:-1]  # [E, L, V]
             logits[..., special] = -torch.inf
             log_prob = logits.log_softmax(-1).gather(-1, tokens.expand(every, -1)[..., None])[..., 0]
-            means.append(-log_prob[place % every, place].double().mean())
+            means.append(-log_prob[place % every, place][wanted].double().mean())
         return torch.stack(means)
+
+    def records(
+        self,
+        arm: str,
+        written: Sequence[str],
+        wanted: Sequence[Tensor],
+        regions: Sequence[Sequence[str]],
+        natural: Sequence[str],
+    ) -> list[dict[str, object]]:
+        """What there is to say of domains.
+
+        Args:
+            arm: who wrote them.
+            written: the domains.
+            wanted: the residues that were written, bool [L] of every domain; the others were given.
+            regions: of every residue.
+            natural: domains to compare loops with.
+
+        Returns:
+            `judge_nats` per written residue. Per loop `natural_edits` and `edits_apart`, see `novelty`.
+        """
+        nats = self.nats(written, wanted)
+        found: list[dict[str, object]] = [{"metric": "judge_nats", "n": len(nats), **vars(bootstrap_mean(nats))}]
+        parts = [(domain, part) for domain in natural if (part := antibody_regions(domain)) is not None]
+        for region in ("CDR1", "CDR2", "CDR3"):
+            own = [_part(*row, region) for row in zip(written, regions, strict=False)]
+            if all(own) and not all(bool(row.all()) for row in wanted):
+                nearest, apart = novelty(own, [_part(*row, region) for row in parts])
+                for metric, values in (("natural_edits", nearest), ("edits_apart", apart)):
+                    found.append({"metric": metric, "region": region, "n": len(values), "value": mean(values)})
+        return [{"arm": arm, **record} for record in found]
+
+
+def _part(domain: str, regions: Sequence[str], region: str) -> str:
+    return "".join(letter for letter, name in zip(domain, regions, strict=True) if name == region)
+
+
+def edits(first: str, second: str) -> int:
+    """Fewest insertions, deletions and replacements between two sequences (Levenshtein 1966)."""
+    row = list(range(len(second) + 1))
+    for i, letter in enumerate(first, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(second, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
+    return row[-1]
+
+
+def novelty(written: Sequence[str], natural: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Edits per residue of every written loop to the nearest natural one, and of every pair of written loops."""
+    known = sorted(set(natural))
+    nearest = {loop: min(edits(loop, other) for other in known) / len(loop) for loop in set(written)}
+    pairs = {(a, b): 2 * edits(a, b) / (len(a) + len(b)) for a, b in combinations(sorted(set(written)), 2)}
+    apart = [pairs.get((min(a, b), max(a, b)), 0.0) for a, b in combinations(written, 2)]
+    return [nearest[loop] for loop in written], apart

@@ -1,15 +1,14 @@
-"""What the experiments on pretrained models of molecules share: learn an order, compare it, show it."""
+"""What the experiments on pretrained models share: learn an order, compare it, show it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, groupby, product
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import pyro
 import torch
-from opponents import best_of, opponents, spaced_orders
-from plan_fits import fit_plan
+from opponents import opponents
 from rich.console import Console
 from torch import Tensor
 
@@ -17,88 +16,50 @@ from orderppl import Batch, Denoiser, Policy, evaluate, follow
 from orderppl.data import Examples
 from orderppl.evaluation import Arm, paired_difference, summary
 from orderppl.evaluation.results import results_table
-from orderppl.figures import STYLE, colour_bar, new_figure
+from orderppl.figures import SOFT, STYLE, colour_bar, new_figure
 from orderppl.policies.plans import Planned
 
 
-def updates_within(rows: int, batch_size: int, particles: int, steps: int) -> int:
-    """Updates that a number of denoiser rows pays for.
-
-    An update reads the fully hidden state of each sequence once and the T - 1 later ones once per order.
-    """
-    return max(rows // (batch_size * (1 + (steps - 1) * particles)), 1)
-
-
-def learn_plan(
-    plan: Planned,
-    denoiser: Denoiser,
-    train: Examples,
-    steps: int,
-    *,
-    rows: int,
-    lr: float,
-    bonus: float,
-    batch_size: int = 4,
-    particles: int = 8,
-    seed: int = 0,
-    out: Path | None = None,
-    **settings: Any,
-) -> int:
-    """Fit a plan with as many updates as `rows` pay for, see `fit_plan`; return their number."""
-    pyro.set_rng_seed(seed)
-    updates = updates_within(rows, batch_size, particles, steps)
-    fit_plan(
-        plan,
-        denoiser,
-        train,
-        steps,
-        bonus=bonus,
-        fade=int(0.75 * updates),
-        lr=lr,
-        particles=particles,
-        updates=updates,
-        batch_size=batch_size,
-        seed=seed,
-        out=out,
-        **settings,
-    )
-    return updates
-
-
 def compare(
-    learned: Policy,
+    learned: Mapping[int, Policy],
     denoiser: Denoiser,
     test: Examples,
     steps: int,
     *,
-    chosen_on: Examples,
-    seed: int,
+    spaced: Arm,
     out: Path,
     title: str,
 ) -> pd.DataFrame:
     """Follow every arm along the held-out rows: records, and a table of the best on the screen.
 
-    The spaced order among the opponents is the best one on the rows `chosen_on`.
+    Args:
+        learned: policies by their training seeds.
+        denoiser: see `orderppl.Denoiser`.
+        test: the rows.
+        steps: step budget T.
+        spaced: the best spaced order on other rows, an opponent.
+        out: folder of the measurements.
+        title: of the table.
     """
-    spaced = best_of(spaced_orders(steps), denoiser, chosen_on)
-    arms = [
-        Arm("learned", learned, steps, mode=True, training_seed=seed),
-        Arm("learned, drawn", learned, steps, training_seed=seed, seeds=(0, 1, 2)),
-        *opponents(steps),
-        spaced,
-    ]
+    arms = [*opponents(steps), spaced]
+    for seed, policy in learned.items():
+        arms.append(Arm(f"learned #{seed}", policy, steps, family="learned", mode=True, training_seed=seed))
+        drawn = {"family": "learned, drawn", "training_seed": seed, "seeds": (0, 1, 2)}
+        arms.append(Arm(f"learned, drawn #{seed}", policy, steps, **drawn))  # type: ignore[arg-type]
     table = evaluate(arms, denoiser, test, out=out)
     records = summary(table, ["path_nats", "nfe"])
     nats = records[records["metric"] == "path_nats"].sort_values("value")
-    best = nats[(nats["kind"] == "heuristic") & (nats["arm"] != spaced.name)]["arm"].iloc[0]
+    rivals = nats[(nats["kind"] == "heuristic") & (nats["arm"] != spaced.name)]["arm"]
     gains = []
-    for other in (best, spaced.name):
-        loss = paired_difference(table, "learned", other, "path_nats")
-        gain = {"metric": "advantage", "arm": "learned", "of": other}
+    for seed, other in product(learned, (rivals.iloc[0], spaced.name)):
+        loss = paired_difference(table, f"learned #{seed}", other, "path_nats")
+        gain = {"metric": "advantage", "arm": "learned", "of": other, "training_seed": seed}
         gains.append(gain | {"value": -loss.value, "low": -loss.high, "high": -loss.low})
-    records = pd.concat([records, pd.DataFrame(gains)]).assign(steps=steps, training_seed=seed)
+    records = pd.concat([records, pd.DataFrame(gains)]).assign(steps=steps)
+    records["arm"] = records["arm"].str.replace(r" #\d+$", "", regex=True)
     Console().print(results_table(nats.head(10), title=f"{title}, {len(test)} held-out, {steps} steps"))
-    Console().print(results_table(gains, rows=("arm", "of"), title="Paired: learned better by, nats per token"))
+    rows = ("arm", "training_seed", "of")
+    Console().print(results_table(gains, rows=rows, title="Paired: learned better by, nats per token"))
     return records
 
 
@@ -128,18 +89,24 @@ def mean_by_group(steps: Tensor, groups: Sequence[Sequence[str | None]], label: 
 
 
 def figure_of(shares: Sequence[Tensor], labels: Sequence[Sequence[str]], means: pd.DataFrame, label: str) -> Any:
-    """P(step | position) of some rows (float [S, T] each), and the mean step of every group below."""
+    """P(step | position) of some rows (float [S, T] each), and the mean step of every group below.
+
+    Given positions stay empty. A label that neighbours share stands once, between lines.
+    """
     heights = [2.0] * len(shares) + [1.0 + 0.21 * len(means)]
     with plt.rc_context(STYLE):
         figure = new_figure(sum(heights))
         axes = figure.subplots(len(heights), 1, height_ratios=heights)
         for axis, probs, names in zip(axes, shares, labels, strict=False):
-            image = axis.imshow(probs.T.numpy(), aspect="auto", vmin=0, vmax=1)
+            shown = probs.masked_fill(probs.sum(-1, keepdim=True) == 0, float("nan")).T.numpy()
+            image = axis.imshow(shown, aspect="auto", vmin=0, vmax=1)
             axis.set(ylabel="step", yticks=range(probs.shape[-1]))
-            if len(names):
-                axis.set_xticks(range(len(names)), names, fontsize="x-small")
-            else:
-                axis.set_xlabel("position")
+            runs = [(name, len(list(run))) for name, run in groupby(names)]
+            ends = list(accumulate(size for _, size in runs))
+            centres = [end - (size + 1) / 2 for end, (_, size) in zip(ends, runs, strict=True)]
+            axis.set_xticks(centres, [name for name, _ in runs], fontsize="x-small")
+            if len(runs) < len(names) / 2:
+                axis.vlines([end - 0.5 for end in ends[:-1]], -0.5, probs.shape[-1] - 0.5, SOFT, linewidth=0.8)
         colour_bar(image, list(axes[:-1]), "P(step | position)")
         axes[-1].barh(means[label], means["value"], height=0.6)
         axes[-1].set(xlabel=f"mean step of a {label}, from 0")

@@ -29,11 +29,12 @@ def opponents(steps: int, seeds: Sequence[int] = (0, 1, 2)) -> list[Arm]:
 def spaced_orders(steps: int) -> list[Arm]:
     """The dilated schedule, every pattern of at most four positions that uses all steps, and strides of more steps.
 
-    A stride k reveals position i at step k i mod T.
+    A stride k reveals position i at step k i mod T. For 8 steps also two that keep each step far from the earlier ones.
     """
     patterns = [p for size in range(2, 5) for p in product(range(steps), repeat=size) if len(set(p)) == steps]
     strides = [k for k in range(2, steps) if gcd(k, steps) == 1]
     patterns += [tuple(k * i % steps for i in range(steps)) for k in strides if steps > 4]
+    patterns += [(0, 4, 2, 6, 1, 5, 3, 7), (0, 7, 3, 6, 1, 5, 2, 4)] if steps == 8 else []  # always halfway between
     patterns += SPACED if steps == 4 else []
     arms = [Arm(f"periodic {p}", FixedOrder(p, periodic=True), steps, family="periodic") for p in patterns]
     return [*arms, Arm("dilated", Dilated(), steps)]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pyro
 from jsonargparse import auto_cli
-from opponents import best_of, spaced_orders
+from opponents import best_of, opponents, spaced_orders
+from plan_fits import learn_plan
 from rich.console import Console
 
 from orderppl import evaluate
@@ -25,8 +26,6 @@ from orderppl.inference.refine import refine_plan
 from orderppl.models import PositionTable, ScanNetwork
 from orderppl.models.denoisers import PhoneDenoiser
 from orderppl.policies import FixedOrder, ScanPlan
-
-from molecules import learn_plan, opponents
 
 
 def main(

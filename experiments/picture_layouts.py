@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from tables import BASELINES
+from tables import BASELINES, ORDERS
 
 from orderppl.evaluation.figures import FORWARDS
 
@@ -54,6 +54,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
     "benchmark-speed": [UPDATED],
     "benchmark-speed-smdm": [Dots("share of the time of an update", "part_share", "part", "mode")],
     "chain": [GAP],
+    "english": [FIRST._replace(where={"training_seed": (None, 0), "family": ORDERS["family"]}), PAIRED],
     "equations-scan": [Curves(), PAIRED._replace(rows="arm target_nfe", where={"target_nfe": (3.0, 4.0)})],
     "frontier-equations": [Curves()],
     "gpu": [UPDATED._replace(where={"benchmark": ("speed",), **UPDATED.where}), DECODED],

@@ -1,11 +1,14 @@
 """How the experiments fit a plan."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 
 from orderppl import Denoiser, fit
+from orderppl.data import Examples
 from orderppl.guides import PolicyGuide
 from orderppl.inference import Anneal, RevealTraceGraph_ELBO
 from orderppl.models import UnmaskingModel
@@ -49,3 +52,47 @@ def fit_plan(
         anneal={"objective.kl_weight": Anneal(bonus, 0.0, fade)},
         **settings,
     )
+
+
+def updates_within(rows: int, batch_size: int, particles: int, steps: int) -> int:
+    """Updates that a number of denoiser rows pays for.
+
+    An update reads the fully hidden state of each sequence once and the T - 1 later ones once per order.
+    """
+    return max(rows // (batch_size * (1 + (steps - 1) * particles)), 1)
+
+
+def learn_plan(
+    plan: Planned,
+    denoiser: Denoiser,
+    train: Examples,
+    steps: int,
+    *,
+    rows: int,
+    lr: float,
+    bonus: float,
+    batch_size: int = 4,
+    particles: int = 8,
+    seed: int = 0,
+    out: Path | None = None,
+    **settings: Any,
+) -> int:
+    """Fit a plan with as many updates as `rows` pay for, see `fit_plan`; return their number."""
+    pyro.set_rng_seed(seed)
+    updates = updates_within(rows, batch_size, particles, steps)
+    fit_plan(
+        plan,
+        denoiser,
+        train,
+        steps,
+        bonus=bonus,
+        fade=int(0.75 * updates),
+        lr=lr,
+        particles=particles,
+        updates=updates,
+        batch_size=batch_size,
+        seed=seed,
+        out=out,
+        **settings,
+    )
+    return updates

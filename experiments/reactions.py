@@ -14,6 +14,8 @@ from typing import Literal
 import pandas as pd
 import pyro
 from jsonargparse import auto_cli
+from opponents import best_of, spaced_orders
+from plan_fits import learn_plan
 from rich.console import Console
 
 from orderppl import Denoiser, Policy, decode
@@ -26,7 +28,7 @@ from orderppl.models.denoisers import ReactionDenoiser
 from orderppl.policies import Plan, Ranked, ScanPlan
 from orderppl.policies.plans import Planned
 
-from molecules import compare, figure_of, learn_plan, mean_by_group, revealed_steps, step_shares
+from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
 
 
 def token_kind(token: str) -> str | None:
@@ -96,8 +98,8 @@ def main(
         plan, denoiser, splits["train"], steps, rows=rows, lr=lr, bonus=bonus, seed=seed, group=8, out=out / "order"
     )
     test = splits["test"]
-    few_seen = splits["validation"].take(32)
-    records = compare(plan, denoiser, test, steps, chosen_on=few_seen, seed=seed, out=out, title="Reactions")
+    spaced = best_of(spaced_orders(steps), denoiser, splits["validation"].take(32))
+    records = compare({seed: plan}, denoiser, test, steps, spaced=spaced, out=out, title="Reactions")
 
     few = test.take(rows_written)
     arms: dict[str, Policy] = {"learned": plan, "random": Ranked("random"), "top_prob": Ranked("top_prob")}

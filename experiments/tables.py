@@ -18,7 +18,7 @@ from rich.console import Console
 from orderppl.evaluation.results import read_results, results_table
 
 BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
-PLACES = ("domains", "grid", "measured", "steps", "n", "training_seed", "target_nfe")  # what is compared where
+PLACES = ("domains", "chain", "grid", "measured", "steps", "n", "training_seed", "target_nfe")  # what is compared where
 Record = dict[str, Any]
 
 
@@ -49,7 +49,17 @@ UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured
 PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
 DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
+TOGETHER = Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "arm", "steps")
+ORDERS = {"family": ("learned", "periodic", *(f"{name} uniform" for name in ("random", "top_prob", "left_to_right")))}
 LAYOUTS: dict[str, list[Layout]] = {
+    "english": [COMPARED, NATS._replace(rows="family", columns="steps", where=ORDERS), TOGETHER],
+    "loops": [
+        COMPARED,
+        NATS._replace(title="Nats per residue", rows="chain family", columns="steps", where=ORDERS),
+        Layout("Written freely: nats of an independent model", "judge_nats", "steps arm"),
+        Layout("Edits per residue, to the nearest natural loop and apart", "natural_edits edits_apart", "arm region"),
+    ],
+    "receptors": [COMPARED, NATS._replace(title="Nats per residue", rows="family", columns="steps", where=ORDERS)],
     "chain": GAPS,
     "tree": GAPS,
     "phones": [
@@ -88,7 +98,8 @@ def compared(records: Sequence[Record]) -> Iterator[Record]:
         names = {"learned": "own", "opponent": "frontier", "worst": "seed_low", "best": "seed_high"}
         found = {metric: record[name] for metric, name in names.items() if name in record}
         if "own" not in record:
-            here = [r for r in nats if all(r.get(name) == record[name] for name in PLACES if name in record)]
+            same = [{name: r.get(name, record[name]) for name in PLACES if name in record} for r in nats]
+            here = [r for r, place in zip(nats, same, strict=True) if place.items() <= record.items()]
             own, other = (next(r["value"] for r in here if r["arm"] == record[name]) for name in ("arm", "of"))
             found |= {"learned": own, "opponent": other}
         yield from ({**labels, "metric": metric, "value": value} for metric, value in found.items())

@@ -29,7 +29,8 @@ class Config:
 
     Args:
         data: the data set.
-        denoiser: architecture, or a trained denoiser to go on from.
+        denoiser: architecture, or a trained denoiser to go on from: a run folder or any pretrained masked model.
+        vocabulary: all tokens of a pretrained masked model, or those that training rows use: faster, see OUT/start.
         fit: the training.
         seed: of everything random.
         device: where to train, such as cpu or cuda:0.
@@ -40,6 +41,7 @@ class Config:
 
     data: DataSet
     denoiser: Denoiser = field(default_factory=lambda: dict(TRANSFORMER))  # type: ignore[assignment]
+    vocabulary: Literal["whole", "used"] = "whole"
     fit: DenoiserSettings = field(default_factory=DenoiserSettings)
     seed: int = 0
     device: str = "cpu"
@@ -63,6 +65,8 @@ def run(config: Config) -> None:
         builder = Builder(Known())
         data = make_data(builder, config.data)
         denoiser = make_denoiser(builder, config.denoiser, data)
+        if config.vocabulary == "used":
+            denoiser = _cut(denoiser, data, builder, Path(config.out) / "start")
         settings = fit_settings(builder, DenoiserSettings, config)
         train_denoiser(denoiser, data, out=Path(config.out), resume=config.resume, **settings)
         if os.environ.get("RANK", "0") != "0":
@@ -72,3 +76,15 @@ def run(config: Config) -> None:
     rows = [{"metric": name, "value": value, "split": "test", "n": len(test)} for name, value in found.items()]
     write_table(Path(config.out) / "results", "test", rows)
     show(rows, title=f"masked-diffusion bound of {config.out}")
+
+
+def _cut(denoiser: Denoiser, data: DataSet, builder: Builder, folder: Path) -> Denoiser:
+    """The denoiser with the tokens of training rows alone, from the folder where it is kept."""
+    from orderppl.models.denoisers.vocabulary import cut_vocabulary
+
+    batch = data.splits()["train"].batch
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        cut_vocabulary(denoiser, batch.tokens[batch.attention_mask].unique().tolist(), folder)
+    spec = {"class_path": "orderppl.models.denoisers.load_denoiser", "init_args": {"name_or_path": str(folder)}}
+    return make_denoiser(builder, spec, data)

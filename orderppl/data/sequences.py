@@ -18,19 +18,25 @@ REGIONS = ("FR1", "CDR1", "FR2", "CDR2", "FR3", "CDR3", "FR4")
 # After the rules by which loops are found by eye (A. C. R. Martin, "How to identify the CDRs by looking at a
 # sequence"): CDR1 four residues behind a cysteine and before a tryptophan, CDR2 fifteen behind CDR1, CDR3 three behind
 # the second cysteine and before W-G-x-G.
-_DOMAIN = re.compile(
+_HEAVY = re.compile(
     r"(?P<FR1>.{16,24}C.{3})(?P<CDR1>.{8,14}?)(?P<FR2>[WV][VIFALY].{12})(?P<CDR2>.{13,20}?)"
     r"(?P<FR3>[KRQTHSN][VFLAIST][TSIAVMP].{25,29}C.{2})(?P<CDR3>.{1,32}?)(?P<FR4>[A-Z]G.G.{4,8})$"
+)
+# Of light chains: CDR1 behind a cysteine and before a tryptophan, CDR2 seven residues, fifteen behind CDR1, CDR3 behind
+# the second cysteine and before F-G-x-G.
+_LIGHT = re.compile(
+    r"(?P<FR1>.{19,23}C)(?P<CDR1>.{8,17}?)(?P<FR2>W[YFLV].{13})(?P<CDR2>.{7})"
+    r"(?P<FR3>.{31,33}C)(?P<CDR3>.{5,14}?)(?P<FR4>FG.G.{4,8})$"
 )
 
 
 def antibody_regions(sequence: str) -> list[str] | None:
-    """Region of every residue of a heavy variable domain; None where its landmarks are not found.
+    """Region of every residue of a variable domain, heavy or light; None where its landmarks are not found.
 
     Args:
         sequence: one-letter residues.
     """
-    found = _DOMAIN.match(sequence)
+    found = _HEAVY.match(sequence) or _LIGHT.match(sequence)
     return None if found is None else [name for name in REGIONS for _ in found[name]]
 
 
@@ -128,7 +134,7 @@ class Fasta(RowData):
 
 
 class Antibodies(Fasta):
-    """Heavy variable domains of antibodies.
+    """Variable domains of antibodies, heavy or light ones.
 
     Args:
         train: file of training sequences.

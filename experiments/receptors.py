@@ -1,0 +1,92 @@
+"""Learn the order in which a pretrained model should write the CDR3 loops of a T-cell receptor, both chains together.
+
+    python experiments/receptors.py --steps 4 --out runs/receptors-4
+
+The lengths of both chains are given. Receptors are drawn from the model itself, one residue a step in random order:
+there is no file of them here. So `path_nats` says how near parallel writing comes to the model's own distribution. The
+order is a plan that reads what the model expects at the opening; opponents are as in `antibodies.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+from jsonargparse import auto_cli
+from opponents import best_of, spaced_orders
+from plan_fits import learn_plan
+
+from orderppl import Batch, decode
+from orderppl.data import Examples
+from orderppl.evaluation.results import write_results
+from orderppl.figures import save_figure
+from orderppl.models import GroupedNetwork, OpeningPlan
+from orderppl.models.denoisers.receptor import ReceptorDenoiser
+from orderppl.policies import Ranked, ScanPlan
+from orderppl.policies.plans import Planned
+
+from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
+
+SHORTEST, LONGEST = 12, 17  # residues of a drawn chain
+
+
+def draw_receptors(denoiser: ReceptorDenoiser, count: int) -> Examples:
+    """Draw pairs of chains from the denoiser, one residue a step in random order."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(SHORTEST, LONGEST + 1, (count, 2, 1), generator=generator)
+    place = torch.arange(2 * LONGEST + 1)
+    attended, between = place < sizes.sum(1) + 1, place == sizes[:, 0]
+    tokens = torch.where(between, denoiser.tokenizer.between_index, denoiser.mask_index)
+    canvas = Batch(tokens, attended, between)
+    settings: dict[str, Any] = {"max_steps": 2 * LONGEST, "temperature": 1.0, "generator": generator}
+    written = decode(denoiser, Ranked("random"), canvas, **settings)
+    return Examples(Batch(written.sequences, attended, between), denoiser.tokenizer, whole=True)
+
+
+def main(
+    steps: int = 4,
+    seeds: int = 3,
+    count: int = 700,
+    rows: int = 60_000,
+    lr: float = 0.01,
+    bonus: float = 0.1,
+    out: Path = Path("runs/receptors"),
+) -> None:
+    """Learn a plan on every seed and compare on held-out receptors.
+
+    Args:
+        steps: step budget T.
+        seeds: training seeds, from 0.
+        count: receptors that are drawn; 200 are held out, 100 choose the spaced order.
+        rows: denoiser rows that a fit may spend.
+        lr: learning rate.
+        bonus: weight of the entropy bonus at the start; it fades.
+        out: folder of runs and results.
+    """
+    denoiser = ReceptorDenoiser()
+    drawn = draw_receptors(denoiser, count)
+    test, validation, train = drawn.take(200), drawn.rows(slice(200, 300)), drawn.rows(slice(300, None))
+    plans: dict[int, Planned] = {}
+    for seed in range(seeds):
+        pyro.set_rng_seed(seed)
+        plans[seed] = ScanPlan(GroupedNetwork(steps, OpeningPlan(16, denoiser.vocab_size), 8, width=48))
+        budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 8}
+        learn_plan(plans[seed], denoiser, train, steps, seed=seed, out=out / f"seed-{seed}", **budget)
+    spaced = best_of(spaced_orders(steps), denoiser, validation)
+    records = compare(dict(plans), denoiser, test, steps, spaced=spaced, out=out, title="Receptors")
+
+    batch = test.batch.rows(slice(1))
+    chains = [text.split(":") for text in test.texts(test.batch.tokens)]
+    names = [["alpha"] * len(alpha) + ["beta"] * len(beta) for alpha, beta in chains]
+    means = mean_by_group(revealed_steps(plans[0], denoiser, test.batch, steps), names, "chain")
+    seen = batch.attention_mask[0]
+    shares = step_shares(plans[0], denoiser, batch, steps)[0][seen]
+    save_figure(figure_of([shares], [list(test.texts(batch.tokens, batch)[0])], means, "chain"), out / "order.svg")
+    labels = {"task": "receptors", "rows": rows, "steps": steps}
+    config = {**labels, "seeds": seeds, "count": count, "lr": lr, "bonus": bonus}
+    write_results(out, "receptors", config, pd.concat([records, means]).assign(**labels))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
