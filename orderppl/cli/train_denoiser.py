@@ -51,7 +51,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Train, save, and measure the bound on the test split."""
+    """Train, save, and measure the bound on the test split, or on that of validation where there is none."""
     import torch
 
     from orderppl.cli.tables import show, write_table
@@ -71,10 +71,13 @@ def run(config: Config) -> None:
         train_denoiser(denoiser, data, out=Path(config.out), resume=config.resume, **settings)
         if os.environ.get("RANK", "0") != "0":
             return
-        test = data.splits()["test"]
-        found = masked_diffusion_nelbo(denoiser, test, settings["batch_size"], draws=8)
-    rows = [{"metric": name, "value": value, "split": "test", "n": len(test)} for name, value in found.items()]
-    write_table(Path(config.out) / "results", "test", rows)
+        splits = data.splits()
+        split = next((name for name in ("test", "validation") if name in splits), None)
+        if split is None:  # nothing is held out
+            return
+        found = masked_diffusion_nelbo(denoiser, splits[split], settings["batch_size"], draws=8)
+    rows = [{"metric": name, "value": value, "split": split, "n": len(splits[split])} for name, value in found.items()]
+    write_table(Path(config.out) / "results", split, rows)
     show(rows, title=f"masked-diffusion bound of {config.out}")
 
 

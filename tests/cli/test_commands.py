@@ -205,6 +205,10 @@ def test_a_denoiser_is_trained_and_used(shell) -> None:
     shell.fine("train-denoiser", "--config=runs/den/config.yaml", "--out=runs/again")
     again, first = load_run("runs/again").denoiser, load_run("runs/den").denoiser
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), first.parameters(), strict=True))
+    few = [*data[:2], "--data.test=0", "--denoiser.width=16", "--denoiser.layers=1", *quick]
+    assert "validation" in shell.fine("train-denoiser", *few, "--data.validation=5", "--out=runs/no-test")
+    shell.fine("train-denoiser", *few, "--data.validation=0", "--out=runs/no-held")
+    assert load_run("runs/no-held").denoiser is not None
     for command in ("evaluate", "share", "report", "diagnose"):
         assert shell.error(command, "runs/den").startswith("run: ")
     shell.fine("frontier", "runs/den", "--rows=3", "--heuristics=[{policy: Threshold, tau: [0.5]}]", "--out=runs/f")
