@@ -48,7 +48,9 @@ def learn(name: str, peer: Peer, run: Run, seed: int, budget: int, lr: float, ou
     """Fit a peer within a budget of denoiser rows; return those that it spends."""
     batch_size, spent = run.config["fit"]["batch_size"], 0
     guide = PolicyGuide(peer.policy, run.denoiser, run.num_steps)
-    model = UnmaskingModel(run.denoiser, peer.policy, run.num_steps, step_price=run.model.step_price.low)
+    prices = run.model.step_price
+    middle = (prices.low * prices.high) ** 0.5  # of the one that is charged for steps by the model
+    model = UnmaskingModel(run.denoiser, peer.policy, run.num_steps, step_price=middle)
     settings: dict[str, Any] = {"schedule": "cosine", "warmup": 20, "grad_clip": 1.0, "group": 8, "seed": seed}
     settings |= {"optimizer": partial(torch.optim.Adam, lr=lr), "batch_size": batch_size}
     for number, one in enumerate(peer.fits):
@@ -95,7 +97,7 @@ def main(
             for factor in FACTORS:
                 played = {"family": name, "mode": peer.mode, "training_seed": seed, "setting": {"factor": factor}}
                 arm = f"{name} factor={factor:g} #{seed}"
-                arms.append(Arm(arm, peer.play(peer.policy, factor), run.num_steps, seeds=seeds, **played))
+                arms.append(Arm(arm, peer.play(peer.policy, factor), peer.steps, seeds=seeds, **played))
     test = loaded[0].data.splits()[split].take(rows)
     table = evaluate(arms, loaded[0].denoiser, test, metrics=["accuracy", "path_nats"], batch_size=rows, out=out)
     gains = [advantages(table, targets, opponents=[name]) for name in spent if name != "learned"]

@@ -77,12 +77,14 @@ class Peer:
         fits: one after another.
         play: the policy and a factor of its probabilities -> what decodes.
         mode: whether most probable sets are played.
+        steps: step budget that it is played with; a step per token when left out.
     """
 
     policy: LearnedPolicy
     fits: list[Fit]
     play: Callable[[LearnedPolicy, float], Policy]
     mode: bool
+    steps: int | None
 
 
 def peers(run: Run, speed: float, price: float) -> dict[str, Peer]:
@@ -106,13 +108,14 @@ def peers(run: Run, speed: float, price: float) -> dict[str, Peer]:
     stepwise = Fit(data, Rollout(AnswerReward(price=price, **right), 12), 1 + (steps - 1) * 12)
     own = OwnOutput(data, denoiser, rows=2000)
     return {
-        "learn2pd": Peer(LearnedPolicy(ConfidenceFilter(places)), [imitate(CorrectOracle(), own)], Eager, True),
-        "policy_gradient": Peer(bernoulli("confidence"), [answers], Eager, False),
-        "policy_gradient sas": Peer(bernoulli("confidence"), [likelihood], Eager, False),
+        "learn2pd": Peer(LearnedPolicy(ConfidenceFilter(places)), [imitate(CorrectOracle(), own)], Eager, True, None),
+        "policy_gradient": Peer(bernoulli("confidence"), [answers], Eager, False, steps),
+        "policy_gradient sas": Peer(bernoulli("confidence"), [likelihood], Eager, False, steps),
         "dultra": Peer(
             bernoulli("hidden", hidden=width),
             [imitate(Factor(1.0), data), stepwise],
             ExpectedCount,
             True,
+            steps,
         ),
     }
