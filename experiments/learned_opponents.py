@@ -101,7 +101,8 @@ def main(
     test = loaded[0].data.splits()[split].take(rows)
     table = evaluate(arms, loaded[0].denoiser, test, metrics=["accuracy", "path_nats"], batch_size=rows, out=out)
     gains = [advantages(table, targets, opponents=[name]) for name in spent if name != "learned"]
-    found = pd.concat([summary(table), *(part[part["arm"] == "learned"] for part in gains if len(part))])
+    gained = pd.concat(gains).query("metric == 'advantage' and arm == 'learned' and target_nfe.notna()")
+    found = pd.concat([summary(table), gained])
     records = plain_records(found.assign(task=type(loaded[0].data).__name__.lower(), rows=found["arm"].map(spent)))
     config = {"test_rows": len(test), "split": split, "spent": spent, "lr": lr, "speed": speed, "price": price}
     write_results(out, "learned-opponents", config, records)

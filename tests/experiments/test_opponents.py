@@ -78,7 +78,7 @@ def test_every_opponent_is_fitted_and_compared(tmp_path: Path) -> None:
     model = UnmaskingModel(denoiser, policy, 4, step_price=prices)
     run = tmp_path / "run"
     fit(model, PolicyGuide(policy, denoiser, 4), data, updates=6, batch_size=8, seed=0, out=run, progress=False)
-    learned_opponents.main([run], rows=8, targets=[2.0], out=tmp_path / "out")
+    learned_opponents.main([run], rows=8, targets=[4.0], out=tmp_path / "out")
     found = read_results(tmp_path / "out")
     names = {"learn2pd", "policy_gradient", "policy_gradient sas", "dultra"}
     assert names | {"learned"} == set(found["config"]["spent"])
