@@ -24,7 +24,7 @@ from plan_fits import learn_plan
 from rich.console import Console
 from torch import Tensor
 
-from orderppl import Batch, decode
+from orderppl import Batch, Policy, decode
 from orderppl.data import Antibodies, Examples
 from orderppl.data.sequences import REGIONS, antibody_regions
 from orderppl.evaluation.results import results_table, write_results
@@ -36,9 +36,8 @@ from orderppl.policies import Plan, Ranked
 from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
 
 SHORTEST, LONGEST = 112, 128  # residues of a drawn heavy domain, the bulk of human ones
-LIGHT = (  # of adalimumab, a public sequence
-    "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQRYNRAPYTFGQGTKVEIK"
-)
+# of adalimumab, a public sequence
+LIGHT = "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQRYNRAPYTFGQGTKVEIK"
 LEFT = {"H": 98, "L": 88}  # aligned positions counted from the left end; the others are counted from the right end
 
 
@@ -120,14 +119,13 @@ def main(
     means = mean_by_group(revealed_steps(plan, denoiser, known.batch, steps), groups, "region")
     means = means.sort_values("region", key=lambda names: names.map(REGIONS.index))
     longest = max(range(len(found)), key=lambda row: len(found[row]))
-    row = known.batch.rows(slice(longest, longest + 1))
+    row = known.rows([longest]).batch
     shares = step_shares(plan, denoiser, row, steps)[row.attention_mask]
     save_figure(figure_of([shares], [found[longest]], means, "region"), out / "order.svg")
     if judged:
         natural = domains(splits["train"])
-        arms = {"learned": plan, spaced.name: spaced.policy} | {
-            score: Ranked(score) for score in ("random", "top_prob", "entropy")
-        }  # type: ignore[arg-type]
+        arms: dict[str, Policy] = {"learned": plan, spaced.name: spaced.policy, "random": Ranked("random")}
+        arms |= {"top_prob": Ranked("top_prob"), "entropy": Ranked("entropy")}
         judge, few = AntibodyJudge(), known.take(judged)
         opinions = judge.records("held-out domains", domains(few), wanted[:judged], found, natural)
         for arm, policy in arms.items():

@@ -21,7 +21,7 @@ from orderppl import Batch, decode
 from orderppl.data import Examples
 from orderppl.evaluation.results import write_results
 from orderppl.figures import save_figure
-from orderppl.models import GroupedNetwork, OpeningPlan
+from orderppl.models import OpeningPlan, ScanNetwork
 from orderppl.models.denoisers.receptor import ReceptorDenoiser
 from orderppl.policies import Ranked, ScanPlan
 from orderppl.policies.plans import Planned
@@ -70,7 +70,7 @@ def main(
     plans: dict[int, Planned] = {}
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
-        plans[seed] = ScanPlan(GroupedNetwork(steps, OpeningPlan(16, denoiser.vocab_size), 8, width=48))
+        plans[seed] = ScanPlan(ScanNetwork(steps, OpeningPlan(16, denoiser.vocab_size)))
         budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 8}
         learn_plan(plans[seed], denoiser, train, steps, seed=seed, out=out / f"seed-{seed}", **budget)
     spaced = best_of(spaced_orders(steps), denoiser, validation)
