@@ -80,6 +80,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         Dots("antibodies: mean step of a region, from 0", "mean_step", "region"),
     ],
     "reactions": [FIRST, Dots("mean step of a kind of token, from 0", "mean_step", "kind", "steps")],
+    "receptors": [FIRST._replace(where={"training_seed": (None, 0), "family": ORDERS["family"]}), PAIRED],
     "sudoku": [Curves("accuracy path_nats")],
     "tree": [GAP],
 }
