@@ -66,9 +66,8 @@ def write_results(
         "environment": environment(config.get("device") or "cpu", config.get("dtype") or "float32"),
         **({} if seconds is None else {"seconds": round(seconds, 3)}),
     }
-    lines = [
-        json.dumps(_checked(index, record), allow_nan=False) for index, record in enumerate(plain_records(records))
-    ]
+    compact: Any = {"allow_nan": False, "separators": (",", ":")}
+    lines = [json.dumps(_checked(index, record), **compact) for index, record in enumerate(plain_records(records))]
     head = json.dumps(document, indent=1, allow_nan=False).removesuffix("\n}")
     path = Path(out) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
