@@ -56,6 +56,7 @@ def main(
     rows: int = 40_000,
     lr: float = 0.01,
     bonus: float = 0.1,
+    schedule: Literal["constant", "cosine"] = "constant",
     particles: int = 8,
     tested: int = 300,
     out: Path = Path("runs/english"),
@@ -70,6 +71,7 @@ def main(
         rows: denoiser rows that a fit may spend.
         lr: learning rate.
         bonus: weight of the entropy bonus at the start; it fades.
+        schedule: of the learning rate.
         particles: orders per sentence in an update.
         tested: held-out sentences that are scored.
         out: folder of runs and results.
@@ -80,8 +82,9 @@ def main(
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
         plans[seed] = make_plan(steps, family, network.vocab_size)
-        budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 8, "particles": particles}
-        learn_plan(plans[seed], network, splits["train"], steps, seed=seed, group=8, out=out / f"seed-{seed}", **budget)
+        budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "seed": seed}
+        budget |= {"lr": lr, "bonus": bonus, "schedule": schedule, "out": out / f"seed-{seed}"}
+        learn_plan(plans[seed], network, splits["train"], steps, **budget)
     spaced = best_of(spaced_orders(steps), network, splits["validation"].take(100))
     test = splits["test"].take(tested)
     records = compare(dict(plans), network, test, steps, spaced=spaced, out=out, title="English")
@@ -99,7 +102,7 @@ def main(
     columns = {arm: when[arm][chosen][batch.latent[chosen]].tolist() for arm in ("top_prob", "learned")}
     save_figure(figure_of(spelled[chosen], columns), out / "order.svg")
     label = {"task": "english", "family": family, "rows": rows, "steps": steps}
-    config = {**label, "seeds": seeds, "lr": lr, "bonus": bonus, "tested": tested}
+    config = {**label, "seeds": seeds, "lr": lr, "bonus": bonus, "schedule": schedule, "tested": tested}
     records = pd.concat([records, pd.DataFrame(together), means])
     write_results(out, "english", config, records.assign(**{k: v for k, v in label.items() if k != "family"}))
 

@@ -47,8 +47,8 @@ def compare(
         drawn = {"family": "learned, drawn", "training_seed": seed, "seeds": (0, 1, 2)}
         arms.append(Arm(f"learned, drawn #{seed}", policy, steps, **drawn))  # type: ignore[arg-type]
     table = evaluate(arms, denoiser, test, out=out)
-    records = summary(table, ["path_nats", "nfe"])
-    nats = records[records["metric"] == "path_nats"].sort_values("value")
+    records = summary(table, ["path_nats"])
+    nats = records.sort_values("value")
     rivals = nats[(nats["kind"] == "heuristic") & (nats["arm"] != spaced.name)]["arm"]
     gains = []
     for seed, other in product(learned, (rivals.iloc[0], spaced.name)):
