@@ -115,7 +115,7 @@ def test_english(tmp_path: Path) -> None:
     english.main(tmp_path / "denoiser", steps=2, seeds=1, rows=200, tested=4, out=tmp_path / "out")
     records = read_results(tmp_path / "out")["records"]
     assert {"path_nats", "advantage", "neighbours_together", "mean_step"} <= {record["metric"] for record in records}
-    assert (tmp_path / "out" / "order.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "order.svg").stat().st_size > 1000
 
 
 @pytest.mark.slow
