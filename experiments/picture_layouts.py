@@ -68,6 +68,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
             0.0,
         )
     ],
+    "learned-opponents": [Curves("accuracy path_nats")],
     "loops": [FIRST, Dots("mean step of a loop, from 0", "mean_step", "region", "run")],
     "paper": [
         Dots("negative bound, nats per problem", "bound_nats", "arm", "training_seed"),
