@@ -37,8 +37,7 @@ def own_arms(run: Run, seed: int) -> list[Arm]:
     """The learned order of a run, at seven prices of its range."""
     prices, played = run.model.step_price, {"family": "learned", "mode": True, "training_seed": seed}
     arms = []
-    for place in range(7):
-        price = prices.low * (prices.high / prices.low) ** (place / 6)
+    for price in prices.grid(7):
         name, setting = f"learned price={price:.3g} #{seed}", {"price": price}
         arms.append(Arm(name, AtPrice(run.policy, price), run.num_steps, setting=setting, **played))
     return arms

@@ -98,8 +98,7 @@ def learn_opening(denoiser: Denoiser, data: Sudoku, seed: int, updates: int, out
 def arms_of(name: str, order: Order, policy: LearnedPolicy, seed: int) -> list[Arm]:
     """The policy at prices across its range, as points of the curve of a seed."""
     arms = []
-    for place in range(PRICES):
-        price = order.low * (order.high / order.low) ** (place / (PRICES - 1))
+    for price in PriceRange(order.low, order.high).grid(PRICES):
         setting = {"learned": name, "price": round(price, 4)}
         label, played = f"{name} price={price:.3g} #{seed}", AtPrice(policy, price)
         arms.append(Arm(label, played, STEPS, family="learned", mode=True, training_seed=seed, setting=setting))

@@ -93,9 +93,7 @@ class UnmaskingModel(PyroProgram):
         """
         batch = Batch.of(batch)
         path = Path(batch, self.denoiser, self.num_steps)
-        wanted = None
-        if self.answer is not None:
-            wanted = self.answer(batch.tokens.masked_fill(~batch.attention_mask, -1), batch.latent)
+        wanted = None if self.answer is None else batch.wanted(self.answer)
         order = self.policy.order(batch, self.denoiser, self.num_steps)
         order = order.as_prior() if isinstance(order, PolicyOrder) else order
         with rows_plate(len(batch)):

@@ -84,6 +84,20 @@ def uniform_noise(seed: int, row_ids: Tensor, step: int | Tensor, length: int, s
     return _unit(_absorb(_absorb(bits, counter)[:, None], position))
 
 
+def row_noise(seed: int, row_ids: Tensor, step: Tensor, latent: Tensor, stream: int) -> Tensor:
+    """One uniform number per row and position to reveal, whatever stands before it: float64 [B, S].
+
+    Args:
+        seed: any integer.
+        row_ids: int64 [B], identity of each row.
+        step: int64 [B].
+        latent: bool [B, S]; a position is known by its rank among these.
+        stream: `SELECTION` or `TOKENS`.
+    """
+    place = (latent.long().cumsum(-1) - 1).clamp(min=0)
+    return uniform_noise(seed, row_ids, step, latent.shape[-1], stream).gather(-1, place)
+
+
 # -- draws of a fit ----------------------------------------------------------------------------------------------------
 
 

@@ -82,10 +82,7 @@ def learned_arms(runs: Sequence[Run], config: Config, denoiser: Any) -> list[Arm
             prices = getattr(loaded.model, "step_price", None)
             specs = config.learned
             if not specs and isinstance(prices, PriceRange):
-                ratio = prices.high / prices.low
-                specs = [
-                    {"policy": "AtPrice", "price": [prices.low * ratio ** (i / (PRICES - 1)) for i in range(PRICES)]}
-                ]
+                specs = [{"policy": "AtPrice", "price": prices.grid(PRICES)}]
             seeds = range(config.seeds) if not config.mode else (0,)
             options: dict[str, Any] = {"family": members[0].name, "training_seed": number}
             budgets = config.budgets or [loaded.num_steps]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orderppl.decoding.step import Write, keep_rows, row_noise, token_writer, unmask
+from orderppl.decoding.step import Write, keep_rows, token_writer, unmask
 from orderppl.errors import UserError
 from orderppl.policies import Blocks, Policy
-from orderppl.randomness import SELECTION, generator_seed
+from orderppl.randomness import SELECTION, generator_seed, row_noise
 from orderppl.unmasking import Batch, Denoiser, State
 from orderppl.unmasking.denoiser import Reader
 from orderppl.unmasking.predictions import MaskedOnly, true_places

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from orderppl.config import describe
-from orderppl.decoding.step import keep_rows, row_noise, token_writer, unmask
+from orderppl.decoding.step import keep_rows, token_writer, unmask
 from orderppl.errors import UserError
 from orderppl.policies import Blocks, Policy
-from orderppl.randomness import SELECTION, generator_seed
+from orderppl.randomness import SELECTION, generator_seed, row_noise
 from orderppl.unmasking import Batch, State
 from orderppl.unmasking.denoiser import Reader
 from orderppl.unmasking.predictions import MaskedOnly

@@ -14,7 +14,7 @@ from orderppl.errors import UserError
 from orderppl.policies import Policy
 from orderppl.policies.policy import selected_set
 from orderppl.policies.scores import best_of, confidence
-from orderppl.randomness import TOKENS, sample_categorical, uniform_noise
+from orderppl.randomness import TOKENS, row_noise, sample_categorical
 from orderppl.unmasking import State
 from orderppl.unmasking.predictions import MaskedOnly, true_places
 
@@ -97,20 +97,6 @@ def _remaining(masked: Tensor, reveal: Tensor) -> tuple[int, int, int]:
     counts = torch.stack([left.any(-1).sum(), left.sum(), (~reveal.any(-1)).sum()])
     rows, positions, empty = counts.tolist()
     return rows, positions, empty
-
-
-def row_noise(seed: int, row_ids: Tensor, step: Tensor, latent: Tensor, stream: int) -> Tensor:
-    """One uniform number per row and position to reveal, whatever stands before it: float64 [B, S].
-
-    Args:
-        seed: any integer.
-        row_ids: int64 [B], identity of each row.
-        step: int64 [B].
-        latent: bool [B, S]; a position is known by its rank among these.
-        stream: `SELECTION` or `TOKENS`.
-    """
-    place = (latent.long().cumsum(-1) - 1).clamp(min=0)
-    return uniform_noise(seed, row_ids, step, latent.shape[-1], stream).gather(-1, place)
 
 
 def token_writer(temperature: float, seed: int, row_ids: Tensor) -> Write:

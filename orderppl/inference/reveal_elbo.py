@@ -266,7 +266,7 @@ class RevealTraceGraph_ELBO(Objective, TraceGraph_ELBO):
         count = self.num_particles
         if not (self.vectorize_particles and count > 1):
             return cost
-        cost, baseline = (_centred(x) for x in torch.broadcast_tensors(cost, baseline))  # [T, K, ..]
+        cost, baseline = (centred(x) for x in torch.broadcast_tensors(cost, baseline))  # [T, K, ..]
         if self.control_variate != "fitted":
             fixed = {"none": 0.0, "gain": 1.0}.get(str(self.control_variate))
             return cost - (float(self.control_variate) if fixed is None else fixed) * baseline
@@ -324,7 +324,7 @@ def _slope(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return torch.where(enough, products / squares.masked_fill(~enough, 1.0), 0.0)
 
 
-def _centred(values: Tensor) -> Tensor:
+def centred(values: Tensor) -> Tensor:
     """Subtract the mean over the other orders: float [T, K, ..]."""
     count = values.shape[1]
     return (values - values.mean(1, keepdim=True)) * (count / (count - 1))

@@ -15,6 +15,7 @@ from orderppl.config import Configurable
 from orderppl.distributions.order_distribution import PolicyOrder
 from orderppl.errors import UserError
 from orderppl.inference.objective import Objective
+from orderppl.inference.reveal_elbo import centred
 from orderppl.randomness import sample_categorical, uniform
 from orderppl.unmasking import Batch, Denoiser, State
 from orderppl.unmasking.predictions import Predictions
@@ -95,9 +96,7 @@ class AnswerReward(Configurable):
             many = batch.rows(torch.arange(len(batch), device=batch.device).repeat(count))
             texts = examples.texts(tokens.flatten(0, 1), many)
             return examples.grade(texts, self._references_of(batch) * count).reshape(count, -1).to(batch.device)
-        wanted = batch.latent
-        if self.answer is not None:
-            wanted = self.answer(batch.tokens.masked_fill(~batch.attention_mask, -1), batch.latent)
+        wanted = batch.latent if self.answer is None else batch.wanted(self.answer)
         return ((tokens == batch.readable) | ~wanted).all(-1)
 
     def _references_of(self, batch: Batch) -> list[str]:
@@ -183,7 +182,7 @@ class Rollout(Objective, Trace_ELBO):
             raise UserError("reward", problem, "return one number per rollout")
         reward = reward.to(log_q.dtype)
         count = self.num_particles
-        advantage = (reward - reward.mean(0)) * (count / (count - 1))  # R^k - mean_{j != k} R^j, [K, B]
+        advantage = centred(reward[None])[0]  # R^k - mean_{j != k} R^j, [K, B]
         self.metrics = {"reward": reward.mean(), "steps": rollouts.steps.float().mean()}
         return reward.sum() / count, (advantage * log_q).sum() / count
 

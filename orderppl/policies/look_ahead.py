@@ -10,7 +10,7 @@ from orderppl.errors import UserError
 from orderppl.policies.policy import Policy
 from orderppl.policies.scores import entropy, predicted_tokens
 from orderppl.policies.wrappers import Wrapper
-from orderppl.randomness import uniform_noise
+from orderppl.randomness import SELECTION, row_noise
 from orderppl.unmasking import State
 from orderppl.unmasking.denoiser import Reader
 from orderppl.unmasking.predictions import Window
@@ -58,9 +58,9 @@ class LookAhead(Wrapper):
     def _noises(self, state: State) -> list[Tensor]:
         """Uniform numbers of every candidate, float64 [*, S] each; always the same ones where modes are taken."""
         if state.takes_mode:
-            rows = torch.zeros_like(state.step).flatten()
-            place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)  # the same whatever stands before a position
-            noise = uniform_noise(0, rows, 0, state.shape[-1]).reshape(state.shape).gather(-1, place)
+            first = torch.zeros_like(state.step).flatten()  # row and step: the same numbers everywhere
+            latent = state.latent.reshape(-1, state.shape[-1])
+            noise = row_noise(0, first, first, latent, SELECTION).reshape(state.shape)
         else:
             noise = state.noise
         return [(noise + number * _GOLDEN) % 1.0 for number in range(self.candidates)]

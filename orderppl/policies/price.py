@@ -41,6 +41,10 @@ class PriceRange(Configurable):
         even = even_spread(sequences, device).to(torch.get_default_dtype())
         return self.low * (self.high / self.low) ** even
 
+    def grid(self, count: int) -> list[float]:
+        """So many prices across the range, two or more, at equal ratios: to play a policy at."""
+        return [self.low * (self.high / self.low) ** (place / (count - 1)) for place in range(count)]
+
     def places(self, state: State) -> Tensor:
         """Where the log-prices of a state are in the range, from -1 to 1 (a price outside goes beyond): float [B].
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -135,6 +135,10 @@ class Batch:
             return self
         given = None if self.given is None else self.given[:, columns]
         return Batch(self.tokens[:, columns], self.attention_mask[:, columns], given)
+
+    def wanted(self, answer: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Which positions are the answer, bool [B, S], as a function of tokens (-1 at padding) and `latent` says."""
+        return answer(self.tokens.masked_fill(~self.attention_mask, -1), self.latent)
 
     def hidden(self) -> Batch:
         """The same canvas with id 0 at every position to reveal: what a guide blind to the tokens may see."""
