@@ -1,11 +1,13 @@
 """Learn the order in which a small English model should write sentences, and compare it with every order by hand.
 
     python experiments/english.py --denoiser runs/english-denoiser --steps 4 --out runs/english-4
+    python experiments/english.py --hides '(?<=[.!?] )(?:(?![.!?] ).)+$' --out runs/last-4    # writes the last sentence
 
-Nothing is given: rows of words of different lengths, from the data that the denoiser's run folder names. The order is a
-plan that knows places only; its steps depend on each other. Opponents are all heuristics and the best
-spaced order, dilated or periodic, chosen on validation rows. The figure shows one sentence under the best heuristic and
-under the learned order, step by step, and how often neighbours are revealed together.
+Rows of words of different lengths, from the data that the denoiser's run folder names. What a pattern hides is
+written, or all. The order is a plan whose steps depend on each other; it knows places, and reads the denoiser's first
+predictions where something is given. Opponents are all heuristics and the best of what spaces out a step: dilated and
+periodic orders and a threshold, chosen on validation rows. The figure shows one sentence most confident first and in
+the learned order.
 """
 
 import re
@@ -18,11 +20,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pyro
 from jsonargparse import auto_cli
-from opponents import best_of, spaced_orders
+from opponents import best_of, spaced_orders, spaced_rules
 from plan_fits import learn_plan
 from torch import Tensor
 
 from orderppl import Policy, load_run
+from orderppl.config import build
 from orderppl.evaluation.results import write_results
 from orderppl.figures import COLOURS, GREY, INK, STYLE, WIDTH, save_figure
 from orderppl.models import OpeningPlan, ScanNetwork
@@ -42,21 +45,22 @@ def kind_of(token: str) -> str:
     return "small word" if SMALL.fullmatch(token) else "question word" if ASKED.fullmatch(token) else "other word"
 
 
-def make_plan(steps: int, family: str, vocab_size: int) -> Planned:
-    """A plan that knows places only."""
-    places = OpeningPlan(steps if family == "independent" else 16, vocab_size, reads_opening=False)
+def make_plan(steps: int, family: str, vocab_size: int, reads_opening: bool) -> Planned:
+    """A plan that knows places, and what the denoiser says first."""
+    places = OpeningPlan(steps if family == "independent" else 16, vocab_size, reads_opening=reads_opening)
     return Plan(places) if family == "independent" else ScanPlan(ScanNetwork(steps, places))
 
 
 def main(
     denoiser: Path = Path("runs/english-denoiser"),
+    hides: str | None = None,
     steps: int = 4,
     family: Literal["scan", "independent"] = "scan",
     seeds: int = 3,
     rows: int = 40_000,
     lr: float = 0.01,
-    bonus: float = 0.1,
-    schedule: Literal["constant", "cosine"] = "constant",
+    bonus: float = 0.3,
+    schedule: Literal["constant", "cosine"] = "cosine",
     particles: int = 8,
     tested: int = 300,
     out: Path = Path("runs/english"),
@@ -65,6 +69,7 @@ def main(
 
     Args:
         denoiser: run folder of a denoiser of texts.
+        hides: regular expression of what is to be written; the rest is given. None: all is to be written.
         steps: step budget T.
         family: steps that depend on each other in a scan, or independent ones.
         seeds: training seeds, from 0.
@@ -77,15 +82,18 @@ def main(
         out: folder of runs and results.
     """
     run = load_run(denoiser)
-    network, splits = run.denoiser, run.data.splits()
+    data = run.config["data"]
+    data = build({**data, "init_args": {**data["init_args"], "hides": hides}})
+    network, splits = run.denoiser, data.splits(run.tokenizer)
     plans: dict[int, Planned] = {}
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
-        plans[seed] = make_plan(steps, family, network.vocab_size)
+        plans[seed] = make_plan(steps, family, network.vocab_size, reads_opening=hides is not None)
         budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "seed": seed}
         budget |= {"lr": lr, "bonus": bonus, "schedule": schedule, "out": out / f"seed-{seed}"}
         learn_plan(plans[seed], network, splits["train"], steps, **budget)
-    spaced = best_of(spaced_orders(steps), network, splits["validation"].take(100))
+    rivals = [*spaced_orders(steps), *spaced_rules(steps)]
+    spaced = best_of(rivals, network, splits["validation"].take(100))
     test = splits["test"].take(tested)
     records = compare(dict(plans), network, test, steps, spaced=spaced, out=out, title="English")
 
@@ -101,10 +109,10 @@ def main(
     chosen = int((batch.latent.sum(-1) - 24).abs().argmin())
     columns = {arm: when[arm][chosen][batch.latent[chosen]].tolist() for arm in ("top_prob", "learned")}
     save_figure(figure_of(spelled[chosen], columns), out / "order.svg")
-    label = {"task": "english", "family": family, "rows": rows, "steps": steps}
-    config = {**label, "seeds": seeds, "lr": lr, "bonus": bonus, "schedule": schedule, "tested": tested}
+    label = {"task": "english", "written": "all" if hides is None else "hidden", "rows": rows, "steps": steps}
+    config = {**label, "hides": hides, "family": family, "seeds": seeds, "lr": lr, "bonus": bonus, "schedule": schedule}
     records = pd.concat([records, pd.DataFrame(together), means])
-    write_results(out, "english", config, records.assign(**{k: v for k, v in label.items() if k != "family"}))
+    write_results(out, "english", {**config, "tested": tested}, records.assign(**label))
 
 
 def side_by_side(steps: Tensor) -> float:

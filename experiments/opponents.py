@@ -40,6 +40,12 @@ def spaced_orders(steps: int) -> list[Arm]:
     return [*arms, Arm("dilated", Dilated(), steps)]
 
 
+def spaced_rules(steps: int) -> list[Arm]:
+    """A threshold whose sets are kept apart, with a budget of T steps."""
+    apart = [{"policy": "Spaced", "spread": spread} for spread in (2.0, 4.0, 8.0)]
+    return list(sweep([{"policy": "Threshold", "tau": [0.02, 0.1, 0.3], "budgets": [steps], "around": apart}]))
+
+
 def best_of(arms: list[Arm], denoiser: Denoiser, rows: Examples) -> Arm:
     """The arm with the best likelihood."""
     means = summary(evaluate(arms, denoiser, rows), ["path_nats"]).set_index("arm")["value"]

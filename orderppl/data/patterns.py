@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+from itertools import islice
 from types import FrameType
 
 from orderppl.errors import UserError
@@ -32,20 +33,31 @@ class Pattern:
             raise UserError(field, problem, "give one such as 'umab$'") from error
 
     def is_in(self, text: str) -> bool:
-        """Whether the expression is found in a text.
+        """Whether the expression is found in a text; see `spans`."""
+        return bool(self.spans(text, most=1))
+
+    def spans(self, text: str, most: int | None = None) -> list[tuple[int, int]]:
+        """Where the expression is found in a text, from the left: [start, end) in characters.
+
+        Args:
+            text: what is searched.
+            most: stop after so many.
 
         Raises:
             UserError: the search takes longer than a second.
         """
         if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-            return self.compiled.search(text) is not None
+            return self._spans(text, most)
         before = signal.signal(signal.SIGALRM, self._stop)
         try:
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            return self.compiled.search(text) is not None
+            return self._spans(text, most)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+    def _spans(self, text: str, most: int | None) -> list[tuple[int, int]]:
+        return [match.span() for match in islice(self.compiled.finditer(text), most)]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         problem = f"{self.text[:80]!r} takes more than {SECONDS:g} s on one text"

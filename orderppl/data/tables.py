@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orderppl.data.dataset import Row, RowData
+from orderppl.data.patterns import Pattern
 from orderppl.data.prompts import HOLE
 from orderppl.data.reading import csv_rows, hub_data, json_lines, text_of
 from orderppl.data.report import BadRow, LoadReport, Record
@@ -21,14 +22,16 @@ class Table(RowData):
 
     A text with holes is a `template` such as `Tom has 3 [MASK] and buys [MASK] more.`, beside the whole text or the
     list of what fills the holes, each of any length; or a whole text with the `spans` of characters to hide. All the
-    rest of it is given.
+    rest of it is given. What is to be written can also be said once for all rows, by a regular expression: `hides`
+    hides what it finds in a whole text, such as all numbers (`\\d+`) or the last sentence.
 
     Args:
         train: file of training rows.
-        prompt: field of the prompt; None: there is none. Not read with a template or spans.
-        response: field of the response; with a template or spans, of the whole text (or the list of fillings).
+        prompt: field of the prompt; None: there is none. Not read with a template, spans or hides.
+        response: field of the response; with a template, spans or hides, of the whole text (or the list of fillings).
         template: field of the text with `[MASK]` or `<mask>` where a hole is; None: there is none.
         spans: field of the holes of a whole text, a list of [start, end] in characters; None: there is none.
+        hides: regular expression of what is hidden in a whole text; rows without it are bad ones. None: there is none.
         answer: field of what responses are compared with; None: the response itself.
         ends: responses end with a token of their own, so that their length need not be known.
         options: see `RowData`.
@@ -42,6 +45,7 @@ class Table(RowData):
         response: str = "response",
         template: str | None = None,
         spans: str | None = None,
+        hides: str | None = None,
         answer: str | None = None,
         ends: bool = True,
         **options: Any,
@@ -49,7 +53,7 @@ class Table(RowData):
         self.ends = ends
         super().__init__(train, **options)
         self.prompt, self.response, self.answer = prompt, response, answer
-        self.template, self.spans = template, spans
+        self.template, self.spans, self.hides = template, spans, None if hides is None else Pattern(hides, "hides")
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """A prompt with its response, or a text with holes."""
@@ -63,6 +67,8 @@ class Table(RowData):
         text = text_of(record, self.response)
         if self.spans is not None:
             return Row(text, hidden=_spans(record.get(self.spans), text), answer=answer)
+        if self.hides is not None:
+            return Row(text, hidden=[span for span in self.hides.spans(text) if span[0] < span[1]], answer=answer)
         return Row(text, None if self.prompt is None else text_of(record, self.prompt), answer=answer)
 
 

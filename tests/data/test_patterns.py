@@ -17,6 +17,12 @@ def test_finds() -> None:
     assert not Pattern("umab$", "names").is_in("umab 2")
 
 
+def test_spans() -> None:
+    assert Pattern(r"\d+", "hides").spans("3 pens, 20 ink") == [(0, 1), (8, 10)]
+    assert Pattern(r"\d+", "hides").spans("3 pens, 20 ink", most=1) == [(0, 1)]
+    assert Pattern(r"\d+", "hides").spans("pens") == []
+
+
 @pytest.mark.parametrize("text", ["(", "[", "*a", "(" * 5000 + ")" * 5000])
 def test_refuses_what_is_none(text: str) -> None:
     with pytest.raises(UserError, match="^names: "):

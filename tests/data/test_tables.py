@@ -224,6 +224,21 @@ def test_spans(tmp_path: Path) -> None:
             JsonLines(path, response="text", spans="holes").splits()
 
 
+def test_what_a_pattern_hides(tmp_path: Path) -> None:
+    rows = [{"text": "Tom has 3 pens . He buys 20"}, {"text": "Tom has pens"}, {"text": "7"}]
+    path = write(tmp_path / "t.jsonl", rows)
+    data = JsonLines(path, response="text", hides=r"\d+", on_bad="report", **ALL)  # type: ignore[arg-type]
+    examples = data.splits()["train"]
+    assert examples.batch.latent.tolist() == [[False] * 2 + [True] + [False] * 4 + [True], [True] + [False] * 7]
+    assert "nothing is to be revealed" in str(data.report)
+    last = JsonLines(path, response="text", hides=r"(?<=\. ).+$", on_bad="report", **ALL).splits()["train"]  # type: ignore[arg-type]
+    assert last.batch.latent.tolist() == [[False] * 5 + [True] * 3]
+    with pytest.raises(UserError, match=r"t\.jsonl:2: nothing is to be revealed"):
+        JsonLines(path, response="text", hides=r"\d+", **ALL).splits()  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="^hides: .* is no regular expression"):
+        JsonLines(path, response="text", hides="(")
+
+
 # ---- data sets by their name
 
 
