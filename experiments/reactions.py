@@ -9,7 +9,7 @@ token along each arm's own order with the same number of steps. What the arms wr
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import pyro
@@ -58,13 +58,14 @@ def written(policy: Policy, denoiser: Denoiser, examples: Examples, steps: int, 
 def main(
     train: Path,
     steps: int = 4,
-    family: Literal["groups", "scan", "independent"] = "groups",
+    family: Literal["groups", "scan", "independent"] = "scan",
     groups: int = 4,
     seed: int = 0,
     split: int = 0,
-    rows: int = 6_000,
+    rows: int = 40_000,
     lr: float = 0.01,
-    bonus: float = 0.02,
+    bonus: float = 0.3,
+    schedule: Literal["constant", "cosine"] = "cosine",
     rows_written: int = 32,
     out: Path = Path("runs/reactions"),
 ) -> None:
@@ -73,13 +74,14 @@ def main(
     Args:
         train: CSV file with a column rxn.
         steps: step budget T.
-        family: steps that depend on each other in groups or in a scan, or independent ones.
-        groups: interleaved groups of the first of these.
+        family: steps that depend on each other in a scan or in groups, or independent ones.
+        groups: interleaved groups of the second of these.
         seed: of the fit.
         split: seed of what is held out.
         rows: denoiser rows that the fit may spend.
         lr: learning rate.
         bonus: weight of the entropy bonus at the start; it fades.
+        schedule: of the learning rate.
         rows_written: held-out products that are also written freely.
         out: folder of run and results.
     """
@@ -94,9 +96,8 @@ def main(
         plan = ScanPlan(ScanNetwork(steps, OpeningPlan(16, denoiser.vocab_size)))
     else:
         plan = Plan(OpeningPlan(steps, denoiser.vocab_size))
-    learn_plan(
-        plan, denoiser, splits["train"], steps, rows=rows, lr=lr, bonus=bonus, seed=seed, group=8, out=out / "order"
-    )
+    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "schedule": schedule, "seed": seed}
+    learn_plan(plan, denoiser, splits["train"], steps, **budget, group=8, out=out / "order")
     test = splits["test"]
     spaced = best_of(spaced_orders(steps), denoiser, splits["validation"].take(32))
     records = compare({seed: plan}, denoiser, test, steps, spaced=spaced, out=out, title="Reactions")
@@ -107,19 +108,17 @@ def main(
     Console().print(results_table(free, title="Products written freely, most likely tokens"))
 
     batch = test.batch
-    groups = [
-        [token_kind(test.spell(token)) for token in tokens[latent].tolist()]
-        for tokens, latent in zip(batch.tokens, batch.latent, strict=True)
-    ]
-    means = mean_by_group(revealed_steps(plan, denoiser, batch, steps), groups, "kind")
+    rows_read = zip(batch.tokens, batch.latent, strict=True)
+    kinds = [[token_kind(test.spell(token)) for token in tokens[latent].tolist()] for tokens, latent in rows_read]
+    means = mean_by_group(revealed_steps(plan, denoiser, batch, steps), kinds, "kind")
     chosen = batch.rows((batch.latent.sum(-1) - 36).abs().argsort(stable=True)[:2])
     shares = step_shares(plan, denoiser, chosen, steps)
     seen = [own[latent] for own, latent in zip(shares, chosen.latent, strict=True)]
     rows_shown = zip(chosen.tokens, chosen.latent, strict=True)
     labels = [[test.spell(token) for token in tokens[latent].tolist()] for tokens, latent in rows_shown]
     save_figure(figure_of(seen, labels, means, "kind"), out / "order.svg")
-    label = {"task": "reactions", "family": family, "rows": rows}
-    config = {**label, "steps": steps, "groups": groups, "seed": seed, "lr": lr, "bonus": bonus}
+    label = {"task": "reactions", "rows": rows}
+    config = {**budget, **label, "family": family, "steps": steps, "groups": groups}
     write_results(out, "reactions", config, pd.concat([records, pd.DataFrame(free), means]).assign(**label))
 
 
