@@ -28,9 +28,11 @@ from orderppl.errors import UserError, first_line
 from orderppl.files import TEMPORARY, check_shapes, file_digest, read_tensors, write_tensors, write_text
 from orderppl.hub import fetch
 from orderppl.identity import check_denoiser, identity_of, is_loaded, tensors_of
+from orderppl.import_paths import locate
 
 CONFIG, INFO, WEIGHTS = "config.yaml", "run.json", "weights.safetensors"
 DENOISER = "denoiser"  # folder in a shared order: the denoiser, where nothing else could name it
+LOADER = "orderppl.models.denoisers.load_denoiser"  # which reads run folders
 FORMAT = 1
 FREE = ("updates", "accumulate", "device", "log_every", "validate_every", "checkpoint_every", "progress", "bfloat16")
 """Settings of a fit that may be others when it goes on."""
@@ -252,6 +254,8 @@ def load_run(folder: str | Path, *, denoiser: Any = None, trust: bool | None = N
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(saved[name])
+    if kind == "denoiser" and is_loaded(run.denoiser):  # what it was trained from does not have its weights
+        object.__setattr__(run.denoiser, "_made_by", (locate(LOADER), (str(folder),), {}))
     for thing in (run.model, run.guide, run.policy, run.denoiser):
         if isinstance(thing, nn.Module):
             thing.to(device).eval()

@@ -14,12 +14,16 @@ import torch
 import yaml
 from own_things import save_bert, write_rows
 
-from orderppl import load_order, load_run
+from orderppl import fit, load_order, load_run
 from orderppl.cli import main as module
 from orderppl.cli.main import COMMANDS, main
+from orderppl.data import JsonLines
 from orderppl.evaluation.results import read_results
+from orderppl.guides import PolicyGuide
 from orderppl.inference.fitting import FitSettings
-from orderppl.models.denoisers import load_denoiser
+from orderppl.models import OpeningPlan, UnmaskingModel
+from orderppl.models.denoisers import load_denoiser, train_denoiser
+from orderppl.policies import Plan, RandomSteps
 
 
 def test_help_takes_no_time_and_loads_nothing() -> None:
@@ -187,6 +191,20 @@ def test_own_rows_and_an_own_masked_model(shell) -> None:
     assert shell.error("generate", "order", *denoiser, "--template", template).startswith("denoiser: has ")
     assert shell.error("generate", "order", "--template", "no hole").startswith("template: 'no hole' has no hole")
     assert shell.error("generate", "order").startswith("prompt: there is no text")
+
+
+def test_an_order_in_python_for_a_masked_model_that_was_trained_on(shell) -> None:
+    """Its weights are those of its run, not those of the model that it was trained from."""
+    data = JsonLines(str(write_rows(Path("rows.jsonl"))))
+    train_denoiser(load_denoiser(save_bert(Path("bert"))), data, updates=2, batch_size=4, out="tuned", progress=False)
+    tuned = load_run("tuned").denoiser
+    model = UnmaskingModel(tuned, RandomSteps(), 2)
+    guide = PolicyGuide(Plan(OpeningPlan(2, tuned.vocab_size)), tuned, 2)
+    fit(model, guide, data, updates=2, batch_size=4, out="order", progress=False)
+    found = load_run("order").denoiser
+    assert all(torch.equal(one, other) for one, other in zip(found.parameters(), tuned.parameters(), strict=True))
+    start = load_denoiser(Path("bert"))
+    assert not all(torch.equal(one, other) for one, other in zip(found.parameters(), start.parameters(), strict=True))
 
 
 def test_a_denoiser_is_trained_and_used(shell) -> None:
