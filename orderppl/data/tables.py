@@ -23,7 +23,7 @@ class Table(RowData):
     A text with holes is a `template` such as `Tom has 3 [MASK] and buys [MASK] more.`, beside the whole text or the
     list of what fills the holes, each of any length; or a whole text with the `spans` of characters to hide. All the
     rest of it is given. What is to be written can also be said once for all rows, by a regular expression: `hides`
-    hides what it finds in a whole text, such as all numbers (`\\d+`) or the last sentence.
+    hides what it finds in a whole text, such as all numbers (`[0-9]+`) or the last sentence.
 
     Args:
         train: file of training rows.
