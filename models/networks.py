@@ -266,9 +266,10 @@ class ScanNetwork(Configurable, nn.Module):
         context: opening -> what is known of every position, float [B, S, out], with an attribute `out`: a
             `PositionTable` of free numbers, or an `OpeningPlan` that reads the denoiser's first predictions.
         width: size of what the scan holds.
+        bias: log-odds of the last step at the start; with -2, sets reveal about one position in eight.
     """
 
-    def __init__(self, num_steps: int, context: nn.Module, width: int = 32) -> None:
+    def __init__(self, num_steps: int, context: nn.Module, width: int = 32, bias: float = 0.0) -> None:
         super().__init__()
         self.num_steps = num_steps
         self.context = context
@@ -276,7 +277,13 @@ class ScanNetwork(Configurable, nn.Module):
         assert isinstance(size, int)
         self.cell = nn.GRU(num_steps + 1 + size, width, batch_first=True)
         self.head = nn.Linear(width, num_steps)
+        with torch.no_grad():
+            self.head.bias[-1] += bias
         self.first = nn.Parameter(torch.zeros(width))
+
+    def turns(self, length: int) -> Tensor:
+        """One position after another; see `Scan`."""
+        return torch.arange(length, device=self.first.device)
 
     def _inputs(self, context: Tensor, before: Tensor) -> Tensor:
         """Contexts float [.., W] behind the step of the position before, int64 [..], -1 at the first."""
@@ -354,6 +361,10 @@ class GroupedNetwork(Configurable, nn.Module):
             steps = torch.where(group == now, drawn, steps)
         return steps
 
+    def turns(self, length: int) -> Tensor:
+        """One group after another; see `Scan`."""
+        return torch.arange(length, device=self.head.weight.device) % self.groups
+
     def _logits(self, context: Tensor, known: Tensor, there: Tensor) -> Tensor:
         """Step logits from the steps that are known, int64 [N, L], -1 elsewhere: float [N, L, T]."""
         group = torch.arange(known.shape[1], device=known.device) % self.groups
@@ -398,6 +409,7 @@ class PolicyNetwork(Configurable, nn.Module):
         places: most positions to reveal, to give every one an embedding of its own, for canvases on which it has a
             meaning of its own (the cells of a grid). None tells positions apart by distance only.
         hidden: size of the denoiser's hidden states, for the feature `hidden`.
+        out: numbers per position, for what decides by them (`ScanNetwork`); None: one logit.
 
     Raises:
         UserError: an unknown feature, or one without what it needs.
@@ -418,6 +430,7 @@ class PolicyNetwork(Configurable, nn.Module):
         prices: PriceRange | None = None,
         places: int | None = None,
         hidden: int | None = None,
+        out: int | None = None,
     ) -> None:
         super().__init__()
         _check_features(features, reads_tokens, sees_truth, prices, hidden)
@@ -431,16 +444,17 @@ class PolicyNetwork(Configurable, nn.Module):
         numbers = [name for name in self.features if name not in ("prediction", "hidden")]
         self.project = nn.Linear(len(numbers) + 4, width)
         self.backbone = Backbone(width, layers, heads)
-        self.head = nn.Linear(width, 1)
+        self.out = out
+        self.head = nn.Linear(width, out or 1)
         if zero_init:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-        else:
+        elif out is None:
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.constant_(self.head.bias, bias)
 
     def forward(self, state: State) -> Tensor:
-        """Reveal logits, float [*, S]; meaningless where nothing is masked.
+        """Reveal logits, float [*, S] ([*, S, out] of several numbers); meaningless where nothing is masked.
 
         Raises:
             UserError: a network that sees the truth where it is not known.
@@ -465,7 +479,8 @@ class PolicyNetwork(Configurable, nn.Module):
         else:
             places, kind = distinct
             logits = self.head(self.backbone(hidden[places], attention[places]))[kind]
-        return F.pad(logits.reshape(*lead, size), (start, 0))
+        logits = F.pad(logits.reshape(*lead, size, -1), (0, 0, start, 0))
+        return logits.squeeze(-1) if self.out is None else logits
 
     def _numbers(self, state: State) -> Tensor:
         """Features of every position: float [*, S, F + 4]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,47 @@ class Scan(Protocol):
     def draw(self, context: Tensor, noise: Tensor, there: Tensor) -> Tensor:
         """Draw the steps, int64 [N, L], from uniform numbers, float [N, L]; other arguments as above."""
         ...
+
+    def turns(self, length: int) -> Tensor:
+        """When each of so many positions is drawn, int64 [L]: it reads those of earlier turns only."""
+        ...
+
+
+class Packed(NamedTuple):
+    """The masked positions of rows, moved to their left ends.
+
+    Attributes:
+        context: float [N, L, W], what is known of them.
+        columns: int64 [N, L], where they came from.
+        there: bool [N, L], whether there is one.
+    """
+
+    context: Tensor
+    columns: Tensor
+    there: Tensor
+
+    @classmethod
+    def of(cls, context: Tensor, masked: Tensor, lead: torch.Size) -> Packed:
+        """From float [*, S, W] and bool [*, S], spread to the leading shape [lead]."""
+        masked = masked.expand(lead + masked.shape[-1:])
+        columns = masked.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        count = masked.sum(-1, keepdim=True)
+        # On a device, nobody waits to learn how long the longest row is.
+        longest = max(int(count.max()), 1) if count.numel() and count.device.type == "cpu" else masked.shape[-1]
+        columns = columns[..., :longest]
+        there = torch.arange(longest, device=masked.device) < count
+        context = context.expand(lead + context.shape[-2:])
+        context = context.gather(-2, columns.unsqueeze(-1).expand(columns.shape + context.shape[-1:]))
+        return cls(context.reshape(-1, *context.shape[-2:]), columns.reshape(-1, longest), there.reshape(-1, longest))
+
+    def take(self, values: Tensor) -> Tensor:
+        """Their values, [lead, S] -> [N, L]."""
+        return values.reshape(-1, values.shape[-1]).gather(-1, self.columns)
+
+    def put(self, steps: Tensor, size: int) -> Tensor:
+        """Their steps, int64 [N, L] -> [N, size]; -1 elsewhere."""
+        order = torch.full((len(steps), size), VISIBLE, device=steps.device)
+        return order.scatter(-1, self.columns, steps.masked_fill(~self.there, VISIBLE))
 
 
 class AutoregressiveOrder(OrderDistribution):
@@ -70,30 +111,17 @@ class AutoregressiveOrder(OrderDistribution):
         made = self.num_steps, self.source, self._validate_args
         return AutoregressiveOrder(self.scan, self.context, masked, *made)._sharing_like(self)
 
-    def _packed(self, lead: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        """Masked positions first: context [N, L, W], their columns and whether there is one, int64 and bool [N, L]."""
-        masked = self.masked.expand(lead + self.event_shape)
-        columns = masked.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        count = masked.sum(-1, keepdim=True)
-        # On a device, nobody waits to learn how long the longest row is.
-        longest = max(int(count.max()), 1) if count.numel() and count.device.type == "cpu" else masked.shape[-1]
-        columns = columns[..., :longest]
-        there = torch.arange(longest, device=masked.device) < count
-        context = self.context.expand(lead + self.context.shape[-2:])
-        context = context.gather(-2, columns.unsqueeze(-1).expand(columns.shape + context.shape[-1:]))
-        return context.reshape(-1, *context.shape[-2:]), columns.reshape(-1, longest), there.reshape(-1, longest)
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of an order, int64 [*, S] -> float [*]."""
         if self._validate_args:
             self._validate_sample(value)
         lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         value = value.expand(lead + self.event_shape)
-        context, columns, there = self._packed(lead)
-        steps = value.reshape(-1, value.shape[-1]).gather(-1, columns).clamp(min=0)
-        logits = self.scan(context, steps, there)  # [N, L, T]
+        packed = Packed.of(self.context, self.masked, lead)
+        steps = packed.take(value).clamp(min=0)
+        logits = self.scan(packed.context, steps, packed.there)  # [N, L, T]
         by_position = logits.log_softmax(-1).gather(-1, steps.unsqueeze(-1)).squeeze(-1)
-        total = by_position.masked_fill(~there, 0.0).sum(-1).reshape(lead)
+        total = by_position.masked_fill(~packed.there, 0.0).sum(-1).reshape(lead)
         wrong = (value >= 0) != self.masked.expand(value.shape)
         return total.masked_fill(wrong.any(-1), -torch.inf)
 
@@ -109,11 +137,9 @@ class AutoregressiveOrder(OrderDistribution):
 
     def _drawn(self, noise: Tensor) -> Tensor:
         lead = noise.shape[:-1]
-        context, columns, there = self._packed(lead)
-        noise = noise.reshape(-1, noise.shape[-1]).gather(-1, columns)  # [N, L]
-        steps = self.scan.draw(context, noise, there).masked_fill(~there, VISIBLE)
-        order = torch.full((len(steps), self.event_shape[0]), VISIBLE, device=steps.device)
-        return order.scatter(-1, columns, steps).reshape(lead + self.event_shape)
+        packed = Packed.of(self.context, self.masked, lead)
+        steps = self.scan.draw(packed.context, packed.take(noise), packed.there)
+        return packed.put(steps, self.event_shape[0]).reshape(lead + self.event_shape)
 
     @property
     def mode(self) -> Tensor:
@@ -121,21 +147,29 @@ class AutoregressiveOrder(OrderDistribution):
 
         Not what is likeliest position by position: until draws have settled, that is no good order.
         """
-        rows = torch.zeros(self.batch_shape.numel(), dtype=torch.int64, device=self.masked.device)
-        places = (self.masked.long().cumsum(-1) - 1).clamp(min=0)  # the same noise whatever stands before a position
-        noise = torch.stack([uniform_noise(0, rows, draw, self.event_shape[0]) for draw in range(DRAWS)])
-        noise = noise.reshape((DRAWS,) + self.masked.shape).gather(-1, places.expand((DRAWS,) + places.shape))
         with torch.no_grad():
-            drawn = self._drawn(noise)
-            best = self.log_prob(drawn).argmax(0)  # [*]
-        index = best[None, ..., None].expand((1,) + self.masked.shape)
-        return drawn.gather(0, index).squeeze(0)
+            drawn = self._drawn(fixed_noise(self.masked))
+            return best_drawn(drawn, self.log_prob(drawn))
 
     def entropy_estimate(self, draws: int = 64) -> Tensor:
         """Entropy in nats by sampling, float [*]: unbiased."""
         with torch.no_grad():
             drawn = self.sample(torch.Size((draws,)))
             return -self.log_prob(drawn).mean(0)
+
+
+def fixed_noise(masked: Tensor) -> Tensor:
+    """Uniform numbers for DRAWS draws, always the same, whatever stands before a position: float [DRAWS, *, S]."""
+    rows = torch.zeros(masked[..., 0].numel(), dtype=torch.int64, device=masked.device)
+    places = (masked.long().cumsum(-1) - 1).clamp(min=0)
+    noise = torch.stack([uniform_noise(0, rows, draw, masked.shape[-1]) for draw in range(DRAWS)])
+    return noise.reshape((DRAWS,) + masked.shape).gather(-1, places.expand((DRAWS,) + places.shape))
+
+
+def best_drawn(drawn: Tensor, log_prob: Tensor) -> Tensor:
+    """The most probable of some draws, [DRAWS, *, S] and float [DRAWS, *] -> [*, S]."""
+    index = log_prob.argmax(0)[None, ..., None].expand((1,) + drawn.shape[1:])
+    return drawn.gather(0, index).squeeze(0)
 
 
 @register_kl(AutoregressiveOrder, AutoregressiveOrder)

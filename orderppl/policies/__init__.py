@@ -8,6 +8,7 @@ from orderppl.policies.plans import Dilated, FixedOrder, Plan, RandomSteps, Scan
 from orderppl.policies.policy import LogitPolicy, Policy, Renormalised
 from orderppl.policies.price import PriceRange
 from orderppl.policies.ranked import PositionWeighted, Ranked
+from orderppl.policies.scans import ScanPolicy
 from orderppl.policies.wrappers import AtPrice, Blocks, Eager, EndStop, EosAware, Smoothed, Spaced
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Ranked",
     "Renormalised",
     "ScanPlan",
+    "ScanPolicy",
     "Smoothed",
     "Spaced",
     "Threshold",

@@ -53,6 +53,7 @@ from orderppl.policies import (
     Ranked,
     Renormalised,
     ScanPlan,
+    ScanPolicy,
     Smoothed,
     Spaced,
     Threshold,
@@ -288,6 +289,16 @@ def scan_plan() -> ScanPlan:
 
 SCAN = scan_plan()
 GROUPED = ScanPlan(GroupedNetwork(4, PositionTable(8, 3, noise=2.0), groups=3, width=8).double())
+
+
+def scan_policy(make: Callable[[PolicyNetwork], ScanNetwork | GroupedNetwork], non_empty: bool = True) -> ScanPolicy:
+    torch.manual_seed(8)
+    return ScanPolicy(make(PolicyNetwork(VOCAB, width=8, layers=1, heads=2, out=3)).double(), non_empty=non_empty)
+
+
+SCANNING = scan_policy(lambda context: ScanNetwork(2, context, width=8, bias=-1.0))
+WAITING = scan_policy(lambda context: ScanNetwork(2, context, width=8, bias=-1.0), non_empty=False)
+IN_GROUPS = scan_policy(lambda context: GroupedNetwork(2, context, groups=2, width=8))
 ANSWER = AnswerTokens(marks=[0], ends=[1])
 Factory = Callable[[Problem], Policy]
 EVERY: dict[str, Factory] = {
@@ -321,6 +332,9 @@ EVERY: dict[str, Factory] = {
     "opening": lambda p: OPENING,
     "scan": lambda p: SCAN,
     "grouped": lambda p: GROUPED,
+    "scan_policy": lambda p: SCANNING,
+    "scan_policy-may_wait": lambda p: WAITING,
+    "scan_policy-groups": lambda p: IN_GROUPS,
     "blocks": lambda p: Blocks(Ranked("margin"), p.size),
     "eos_aware": lambda p: EosAware(Ranked("top_prob"), [0, 1]),
     "commit": lambda p: EarlyCommit(Ranked("top_prob"), ANSWER, 0.3),
@@ -351,7 +365,7 @@ EVERY: dict[str, Factory] = {
     "everything": lambda p: Everything(),
 }
 INNER = ("random", "entropy", "threshold", "factor", "entropy_bound", "klass", "oracle", "hazard", "learned")
-BLOCKS_TOO = (*INNER, "plan", "opening", "scan", "grouped", "periodic", "commit", "eager_commit")
+BLOCKS_TOO = (*INNER, "plan", "opening", "scan", "grouped", "scan_policy", "periodic", "commit", "eager_commit")
 EVERY |= {f"blocks_{name}": lambda p, make=EVERY[name]: Blocks(make(p), p.size) for name in BLOCKS_TOO}
 EVERY |= {f"eos_{name}": lambda p, make=EVERY[name]: EosAware(make(p), [0, 1]) for name in (*INNER, "plan")}
 EVERY |= {f"commit_{name}": lambda p, make=EVERY[name]: EarlyCommit(make(p), ANSWER, 0.3) for name in (*INNER, "plan")}

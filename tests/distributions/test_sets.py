@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from orderppl.distributions import DecidedSet, IndependentSet, RankedSet, SetDistribution
+from orderppl.distributions import AutoregressiveSet, DecidedSet, IndependentSet, RankedSet, SetDistribution
 from orderppl.distributions.finishing_set import FinishingSet
 from orderppl.distributions.ranked_set import UniformSet
+from orderppl.models import GroupedNetwork, PositionTable, ScanNetwork
 
 LENGTH = 4
 # Everything masked, some of it, one position (not the first), nothing.
@@ -24,6 +25,15 @@ DECIDED = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
 
 def randn(masked: Tensor) -> Tensor:
     return torch.randn(masked.shape)
+
+
+def scanned(masked: Tensor, grouped: bool = False, non_empty: bool = True) -> AutoregressiveSet:
+    """Decisions that depend on each other strongly."""
+    table = PositionTable(LENGTH, 2)
+    network = GroupedNetwork(2, table, groups=2, width=4) if grouped else ScanNetwork(2, table, width=4, bias=-1.0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter)
+    return AutoregressiveSet(network.requires_grad_(False), torch.randn((*masked.shape, 2)), masked, non_empty)
 
 
 SETS: dict[str, Callable[[Tensor], SetDistribution]] = {
@@ -52,7 +62,12 @@ SETS: dict[str, Callable[[Tensor], SetDistribution]] = {
         IndependentSet.bernoulli(randn(m), m & DECIDED, True), torch.randn(ROWS), m
     ),
     "part": lambda m: IndependentSet.bernoulli(randn(m), m & DECIDED),
+    "scanned": scanned,
+    "scanned_may_wait": lambda m: scanned(m, non_empty=False),
+    "grouped": lambda m: scanned(m, grouped=True),
 }
+# without a closed form of entropy and inclusion probabilities
+OPEN = {"ranked", "scanned", "scanned_may_wait", "grouped", *(name for name in SETS if name.startswith("finishing"))}
 every_set = pytest.mark.parametrize("name", SETS)
 # Restricted, certain in some rows, and with more to reveal there than the distribution was shown.
 LAST = torch.tensor([True, False, True, True])
@@ -81,7 +96,7 @@ def test_mass_is_one_and_stays_inside_the_masked_positions(name: str):
     assert empty[3].item() == pytest.approx(1)  # nothing masked: the empty set for sure
     if q.non_empty:
         assert (empty[:3] == 0).all()
-    if name in ("bernoulli", "smoothed", "scaled", "decides_nothing"):
+    if name in ("bernoulli", "smoothed", "scaled", "decides_nothing", "scanned_may_wait"):
         assert (empty > 0).all()
     assert q.batch_shape == (ROWS,) and q.event_shape == (LENGTH,)
 
@@ -92,6 +107,28 @@ def test_enumeration_without_expansion_broadcasts(name: str):
     values = q.enumerate_support(expand=False)
     assert values.shape == (2**LENGTH, 1, LENGTH)
     assert torch.equal(q.log_prob(values), q.log_prob(q.enumerate_support()))
+
+
+@pytest.mark.parametrize("name", ["scanned", "scanned_may_wait", "grouped"])
+def test_gradients_of_a_scan(name: str):
+    """Of the log-probability by every parameter, against differences; rows without a choice have none."""
+    q = make(name)
+    network = q.scan.double().requires_grad_(True)  # type: ignore[attr-defined]
+    q = AutoregressiveSet(network, q.context.double(), MASKED, q.non_empty)  # type: ignore[attr-defined]
+    values = q.sample()
+    parameters = [own for key, own in network.named_parameters() if not key.startswith("context")]
+    found = torch.autograd.grad(q.log_prob(values).sum(), parameters)
+    assert all(torch.isfinite(one).all() for one in found)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        moved = torch.randn_like(parameter)
+        sums = []
+        for size in (1e-6, -2e-6):
+            with torch.no_grad():
+                parameter.add_(size * moved)
+                sums.append(q.log_prob(values).sum())
+        with torch.no_grad():
+            parameter.add_(1e-6 * moved)
+        assert (sums[0] - sums[1]) / 2e-6 == pytest.approx(float((gradient * moved).sum()), rel=1e-4, abs=1e-6)
 
 
 def assert_frequencies(draws: Tensor, q: SetDistribution) -> None:
@@ -130,7 +167,7 @@ def test_inclusion_probability_and_entropy(name: str):
         try:
             found = ask()
         except NotImplementedError:
-            assert name == "ranked" or name.startswith("finishing")
+            assert name in OPEN
         else:
             assert torch.allclose(found, wanted, atol=1e-5)
 
@@ -141,7 +178,10 @@ def test_mode_is_likely(name: str):
     q = make(name)
     mode, best = q.mode, subsets(q)[1].amax(0)
     assert not (mode & ~q.masked).any()
-    if isinstance(q, FinishingSet):
+    if isinstance(q, AutoregressiveSet):  # the best of a few draws
+        assert (q.log_prob(mode).exp() >= 0.3 * best).all()
+        assert torch.equal(mode, q.mode)
+    elif isinstance(q, FinishingSet):
         assert torch.equal(mode, torch.where(q.logit[:, None] > 0, q.masked, q.base.mode))
     else:
         assert torch.allclose(q.log_prob(mode).exp(), best, atol=1e-6)
@@ -197,7 +237,7 @@ def test_divergence_from_itself_is_zero(name: str):
     try:
         kl = kl_divergence(q, q)
     except NotImplementedError:
-        assert name == "ranked" or name.startswith("finishing")
+        assert name in OPEN
         return
     assert torch.allclose(kl, torch.zeros(ROWS), atol=1e-6)
 
@@ -243,7 +283,7 @@ def test_certain_reveals_all_that_is_left(name: str):
         assert (last.draw(torch.rand(MASKED.shape, dtype=torch.float64))[row] == MASKED[row]).all()
     assert torch.equal(last.log_prob(values)[:, 1], q.log_prob(values)[:, 1])
     assert torch.allclose(probs.sum(0), torch.ones(ROWS), atol=1e-5)
-    if name not in ("ranked",) and not name.startswith("finishing"):
+    if name not in OPEN:
         assert torch.allclose(last.probs[LAST], MASKED[LAST].float())
         assert torch.allclose(last.entropy()[LAST], torch.zeros(3), atol=1e-6)
     nowhere = q.certain(torch.zeros(ROWS, dtype=torch.bool), MASKED)
@@ -254,8 +294,8 @@ def test_certain_reveals_all_that_is_left(name: str):
 def test_scaled_makes_each_position_more_likely(name: str):
     """min(1, factor p) where positions are decided one by one; others say that they have no such setting."""
     q = make(name)
-    if name in ("ranked", "single", "uniform", "finishing_ranked"):
-        with pytest.raises(NotImplementedError, match=r"RankedSet|UniformSet"):
+    if name in ("ranked", "single", "uniform", "finishing_ranked", "scanned", "scanned_may_wait", "grouped"):
+        with pytest.raises(NotImplementedError, match=r"RankedSet|UniformSet|AutoregressiveSet"):
             q.scaled(2.0)
         return
     twice = q.scaled(2.0)
@@ -276,7 +316,7 @@ def test_gradients_are_finite(name: str):
         original = torch.randn
         q = _with_gradient(name, scores)
         if q is None:
-            assert name.startswith(("smoothed", "deci", "uniform", "finishing_decided"))
+            assert name.startswith(("smoothed", "deci", "uniform", "finishing_decided", "scanned", "grouped"))
             return
         assert torch.randn is original
         for value in _values(q):

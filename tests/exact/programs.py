@@ -37,6 +37,7 @@ from orderppl.policies import (
     Ranked,
     Renormalised,
     ScanPlan,
+    ScanPolicy,
     Smoothed,
     Threshold,
 )
@@ -119,6 +120,20 @@ class PricedTable(StateTable):
         return super().forward(state) + self.slope[: state.shape[-1]] * places[:, None]
 
 
+class StateNumbers(Configurable, nn.Module):
+    """What a scan knows of the positions of a state: numbers that depend on all revealed tokens, float [*, S, 2]."""
+
+    out = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = StateTable()
+        self.direction = nn.Parameter(torch.randn(2))
+
+    def forward(self, state: State) -> Tensor:
+        return self.state(state)[..., None] * self.direction
+
+
 class TruthTable(Configurable, nn.Module):
     """Network of a posterior: the policy's logits and one per true token and position."""
 
@@ -183,6 +198,14 @@ def grouped(num_steps: int) -> ScanPlan:
     return ScanPlan(network)
 
 
+def scan_policy(waits: bool = False) -> ScanPolicy:
+    """Decisions that depend on those to their left, with random weights."""
+    network = ScanNetwork(2, StateNumbers(), width=4)
+    for parameter in network.cell.parameters():
+        nn.init.normal_(parameter)
+    return ScanPolicy(network, non_empty=not waits)
+
+
 MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "uniform": (lambda steps: RandomSteps(), {}),
     "cosine": (lambda steps: RandomSteps("cosine"), {}),
@@ -201,6 +224,8 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "plan": (lambda steps: Plan(PlaceTable(steps)), {}),
     "scan": (scan, {}),
     "grouped": (grouped, {}),
+    "scan_policy": (lambda steps: scan_policy(), {}),
+    "scan_policy_waits": (lambda steps: scan_policy(waits=True), {}),
     "renormalised": (lambda steps: Renormalised(LearnedPolicy(StateTable(clock=False)), 1.5), {}),
     "smoothed": (lambda steps: Smoothed(Ranked("top_prob"), 0.3), {}),
     "looking_back": (lambda steps: Smoothed(Klass(0.3, eps=0.5), 0.2, non_empty=False), {}),
@@ -218,7 +243,7 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 GUIDES += ["plackett_luce", "one_each", "point", "oracle", "fixed", "smoothed", "klass", "blocks", "finishing", "scan"]
-GUIDES += ["grouped", "corrected", "corrected_plan", "corrected_scan", "renormalised_posterior"]
+GUIDES += ["scan_policy", "corrected_scan_policy", "grouped", "corrected", "corrected_plan", "corrected_scan", "renormalised_posterior"]
 WHOLE = {"scan", "grouped", "corrected_scan"}  # orders whose sets are not known one by one
 
 
@@ -238,6 +263,8 @@ def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) ->
         "plan": lambda: of(prior if isinstance(prior, Plan) else Plan(PlaceTable(num_steps))),
         "scan": lambda: of(prior if isinstance(prior, ScanPlan) else scan(num_steps)),
         "grouped": lambda: of(grouped(num_steps)),
+        "scan_policy": lambda: of(scan_policy(waits)),
+        "corrected_scan_policy": lambda: posterior(scan_policy(waits), TrueTokens(2)),
         "corrected": lambda: posterior(LearnedPolicy(StateTable(), non_empty=not waits), TrueTokens(None)),
         "corrected_plan": lambda: posterior(
             prior if isinstance(prior, Plan) else Plan(PlaceTable(num_steps)), TrueTokens(num_steps)
@@ -275,7 +302,7 @@ def is_finite_pair(guide: str, model: str) -> bool:
     }
     if model in same_sets:
         return guide in same_sets[model]
-    may_wait = {"uniform", "cosine", "may_wait", "residual", "plan", "scan", "grouped"}
+    may_wait = {"uniform", "cosine", "may_wait", "residual", "plan", "scan", "grouped", "scan_policy_waits"}
     may_wait |= {"looking_back", "priced_uniform"}
     waiting = {"random", "mean_field", "plan", "scan", "grouped", "corrected_plan", "corrected_scan"}
     return model in may_wait or guide not in waiting
