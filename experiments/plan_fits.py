@@ -1,4 +1,4 @@
-"""How the experiments fit a plan."""
+"""How the experiments fit a plan, or another policy."""
 
 from functools import partial
 from pathlib import Path
@@ -7,17 +7,16 @@ from typing import Any
 import pyro
 import torch
 
-from orderppl import Denoiser, fit
+from orderppl import Denoiser, Policy, fit
 from orderppl.data import Examples
 from orderppl.guides import PolicyGuide
 from orderppl.inference import Anneal, RevealTraceGraph_ELBO
 from orderppl.models import UnmaskingModel
 from orderppl.policies import RandomSteps
-from orderppl.policies.plans import Planned
 
 
 def fit_plan(
-    plan: Planned,
+    plan: Policy,
     denoiser: Denoiser,
     data: Any,
     steps: int,
@@ -63,7 +62,7 @@ def updates_within(rows: int, batch_size: int, particles: int, steps: int) -> in
 
 
 def learn_plan(
-    plan: Planned,
+    plan: Policy,
     denoiser: Denoiser,
     train: Examples,
     steps: int,
