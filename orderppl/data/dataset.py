@@ -200,7 +200,7 @@ class TextData(DataSet):
         canvas: fill responses up to so many positions with ends.
         separator: end every prompt with an end token, which tells a denoiser where the response begins; None: as is
             usual for the data.
-        grade: says what is right, such as `exact_match`, `orderppl.data.answers.flexible_match`, `same_text` or
+        grade: says what is right, such as `exact_match`, `orderppl.data.answers.flexible_match` or
             `my_module.my_function`, called with texts and references; None: as is usual for the data.
         on_bad: a bad row stops the run ("error"), or is left out and counted ("report"); None: as is usual for it.
 
