@@ -140,7 +140,7 @@ class Lists(TextData):
     The name of a row is its difficulty, such as `shuffle 5` (items) or `square 6` (clues). No two rows share a prompt.
 
     Args:
-        kinds: which of them, equally often.
+        kinds: which of them, equally often; one that is named twice comes twice as often.
         train: training rows.
         validation: validation rows (0: no such split).
         test: test rows (0: no such split).

@@ -1,0 +1,108 @@
+"""Lists and Latin squares by difficulty: whether a rule spends its forwards where they are needed.
+
+    orderppl train-denoiser --config lists_denoiser --out runs/lists-denoiser
+    orderppl fit-order --config lists_order --seed 0 --out runs/lists-order-0
+    orderppl frontier runs/lists-order-0 --config frontier_lists --out runs/lists-frontier
+    python experiments/lists.py '[runs/lists-order-0]' --frontier runs/lists-frontier --out runs/lists
+
+Every family is read at the same mean number of forwards over all rows, as a mixture of its two nearest settings. What
+it spends and reaches on the rows of one difficulty stands beside the limit of `orderppl.data.lists`: the most that any
+rule can reach which draws the tokens of a step independently. Greedy tokens are not bound by it, drawn ones are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import auto_cli
+
+from orderppl import evaluate, load_run
+from orderppl.data import Lists
+from orderppl.data.lists import limit
+from orderppl.evaluation import Arm, sweep
+from orderppl.evaluation.intervals import bootstrap_mean
+from orderppl.evaluation.results import read_results, write_results
+from orderppl.evaluation.table import ByRow, by_row
+
+STEPS = (1, 2, 3, 4, 5, 6)  # of limits
+HEURISTICS: list[dict[str, Any]] = [
+    {"policy": "Ranked", "score": ["random", "entropy"], "budgets": [1, 2, 3, 4]},
+    {"policy": "Threshold", "tau": [0.3, 0.5, 0.7, 0.9]},
+    {"policy": "EntropyBound", "gamma": [0.1, 0.3, 0.6, 1.0, 2.0, 3.0]},
+]
+
+
+def learned_arms(orders: list[Path]) -> tuple[Any, list[Arm]]:
+    """The denoiser, and every order at prices across its range."""
+    runs = [load_run(folder) for folder in orders]
+    arms = []
+    for seed, run in enumerate(runs):
+        grid = {"policy": "AtPrice", "price": run.model.step_price.grid(7), "mode": True, "budgets": run.num_steps}
+        arms += sweep(grid, known={"policy": run.policy}, family="learned", training_seed=seed)
+    return runs[0].denoiser, arms
+
+
+def mixtures(found: ByRow, target: float) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Family, forwards [N] and values [N] of every family at a mean number of forwards, the mean over its seeds."""
+    for family, arms in found.arms.groupby("family", sort=False):
+        seeds = []
+        for _, members in arms.groupby("training_seed", dropna=False):
+            places = np.flatnonzero(found.arms.index.isin(members.index))
+            nfe, values = found.nfe[:, places], found.values[:, places]
+            order = np.argsort(nfe.mean(0), kind="stable")
+            weight = [np.interp(target, nfe.mean(0)[order], row) for row in np.eye(len(order))]  # of each setting
+            seeds.append((nfe[:, order] @ weight, values[:, order] @ weight))
+        yield str(family), *np.mean(seeds, 0)
+
+
+def main(
+    orders: list[Path],
+    frontier: Path | None = None,
+    rows: int = 2700,
+    target: float = 1.75,
+    out: Path = Path("runs/lists"),
+) -> None:
+    """Cut learned orders and heuristics by difficulty, at one mean number of forwards.
+
+    Args:
+        orders: runs of `fit-order --config lists_order`.
+        frontier: folder of `frontier`, whose comparisons are kept too.
+        rows: test rows.
+        target: mean forwards over all of them.
+        out: folder of the results.
+    """
+    denoiser, learned = learned_arms(orders)
+    test = Lists(train=40_000, min_clues=4, max_clues=10, test=rows).splits(denoiser.tokenizer)["test"]
+    names, prompts = np.array(test.names), test.answers or []
+    records: list[dict[str, Any]] = []
+    for steps in STEPS:
+        chances = np.array([limit(prompt, steps) for prompt in prompts])
+        for name in sorted(set(names)):
+            here = {"arm": f"limit at {steps}", "difficulty": name, "nfe": steps, "n": int((names == name).sum())}
+            records.append({"metric": "limit", "value": float(chances[names == name].mean())} | here)
+    for tokens, temperature in (("greedy", 0.0), ("drawn", 1.0)):
+        arms = [
+            replace(arm, temperature=temperature, seeds=range(3) if temperature else arm.seeds)
+            for arm in [*learned, *sweep(HEURISTICS)]
+        ]
+        table = evaluate(arms, denoiser, test, metrics=["accuracy"], batch_size=300, out=out / tokens)
+        for family, nfe, right in mixtures(by_row(table, "accuracy"), target):
+            for name in ["all", *sorted(set(names))]:
+                chosen = (names == name) | (name == "all")
+                here = {"arm": family, "tokens": tokens, "difficulty": name, "n": int(chosen.sum())}
+                for metric, values in (("forwards", nfe), ("solved", right)):
+                    mean = bootstrap_mean(values[chosen])
+                    records.append({"metric": metric, "value": mean.value, "low": mean.low, "high": mean.high} | here)
+    if frontier is not None:
+        kept = ("learned", "random uniform", "threshold", "entropy_bound", "factor", None)
+        played = read_results(frontier)["records"]
+        for record in played:
+            record |= {"family": "learned"} if record.get("kind") == "learned" else {}
+        records += [record for record in played if record.get("family") in kept and record["metric"] != "nfe"]
+    write_results(out, "lists", {"rows": rows, "target": target, "orders": len(orders)}, records)
+
+
+if __name__ == "__main__":
+    auto_cli(main)
