@@ -40,7 +40,8 @@ def learned_arms(orders: list[Path]) -> tuple[Any, list[Arm]]:
     arms = []
     for seed, run in enumerate(runs):
         grid = {"policy": "AtPrice", "price": run.model.step_price.grid(7), "mode": True, "budgets": run.num_steps}
-        arms += sweep(grid, known={"policy": run.policy}, family="learned", training_seed=seed)
+        played = sweep(grid, known={"policy": run.policy}, training_seed=seed)
+        arms += [replace(arm, family="learned") for arm in played]
     return runs[0].denoiser, arms
 
 
@@ -60,7 +61,8 @@ def mixtures(found: ByRow, target: float) -> Iterator[tuple[str, np.ndarray, np.
 def main(
     orders: list[Path],
     frontier: Path | None = None,
-    rows: int = 2700,
+    train: int = 40_000,
+    rows: int = 1200,
     target: float = 1.75,
     out: Path = Path("runs/lists"),
 ) -> None:
@@ -69,17 +71,19 @@ def main(
     Args:
         orders: runs of `fit-order --config lists_order`.
         frontier: folder of `frontier`, whose comparisons are kept too.
+        train: training rows of the preset, behind which test rows are drawn.
         rows: test rows.
         target: mean forwards over all of them.
         out: folder of the results.
     """
     denoiser, learned = learned_arms(orders)
-    test = Lists(train=40_000, min_clues=4, max_clues=10, test=rows).splits(denoiser.tokenizer)["test"]
+    test = Lists(train=train, min_clues=4, max_clues=10, test=rows).splits(denoiser.tokenizer)["test"]
     names, prompts = np.array(test.names), test.answers or []
+    kinds = sorted(set(names.tolist()), key=lambda name: (name.split()[0], int(name.split()[1])))
     records: list[dict[str, Any]] = []
     for steps in STEPS:
         chances = np.array([limit(prompt, steps) for prompt in prompts])
-        for name in sorted(set(names)):
+        for name in kinds:
             here = {"arm": f"limit at {steps}", "difficulty": name, "nfe": steps, "n": int((names == name).sum())}
             records.append({"metric": "limit", "value": float(chances[names == name].mean())} | here)
     for tokens, temperature in (("greedy", 0.0), ("drawn", 1.0)):
@@ -89,7 +93,7 @@ def main(
         ]
         table = evaluate(arms, denoiser, test, metrics=["accuracy"], batch_size=300, out=out / tokens)
         for family, nfe, right in mixtures(by_row(table, "accuracy"), target):
-            for name in ["all", *sorted(set(names))]:
+            for name in ["all", *kinds]:
                 chosen = (names == name) | (name == "all")
                 here = {"arm": family, "tokens": tokens, "difficulty": name, "n": int(chosen.sum())}
                 for metric, values in (("forwards", nfe), ("solved", right)):
