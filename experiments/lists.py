@@ -11,7 +11,7 @@ rule can reach which draws the tokens of a step independently. Greedy tokens are
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.evaluation.results import read_results, write_results
 from orderppl.evaluation.table import ByRow, by_row
 
-STEPS = (1, 2, 3, 4, 5, 6)  # of limits
+STEPS = (1, 2, 3)  # of limits
+SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")  # of the curves of `frontier`
+UNUSED = ("setting", "policy", "policy_parameters", "mode", "temperature", "block_size")
 HEURISTICS: list[dict[str, Any]] = [
-    {"policy": "Ranked", "score": ["random", "entropy"], "budgets": [1, 2, 3, 4]},
+    {"policy": "Ranked", "score": "random", "budgets": [1, 2, 3, 4]},
     {"policy": "Threshold", "tau": [0.3, 0.5, 0.7, 0.9]},
     {"policy": "EntropyBound", "gamma": [0.1, 0.3, 0.6, 1.0, 2.0, 3.0]},
 ]
@@ -81,30 +83,30 @@ def main(
     names, prompts = np.array(test.names), test.answers or []
     kinds = sorted(set(names.tolist()), key=lambda name: (name.split()[0], int(name.split()[1])))
     records: list[dict[str, Any]] = []
+
+    def note(metric: str, value: Any, **labels: Any) -> None:
+        records.append({"metric": metric, **{k: round(float(v), 4) for k, v in value.items()}, **labels})
+
     for steps in STEPS:
         chances = np.array([limit(prompt, steps) for prompt in prompts])
         for name in kinds:
-            here = {"arm": f"limit at {steps}", "difficulty": name, "nfe": steps, "n": int((names == name).sum())}
-            records.append({"metric": "limit", "value": float(chances[names == name].mean())} | here)
+            mean = chances[names == name].mean()
+            note("limit", {"value": mean}, arm=f"limit at {steps}", difficulty=name, n=int((names == name).sum()))
     for tokens, temperature in (("greedy", 0.0), ("drawn", 1.0)):
-        arms = [
-            replace(arm, temperature=temperature, seeds=range(3) if temperature else arm.seeds)
-            for arm in [*learned, *sweep(HEURISTICS)]
-        ]
+        seeds = range(3 if temperature else 1)
+        arms = [replace(arm, temperature=temperature, seeds=seeds) for arm in [*learned, *sweep(HEURISTICS)]]
         table = evaluate(arms, denoiser, test, metrics=["accuracy"], batch_size=300, out=out / tokens)
         for family, nfe, right in mixtures(by_row(table, "accuracy"), target):
             for name in ["all", *kinds]:
                 chosen = (names == name) | (name == "all")
-                here = {"arm": family, "tokens": tokens, "difficulty": name, "n": int(chosen.sum())}
                 for metric, values in (("forwards", nfe), ("solved", right)):
-                    mean = bootstrap_mean(values[chosen])
-                    records.append({"metric": metric, "value": mean.value, "low": mean.low, "high": mean.high} | here)
-    if frontier is not None:
-        kept = ("learned", "random uniform", "threshold", "entropy_bound", "factor", None)
-        played = read_results(frontier)["records"]
-        for record in played:
-            record |= {"family": "learned"} if record.get("kind") == "learned" else {}
-        records += [record for record in played if record.get("family") in kept and record["metric"] != "nfe"]
+                    found = asdict(bootstrap_mean(values[chosen]))
+                    note(metric, found, arm=family, tokens=tokens, difficulty=name)
+    for record in [] if frontier is None else read_results(frontier)["records"]:
+        if record.get("kind") == "learned":
+            record |= {"family": "learned"}
+        if record["metric"] == "advantage" or (record["metric"] != "nfe" and record.get("family") in SHOWN):
+            records.append({name: value for name, value in record.items() if name not in UNUSED})
     write_results(out, "lists", {"rows": rows, "target": target, "orders": len(orders)}, records)
 
 
