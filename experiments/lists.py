@@ -5,9 +5,9 @@
     orderppl frontier runs/lists-order-0 --config frontier_lists --out runs/lists-frontier
     python experiments/lists.py '[runs/lists-order-0]' --frontier runs/lists-frontier --out runs/lists
 
-Every family is read at the same mean number of forwards over all rows, as a mixture of its two nearest settings. What
-it spends and reaches on the rows of one difficulty stands beside the limit of `orderppl.data.lists`: the most that any
-rule can reach which draws the tokens of a step independently. Greedy tokens are not bound by it, drawn ones are.
+Every family is read at the same mean number of forwards over all rows, as a mixture of its two nearest settings, with
+tokens drawn. What it spends and solves on the rows of one difficulty stands beside the limit of `orderppl.data.lists`:
+the most that any rule can solve which draws the tokens of a step independently of each other.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,9 @@ from orderppl.evaluation.table import ByRow, by_row
 
 STEPS = (1, 2, 3)  # of limits
 SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")  # of the curves of `frontier`
-UNUSED = ("setting", "policy", "policy_parameters", "mode", "temperature", "block_size")
+NAMED = (
+    "metric value low high arm family kind training_seed nfe n measured target_nfe of own frontier seed_low seed_high"
+)
 HEURISTICS: list[dict[str, Any]] = [
     {"policy": "Ranked", "score": "random", "budgets": [1, 2, 3, 4]},
     {"policy": "Threshold", "tau": [0.3, 0.5, 0.7, 0.9]},
@@ -92,21 +94,19 @@ def main(
         for name in kinds:
             mean = chances[names == name].mean()
             note("limit", {"value": mean}, arm=f"limit at {steps}", difficulty=name, n=int((names == name).sum()))
-    for tokens, temperature in (("greedy", 0.0), ("drawn", 1.0)):
-        seeds = range(3 if temperature else 1)
-        arms = [replace(arm, temperature=temperature, seeds=seeds) for arm in [*learned, *sweep(HEURISTICS)]]
-        table = evaluate(arms, denoiser, test, metrics=["accuracy"], batch_size=300, out=out / tokens)
-        for family, nfe, right in mixtures(by_row(table, "accuracy"), target):
-            for name in ["all", *kinds]:
-                chosen = (names == name) | (name == "all")
-                for metric, values in (("forwards", nfe), ("solved", right)):
-                    found = asdict(bootstrap_mean(values[chosen]))
-                    note(metric, found, arm=family, tokens=tokens, difficulty=name)
+    arms = [replace(arm, temperature=1.0, seeds=range(3)) for arm in [*learned, *sweep(HEURISTICS)]]
+    table = evaluate(arms, denoiser, test, metrics=["accuracy"], batch_size=300, out=out / "drawn")
+    for family, nfe, right in mixtures(by_row(table, "accuracy"), target):
+        for name in ["all", *kinds]:
+            chosen = (names == name) | (name == "all")
+            for metric, values in (("forwards", nfe), ("solved", right)):
+                note(metric, asdict(bootstrap_mean(values[chosen])), arm=family, difficulty=name)
     for record in [] if frontier is None else read_results(frontier)["records"]:
         if record.get("kind") == "learned":
             record |= {"family": "learned"}
-        if record["metric"] == "advantage" or (record["metric"] != "nfe" and record.get("family") in SHOWN):
-            records.append({name: value for name, value in record.items() if name not in UNUSED})
+        compared = "own" in record and "target_nfe" in record
+        if compared or (record.get("family") in SHOWN and record["metric"] != "nfe"):
+            records.append({name: record[name] for name in NAMED.split() if name in record})
     write_results(out, "lists", {"rows": rows, "target": target, "orders": len(orders)}, records)
 
 

@@ -44,7 +44,6 @@ DECODED = Dots(SAME, "time_ratio", "denoiser vocab_size policy", "of", PLAYED, e
 UPDATED = Dots(
     "time of an update, library / by hand", "time_ratio", "denoiser mode", "steps", {"axis": ("steps",)}, 1.0
 )
-SPENT = {"tokens": ("drawn",), "arm": ("learned", "threshold", "random")}
 LAYOUTS: dict[str, list[Curves | Dots]] = {
     "antibodies": [FIRST, Dots("mean step of a region, from 0 (of 4)", "mean_step", "region", "run", REGION)],
     "antibodies-human": [FIRST, Dots("mean step of a region, from 0", "mean_step", "region", "steps")],
@@ -70,7 +69,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         )
     ],
     "learned-opponents": [Curves("accuracy path_nats")],
-    "lists": [Curves("accuracy path_nats"), Dots("forwards per row", "forwards", "difficulty", "arm", SPENT)],
+    "lists": [Curves("accuracy"), Dots("forwards per row", "forwards", "difficulty", "arm")],
     "loops": [FIRST, Dots("mean step of a loop, from 0", "mean_step", "region", "run")],
     "paper": [
         Dots("negative bound, nats per problem", "bound_nats", "arm", "training_seed"),

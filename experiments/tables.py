@@ -51,8 +51,6 @@ DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size p
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
 TOGETHER = Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "arm", "steps")
 ORDERS = {"family": ("learned", "periodic", *(f"{name} uniform" for name in ("random", "top_prob", "left_to_right")))}
-DRAWN = {"tokens": ("drawn", None), "arm": ("learned", "threshold", "entropy_bound", "random")}
-LIMITED = {**DRAWN, "arm": (*DRAWN["arm"], *(f"limit at {steps}" for steps in (1, 2, 3)))}
 LAYOUTS: dict[str, list[Layout]] = {
     "english": [COMPARED, NATS._replace(rows="family", columns="steps", where=ORDERS), TOGETHER],
     "loops": [
@@ -64,10 +62,8 @@ LAYOUTS: dict[str, list[Layout]] = {
     "receptors": [COMPARED, NATS._replace(title="Nats per residue", rows="family", columns="steps", where=ORDERS)],
     "lists": [
         COMPARED,
-        Layout("Forwards, tokens drawn", "forwards", "difficulty", "arm", DRAWN),
-        Layout(
-            "Solved, tokens drawn, and the most that any rule can solve", "solved limit", "difficulty", "arm", LIMITED
-        ),
+        Layout("Forwards of each difficulty", "forwards", "difficulty", "arm"),
+        Layout("Solved, and the most that any rule can solve", "solved limit", "difficulty", "arm"),
     ],
     "chain": GAPS,
     "tree": GAPS,
