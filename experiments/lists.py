@@ -101,11 +101,13 @@ def main(
             chosen = (names == name) | (name == "all")
             for metric, values in (("forwards", nfe), ("solved", right)):
                 note(metric, asdict(bootstrap_mean(values[chosen])), arm=family, difficulty=name)
-    for record in [] if frontier is None else read_results(frontier)["records"]:
-        if record.get("kind") == "learned":
-            record |= {"family": "learned"}
-        compared = "own" in record and "target_nfe" in record
-        if compared or (record.get("family") in SHOWN and record["metric"] != "nfe"):
+    played = [] if frontier is None else read_results(frontier)["records"]
+    best = {record["of"] for record in played if "own" in record and "target_nfe" in record}
+    for record in played:
+        family = "learned" if record.get("kind") == "learned" else record.get("family")
+        compared = record["metric"] == "advantage" and "target_nfe" in record
+        if compared or (record["metric"] != "nfe" and family in {*SHOWN, *best}):
+            record |= {} if compared else {"family": family}
             records.append({name: record[name] for name in NAMED.split() if name in record})
     write_results(out, "lists", {"rows": rows, "target": target, "orders": len(orders)}, records)
 
