@@ -63,7 +63,7 @@ def limit(prompt: str, steps: int) -> float:
         insert into n items, m = n + 1 places, T = 1: (m - 1)! 2^(m - 1) / m^m. One token tells on which side of it
             the new item stands, so that further forwards search for its place.
         shuffle m items: best(m, T) = max over sizes k of m! / ((m - k)! m^k) best(m - k, T - 1).
-        square: from the list of all completions.
+        square: from the list of all completions; with fewer than 4 clues that takes long.
 
     Greedy tokens are not bound by it: a denoiser may prefer one of several equal answers.
 
