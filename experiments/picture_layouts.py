@@ -69,6 +69,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         )
     ],
     "learned-opponents": [Curves("accuracy path_nats")],
+    "lists": [Curves("accuracy"), Dots("forwards per row", "forwards", "difficulty", "arm")],
     "loops": [FIRST, Dots("mean step of a loop, from 0", "mean_step", "region", "run")],
     "paper": [
         Dots("negative bound, nats per problem", "bound_nats", "arm", "training_seed"),

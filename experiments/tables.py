@@ -60,6 +60,11 @@ LAYOUTS: dict[str, list[Layout]] = {
         Layout("Edits per residue, to the nearest natural loop and apart", "natural_edits edits_apart", "arm region"),
     ],
     "receptors": [COMPARED, NATS._replace(title="Nats per residue", rows="family", columns="steps", where=ORDERS)],
+    "lists": [
+        COMPARED,
+        Layout("Forwards of each difficulty", "forwards", "difficulty", "arm"),
+        Layout("Solved, and the most that any rule can solve", "solved limit", "difficulty", "arm"),
+    ],
     "chain": GAPS,
     "tree": GAPS,
     "phones": [

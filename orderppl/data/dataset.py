@@ -200,7 +200,7 @@ class TextData(DataSet):
         canvas: fill responses up to so many positions with ends.
         separator: end every prompt with an end token, which tells a denoiser where the response begins; None: as is
             usual for the data.
-        grade: says what is right, such as `exact_match`, `orderppl.data.answers.flexible_match`, `same_text` or
+        grade: says what is right, such as `exact_match`, `orderppl.data.answers.flexible_match` or
             `my_module.my_function`, called with texts and references; None: as is usual for the data.
         on_bad: a bad row stops the run ("error"), or is left out and counted ("report"); None: as is usual for it.
 
@@ -246,6 +246,14 @@ class TextData(DataSet):
         """The row as a tokeniser wants it to be written."""
         return row
 
+    def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of a prompt or a response, without its ends."""
+        return tokenizer.encode(text)
+
+    def num_ends(self, prompt: int, response: int) -> int:
+        """End tokens behind a response, from the numbers of tokens."""
+        return max((self.canvas or 0) - response, 1)
+
     def source_of(self, split: str) -> str:
         """Where the rows of a split come from, for messages."""
         return split
@@ -280,17 +288,17 @@ class TextData(DataSet):
 
     def _encode(self, row: Row, tokenizer: Tokenizer) -> _Sequence:
         begin, close = tokenizer.frame
+        left = [] if row.prompt is None else self.encode(row.prompt, tokenizer)
+        if left and self.separator:
+            left.append(tokenizer.eos_index)
         if row.hidden is None:
-            ids = tokenizer.encode(row.text)
+            ids = self.encode(row.text, tokenizer)
             if self.ends:
-                ids, close = ids + [tokenizer.eos_index] * max((self.canvas or 0) - len(ids), 1), ()
+                ids, close = ids + [tokenizer.eos_index] * self.num_ends(len(left), len(ids)), ()
             latent = bytes([True] * len(ids))
         else:
             ids, spans = tokenizer.encode_with_spans(row.text)
             latent = bytes(any(_touches(span, hole) for hole in row.hidden) for span in spans)
-        left = [] if row.prompt is None else tokenizer.encode(row.prompt)
-        if left and self.separator:
-            left.append(tokenizer.eos_index)
         parts = ("response", ids, row.text, "max_length"), ("prompt", left, row.prompt, "max_prompt")
         for name, part, text, option in parts:
             limit = getattr(self, option)

@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from orderppl.data.answers import exact_match
+from orderppl.data.answers import exact_match, flexible_match
 from orderppl.data.dataset import SPLITS, Row, RowData, at_least, one_of, texts_of
 from orderppl.data.reading import hub_data, json_lines, text_lines, text_of
 from orderppl.data.report import BadRow, LoadReport, Record
 from orderppl.data.tokenizers import Tokenizer, WordTokenizer
 from orderppl.errors import UserError
 
-Form = Literal["full", "equations", "programs"]
+Form = Literal["full", "equations", "programs", "smdm"]
 
 ANNOTATION = re.compile(r"<<(.*?)>>")
 EXPRESSION = re.compile(r"[0-9.+\-*/() ]+")
@@ -31,6 +31,8 @@ OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
+SEGMENT = re.compile(r"\n(?=Answer: )")  # where the next one begins
+SMDM_CANVAS = 256
 DRAWS, ROUNDS = 1024, 200  # of constants for a structure, and how often before it is given up
 
 
@@ -44,6 +46,12 @@ class Gsm8k(RowData):
         full: question -> answer text.
         equations: question -> `<<a*b=c>> <<...>> #### n`.
         programs: `3 * 20 ; r1 - 15` -> `3 * 20 = 60 ; 60 - 15 = 45 # 45`; rows with other numbers are left out.
+        smdm: as SMDM writes GSM8K-Aug (Nie et al. 2024, arXiv 2410.18514). A problem is two examples, `Question: ...`
+            -> `Answer: <<a*b=c>> ` and `Question: ...`, `Answer: ...` -> `#### n` with a line break. Each of these
+            segments is read by itself and starts with the begin token of the tokeniser, if it has one. Ends, all to be
+            revealed, fill prompt and response up to `canvas` positions (256 when left out); longer rows are left out.
+            Prompts as texts have a line for each segment. Held-out splits have the first example alone, and the last
+            number of a text is its answer.
 
     Args:
         source: folder, single file, or hub name (GSM8K or GSM8K-Aug).
@@ -76,8 +84,11 @@ class Gsm8k(RowData):
         min_count: int = 1,
         **options: Any,
     ) -> None:
+        if form == "smdm":
+            usual = {"canvas": SMDM_CANVAS, "separator": False, "grade": flexible_match}
+            options |= {name: value for name, value in usual.items() if options.get(name) is None}
         super().__init__(source, **options)
-        self.source, self.form = str(source), one_of("form", form, "full", "equations", "programs")
+        self.source, self.form = str(source), one_of("form", form, "full", "equations", "programs", "smdm")
         at_least(1, max_number=max_number, max_equations=max_equations)
         at_least(0, augment=augment, min_count=min_count)
         self.max_number, self.max_equations = max_number, max_equations
@@ -96,7 +107,25 @@ class Gsm8k(RowData):
             held_out = [row for split in rows if split != "train" for row in rows[split]]
             made = augment_programs(rows["train"], self.augment, self.seed, held_out, self.max_number)
             rows["train"] = [*rows["train"], *made]
+        if self.form == "smdm":
+            rows = {split: [part for row in rows[split] for part in _segments(row, split == "train")] for split in rows}
         return rows
+
+    def encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Token ids; smdm: of every segment by itself, behind a begin token."""
+        if self.form != "smdm":
+            return super().encode(text, tokenizer)
+        begin = [] if tokenizer.bos_index is None else [tokenizer.bos_index]
+        return [index for part in SEGMENT.split(text) for index in (*begin, *tokenizer.encode(part))]
+
+    def num_ends(self, prompt: int, response: int) -> int:
+        """End tokens behind a response; smdm: up to the canvas, which the prompt counts for."""
+        if self.form != "smdm":
+            return super().num_ends(prompt, response)
+        if prompt + response > (self.canvas or 0):
+            detail = f"{prompt} + {response} tokens, canvas {self.canvas}"
+            raise BadRow("prompt and response are longer than the canvas", detail, "raise canvas")
+        return (self.canvas or 0) - prompt - response
 
     def _find_sources(self) -> None:
         path = Path(self.source)
@@ -137,6 +166,8 @@ class Gsm8k(RowData):
             raise BadRow("no number after ####", (mark + tail) or text[-60:])
         if self.form == "full":
             return Row(text, question, answer=answer)
+        if self.form == "smdm":
+            return Row(text, " ".join(question.split("\n")), answer=answer)
         equations = [_equation(text) for text in ANNOTATION.findall(text)]
         if not equations:
             raise BadRow("no equations", text)
@@ -172,6 +203,15 @@ class Gsm8k(RowData):
         if Fraction(answer) != int(results[-1]):
             raise BadRow("the last result is not the answer", f"{equations[-1][1]} but #### {answer}")
         return Row(f"{' ; '.join(executed)} # {results[-1]}", " ; ".join(prompts), answer=answer)
+
+
+def _segments(row: Row, both: bool) -> Iterator[Row]:
+    """The examples of a problem in the form of SMDM: question to chain, and question and chain to answer."""
+    chain, mark, tail = row.text.rpartition("####")
+    question, chain = f"Question: {row.prompt}", f"Answer: {chain}"
+    yield row._replace(prompt=question, text=chain)
+    if both:
+        yield row._replace(prompt=f"{question}\n{chain}", text=f"{mark}{tail}\n")
 
 
 def _chain_lines(path: str) -> Iterator[Record]:

@@ -22,10 +22,13 @@ SHARES = (192, 48, 48)  # grids of each split
 
 
 @cache
-def all_grids() -> NDArray[np.int64]:
-    """Every valid grid, int64 [288, 16], cells row by row, values 1..4, in lexicographic order."""
+def all_grids(boxes: bool = True) -> NDArray[np.int64]:
+    """Every valid grid, int64 [288, 16], cells row by row, values 1..4, in lexicographic order.
+
+    Without boxes, the 576 Latin squares of order 4.
+    """
     rows = list(permutations(range(1, SIDE + 1)))
-    bands = [(upper, lower) for upper, lower in product(rows, rows) if _boxes_differ(upper, lower)]
+    bands = [(upper, lower) for upper, lower in product(rows, rows) if not boxes or _boxes_differ(upper, lower)]
     grids = [first + second for first, second in product(bands, bands)]
     cells = np.array(grids, dtype=np.int64)  # [., 4, 4], rows and boxes right, columns not yet
     columns = (np.sort(cells, axis=1) == np.arange(1, SIDE + 1)[:, None]).all((1, 2))
@@ -36,10 +39,10 @@ def _boxes_differ(upper: Sequence[int], lower: Sequence[int]) -> bool:
     return not (set(upper[:2]) & set(lower[:2]) or set(upper[2:]) & set(lower[2:]))
 
 
-def completions(puzzle: str) -> NDArray[np.bool_]:
-    """Which of `all_grids()` agree with a puzzle of 16 characters, 1 to 4 or `.` for a blank cell: bool [288]."""
+def completions(puzzle: str, boxes: bool = True) -> NDArray[np.bool_]:
+    """Which of `all_grids(boxes)` agree with a puzzle of 16 characters, 1 to 4 or `.` for a blank cell: bool [288]."""
     given = np.array([0 if cell == BLANK else int(cell) for cell in puzzle])
-    return np.asarray(((all_grids() == given) | (given == 0)).all(1))
+    return np.asarray(((all_grids(boxes) == given) | (given == 0)).all(1))
 
 
 def solved(grids: Sequence[str], puzzles: Sequence[str]) -> Tensor:

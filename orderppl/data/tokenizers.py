@@ -36,6 +36,7 @@ class Tokenizer(Configurable):
         pad_index: id of the padding token.
         mask_index: id of the MASK token.
         eos_index: id of the end-of-sequence token.
+        bos_index: id of the begin token, if there is one.
         tokens: the V token strings, by id.
         vocab_size: number of ids V.
         frame: ids that a model expects before and after every row, which data put there as given tokens.
@@ -44,6 +45,7 @@ class Tokenizer(Configurable):
     pad_index: int
     mask_index: int
     eos_index: int
+    bos_index: int | None = None
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def __init__(self, tokens: Iterable[str]) -> None:
@@ -306,6 +308,7 @@ class PretrainedTokenizer(Tokenizer):
             raise UserError("tokenizer", problem, "use the tokeniser that the model was trained with")
         self.tokenizer = tokenizer
         self.pad_index, self.mask_index, self.eos_index = int(pad), int(mask_index), int(eos)
+        self.bos_index = tokenizer.bos_token_id
         size = max(spelt, num_classes or 0, self.mask_index + 1)
         unused = (MASK if token == self.mask_index else f"<unused{token}>" for token in range(spelt, size))
         super().__init__([*map(str, tokenizer.convert_ids_to_tokens(list(range(spelt)))), *unused])

@@ -15,6 +15,7 @@ from orderppl.cli.held_out import known_of
 from orderppl.cli.parser import parse, presets
 from orderppl.config import Builder
 from orderppl.evaluation import sweep
+from orderppl.evaluation.arms import standard_heuristics
 from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.fitting import PairLoss
 from orderppl.models import UnmaskingModel
@@ -91,6 +92,21 @@ def test_denoisers_to_train(name: str, problems: Path, tmp_path: Path) -> None:
     assert 0 < found["nats_per_token"] < 10
 
 
+def test_the_paper_in_the_form_of_smdm(problems: Path, tmp_path: Path) -> None:
+    """The options of docs/paper.md: rows of 256 tokens, and a finite loss."""
+    data = ["--data.form=smdm", "--data.canvas=256", "--data.max_length=256", f"--data.source={problems}"]
+    model = f"--denoiser.name_or_path={write_model(tmp_path / 'smdm', 'smdm')}"
+    config = parse(train_denoiser.Config, ["--config=gsm8k_paper_denoiser", *data, model], "train-denoiser")
+    assert config is not None
+    builder = Builder(Known())
+    examples = (made := make_data(builder, config.data)).splits(make_denoiser(builder, config.denoiser, made).tokenizer)
+    batch = examples["train"].batch
+    assert (batch.attention_mask.sum(-1) == 256).all() and made.on_bad == "report"
+    begin = examples["train"].tokenizer.bos_index
+    assert begin is not None and ((batch.tokens == begin) & batch.latent).sum(-1).tolist() == [1] * len(batch)
+    assert sorted(set(((batch.tokens == begin) & batch.given).sum(-1).tolist())) == [1, 2]
+
+
 def order_parts(name: str, problems: Path, tmp_path: Path, *options: str) -> dict[str, Any]:
     """What `fit` is called with."""
     options = ("--config", name, *small_data(name, problems), *options)
@@ -148,9 +164,9 @@ def test_options_change_a_preset(problems: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES["frontier"])
 def test_grids_of_comparisons(name: str, problems: Path) -> None:
     config = parse(frontier.Config, ["--config", name, *small_data(name, problems)], "frontier")
-    assert config is not None and config.heuristics and config.targets
+    assert config is not None and config.targets
     known = known_of(make_data(Builder(Known()), config.data).splits()["test"])
-    arms = sweep(config.heuristics, known=known, seeds=(0,))
+    arms = sweep(config.heuristics or standard_heuristics(), known=known, seeds=(0,))
     assert len(arms) >= 20 and not any(arm.kind == "learned" for arm in arms)
     learned = sweep(config.learned, known={"policy": Ranked("top_prob")}, family="learned", training_seed=0)
     assert len(learned) == sum(len(spec["price"]) for spec in config.learned)

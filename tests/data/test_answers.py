@@ -6,8 +6,8 @@ from decimal import Decimal
 
 import pytest
 
-from orderppl.data import exact_match, same_text
-from orderppl.data.answers import answers_match, flexible_match, parse_answer
+from orderppl.data import exact_match
+from orderppl.data.answers import answers_match, flexible_match, parse_answer, same_text
 from orderppl.errors import UserError
 
 

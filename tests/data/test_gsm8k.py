@@ -7,12 +7,17 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict
+from tokenizers import Regex, decoders
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from orderppl.data import Gsm8k
 from orderppl.data.dataset import Row, texts_of
 from orderppl.data.gsm8k import Form, augment_programs, evaluate_expression
 from orderppl.data.report import LoadReport
-from orderppl.data.tokenizers import WordTokenizer
+from orderppl.data.tokenizers import PretrainedTokenizer, WordTokenizer, load_tokenizer
 from orderppl.errors import UserError
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
@@ -347,3 +352,72 @@ def test_canvases_of_programs(folder: Path) -> None:
     assert (
         Gsm8k(str(folder), "programs", validation_share=0.2, seed=3).splits(other)["test"].lines == again["test"].lines
     )
+
+
+def begin_and_end(folder: Path) -> PretrainedTokenizer:
+    """A tokeniser of words, marks and every blank, with a begin and an end token of its own, as that of SMDM."""
+    words = ["<s>", "</s>", "<m>", "?", *"0123456789 \n:.,+*=", "<<", ">>", "####", "Question", "Answer", "How", "many"]
+    raw = RawTokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
+    raw.pre_tokenizer = Split(Regex(r"####|<<|>>|[A-Za-z]+|[0-9]|\s|."), "isolated")
+    raw.decoder = decoders.Fuse()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "mask_token": "<m>", "unk_token": "?"}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder / "tokenizer")
+    return load_tokenizer(folder / "tokenizer")
+
+
+def smdm(folder: Path, **options: Any) -> Gsm8k:
+    shares = {"test_share": 0.0, "validation_share": 0.0}
+    return Gsm8k(str(folder), "smdm", tokenizer_from=str(folder / "tokenizer"), **{**shares, **options})
+
+
+def test_the_form_of_smdm_token_by_token(tmp_path: Path) -> None:
+    """Both examples of a problem: a begin token before every segment, ends up to the canvas, all to be revealed."""
+    tokens = begin_and_end(tmp_path).tokens
+    _write(tmp_path / "train.txt", ["How many ?||<<2+3=5>> <<5*20=100>> #### 1,00"])
+    _write(tmp_path / "test.txt", ["How ?||<<2+2=4>> #### 4", "many ?||#### 3"])
+    data = smdm(tmp_path, canvas=48)
+    splits = data.splits()
+    question = ["<s>", "Question", ":", " ", "How", " ", "many", " ", "?"]
+    chain = ["<s>", "Answer", ":", " ", "<<", *"2+3=5", ">>", " ", "<<", *"5*20=100", ">>", " "]
+    answer = ["<s>", "####", " ", *"1,00", "\n"]
+    found = []
+    for row in range(len(splits["train"])):
+        batch = splits["train"].batch.rows([row])
+        spelt = [tokens[token] for token in batch.tokens[0].tolist()]
+        found.append(
+            [[t for t, kept in zip(spelt, mask[0], strict=True) if kept] for mask in (batch.given, batch.latent)]
+        )
+    assert found == [
+        [question, chain + ["</s>"] * (48 - len(question) - len(chain))],
+        [question + chain, answer + ["</s>"] * (48 - len(question) - len(chain) - len(answer))],
+    ]
+    # the held-out problems, of which one has no chain: the first example alone
+    test = splits["test"]
+    assert test.texts(test.batch.tokens) == ["Answer: <<2+2=4>> ", "Answer: "] and test.answers == ["4", "3"]
+    assert (test.batch.attention_mask.sum(-1) == 48).all()
+    assert test.grade(["Answer: <<1+3=4>> ", "Answer: <<1+3=4>> "], ["4", "3"]).tolist() == [1.0, 0.0]
+    assert data.separator_index is None
+
+
+def test_the_form_of_smdm_leaves_long_rows_out(tmp_path: Path) -> None:
+    """Row by row: here a chain fits to the last position and needs no end, and its answer does not."""
+    begin_and_end(tmp_path)
+    _write(tmp_path / "train.txt", ["many ?||<<2+3=5>> #### 5"])
+    data = smdm(tmp_path, canvas=19)
+    batch = data.splits()["train"].batch
+    assert len(batch) == 1 and batch.latent.sum() == 12 and batch.given.sum() == 7
+    assert data.splits()["train"].texts(batch.tokens) == ["Answer: <<2+3=5>> "]
+    assert data.report.count("prompt and response are longer than the canvas") == 1
+    assert smdm(tmp_path).splits()["train"].batch.attention_mask.sum(-1).tolist() == [256, 256]
+    with pytest.raises(UserError, match=r"no row is left .*longer than the canvas"):
+        smdm(tmp_path, canvas=18).splits()
+
+
+def test_the_form_of_smdm_without_a_begin_token(folder: Path) -> None:
+    data = Gsm8k(str(folder), "smdm", validation_share=0.2)
+    splits = data.splits()
+    assert data.tokenizer is None and splits["train"].batch.attention_mask.sum(-1).unique().tolist() == [256]
+    assert data.report.count("no equations") == 0  # the text stays as it is
+    for split, rows in splits.items():
+        lines = rows.lines or []
+        assert len(lines) == (2 if split == "train" else 1) * len(set(lines))

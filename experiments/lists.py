@@ -1,0 +1,116 @@
+"""Lists and Latin squares by difficulty: whether a rule spends its forwards where they are needed.
+
+    orderppl train-denoiser --config lists_denoiser --out runs/lists-denoiser
+    orderppl fit-order --config lists_order --seed 0 --out runs/lists-order-0
+    orderppl frontier runs/lists-order-0 --config frontier_lists --out runs/lists-frontier
+    python experiments/lists.py '[runs/lists-order-0]' --frontier runs/lists-frontier --out runs/lists
+
+Every family is read at the same mean number of forwards over all rows, as a mixture of its two nearest settings, with
+tokens drawn. What it spends and solves on the rows of one difficulty stands beside the limit of `orderppl.data.lists`:
+the most that any rule can solve which draws the tokens of a step independently of each other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import auto_cli
+
+from orderppl import evaluate, load_run
+from orderppl.data import Lists
+from orderppl.data.lists import limit
+from orderppl.evaluation import Arm, sweep
+from orderppl.evaluation.intervals import bootstrap_mean
+from orderppl.evaluation.results import read_results, write_results
+from orderppl.evaluation.table import ByRow, by_row
+
+STEPS = (1, 2, 3)  # of limits
+SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")  # of the curves of `frontier`
+NAMED = (
+    "metric value low high arm family kind training_seed nfe n measured target_nfe of own frontier seed_low seed_high"
+)
+HEURISTICS: list[dict[str, Any]] = [
+    {"policy": "Ranked", "score": "random", "budgets": [1, 2, 3, 4]},
+    {"policy": "Threshold", "tau": [0.3, 0.5, 0.7, 0.9]},
+    {"policy": "EntropyBound", "gamma": [0.1, 0.3, 0.6, 1.0, 2.0, 3.0]},
+]
+
+
+def learned_arms(orders: list[Path]) -> tuple[Any, list[Arm]]:
+    """The denoiser, and every order at prices across its range."""
+    runs = [load_run(folder) for folder in orders]
+    arms = []
+    for seed, run in enumerate(runs):
+        grid = {"policy": "AtPrice", "price": run.model.step_price.grid(7), "mode": True, "budgets": run.num_steps}
+        played = sweep(grid, known={"policy": run.policy}, training_seed=seed)
+        arms += [replace(arm, family="learned") for arm in played]
+    return runs[0].denoiser, arms
+
+
+def mixtures(found: ByRow, target: float) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Family, forwards [N] and values [N] of every family at a mean number of forwards, the mean over its seeds."""
+    for family, arms in found.arms.groupby("family", sort=False):
+        seeds = []
+        for _, members in arms.groupby("training_seed", dropna=False):
+            places = np.flatnonzero(found.arms.index.isin(members.index))
+            nfe, values = found.nfe[:, places], found.values[:, places]
+            order = np.argsort(nfe.mean(0), kind="stable")
+            weight = [np.interp(target, nfe.mean(0)[order], row) for row in np.eye(len(order))]  # of each setting
+            seeds.append((nfe[:, order] @ weight, values[:, order] @ weight))
+        yield str(family), *np.mean(seeds, 0)
+
+
+def main(
+    orders: list[Path],
+    frontier: Path | None = None,
+    train: int = 40_000,
+    rows: int = 1200,
+    target: float = 1.75,
+    out: Path = Path("runs/lists"),
+) -> None:
+    """Cut learned orders and heuristics by difficulty, at one mean number of forwards.
+
+    Args:
+        orders: runs of `fit-order --config lists_order`.
+        frontier: folder of `frontier`, whose comparisons are kept too.
+        train: training rows of the preset, behind which test rows are drawn.
+        rows: test rows.
+        target: mean forwards over all of them.
+        out: folder of the results.
+    """
+    denoiser, learned = learned_arms(orders)
+    test = Lists(train=train, min_clues=4, max_clues=10, test=rows).splits(denoiser.tokenizer)["test"]
+    names, prompts = np.array(test.names), test.answers or []
+    kinds = sorted(set(names.tolist()), key=lambda name: (name.split()[0], int(name.split()[1])))
+    records: list[dict[str, Any]] = []
+
+    def note(metric: str, value: Any, **labels: Any) -> None:
+        records.append({"metric": metric, **{k: round(float(v), 4) for k, v in value.items()}, **labels})
+
+    for steps in STEPS:
+        chances = np.array([limit(prompt, steps) for prompt in prompts])
+        for name in kinds:
+            mean = chances[names == name].mean()
+            note("limit", {"value": mean}, arm=f"limit at {steps}", difficulty=name, n=int((names == name).sum()))
+    arms = [replace(arm, temperature=1.0, seeds=range(3)) for arm in [*learned, *sweep(HEURISTICS)]]
+    table = evaluate(arms, denoiser, test, metrics=["accuracy"], batch_size=300, out=out / "drawn")
+    for family, nfe, right in mixtures(by_row(table, "accuracy"), target):
+        for name in ["all", *kinds]:
+            chosen = (names == name) | (name == "all")
+            for metric, values in (("forwards", nfe), ("solved", right)):
+                note(metric, asdict(bootstrap_mean(values[chosen])), arm=family, difficulty=name)
+    played = [] if frontier is None else read_results(frontier)["records"]
+    best = {record["of"] for record in played if "own" in record and "target_nfe" in record}
+    for record in played:
+        family = "learned" if record.get("kind") == "learned" else record.get("family")
+        compared = record["metric"] == "advantage" and "target_nfe" in record
+        if compared or (record["metric"] != "nfe" and family in {*SHOWN, *best}):
+            record |= {} if compared else {"family": family}
+            records.append({name: record[name] for name in NAMED.split() if name in record})
+    write_results(out, "lists", {"rows": rows, "target": target, "orders": len(orders)}, records)
+
+
+if __name__ == "__main__":
+    auto_cli(main)
