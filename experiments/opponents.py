@@ -1,6 +1,7 @@
 """Orders that nobody has to learn: heuristics, and spacing out what a step reveals."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import gcd
 
@@ -43,7 +44,8 @@ def spaced_orders(steps: int) -> list[Arm]:
 def spaced_rules(steps: int) -> list[Arm]:
     """A threshold whose sets are kept apart, with a budget of T steps."""
     apart = [{"policy": "Spaced", "spread": spread} for spread in (2.0, 4.0, 8.0)]
-    return list(sweep([{"policy": "Threshold", "tau": [0.02, 0.1, 0.3], "budgets": [steps], "around": apart}]))
+    arms = sweep([{"policy": "Threshold", "tau": [0.02, 0.1, 0.3], "budgets": [steps], "around": apart}])
+    return [replace(arm, family="spaced") for arm in arms]
 
 
 def best_of(arms: list[Arm], denoiser: Denoiser, rows: Examples) -> Arm:

@@ -31,7 +31,8 @@ class Dots(NamedTuple):
 
 
 STEPS = "steps (denoiser forwards per row)"
-FIRST = Curves(where={"training_seed": (None, 0)}, xlabel=f"{STEPS}, training seed 0")
+SEED_0 = {"training_seed": (None, 0)}
+FIRST = Curves(where=SEED_0, xlabel=f"{STEPS}, training seed 0")
 NATS = "learned order better by, nats per token (paired)"
 PAIRED = Dots(NATS, "advantage", "steps training_seed of", even=0.0)
 REGION = {"run": ("T04-seed0", "T04-seed1", "T04-seed2")}
@@ -54,7 +55,11 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
     "benchmark-speed": [UPDATED],
     "benchmark-speed-smdm": [Dots("share of the time of an update", "part_share", "part", "mode")],
     "chain": [GAP],
-    "english": [FIRST._replace(where={"training_seed": (None, 0), "family": ORDERS["family"]}), PAIRED],
+    "english": [
+        FIRST._replace(where={**SEED_0, **ORDERS, "written": ("hidden",)}, xlabel=f"{STEPS}, last sentences"),
+        FIRST._replace(where={**SEED_0, **ORDERS, "written": ("all",)}, xlabel=f"{STEPS}, whole questions"),
+        PAIRED._replace(rows="written steps training_seed of"),
+    ],
     "equations-scan": [Curves(), PAIRED._replace(rows="arm target_nfe", where={"target_nfe": (3.0, 4.0)})],
     "frontier-equations": [Curves()],
     "gpu": [UPDATED._replace(where={"benchmark": ("speed",), **UPDATED.where}), DECODED],

@@ -18,7 +18,17 @@ from rich.console import Console
 from orderppl.evaluation.results import read_results, results_table
 
 BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
-PLACES = ("domains", "chain", "grid", "measured", "steps", "n", "training_seed", "target_nfe")  # what is compared where
+PLACES = (
+    "written",
+    "domains",
+    "chain",
+    "grid",
+    "measured",
+    "steps",
+    "n",
+    "training_seed",
+    "target_nfe",
+)  # what is compared where
 Record = dict[str, Any]
 
 
@@ -50,9 +60,21 @@ PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
 DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
 TOGETHER = Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "arm", "steps")
-ORDERS = {"family": ("learned", "periodic", *(f"{name} uniform" for name in ("random", "top_prob", "left_to_right")))}
+ORDERS = {
+    "family": (
+        "learned",
+        "periodic",
+        "spaced",
+        *(f"{name} uniform" for name in ("random", "top_prob", "left_to_right")),
+    )
+}
 LAYOUTS: dict[str, list[Layout]] = {
-    "english": [COMPARED, NATS._replace(rows="family", columns="steps", where=ORDERS), TOGETHER],
+    "english": [
+        COMPARED,
+        NATS._replace(rows="written family", columns="steps", where=ORDERS),
+        TOGETHER._replace(rows="written arm"),
+        Layout("Mean step of a kind of token, from 0", "mean_step", "written kind", "steps"),
+    ],
     "loops": [
         COMPARED,
         NATS._replace(title="Nats per residue", rows="chain family", columns="steps", where=ORDERS),
