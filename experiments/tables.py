@@ -18,17 +18,7 @@ from rich.console import Console
 from orderppl.evaluation.results import read_results, results_table
 
 BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
-PLACES = (
-    "written",
-    "domains",
-    "chain",
-    "grid",
-    "measured",
-    "steps",
-    "n",
-    "training_seed",
-    "target_nfe",
-)  # what is compared where
+PLACES = tuple("written domains chain grid measured steps n training_seed target_nfe".split())  # of a comparison
 Record = dict[str, Any]
 
 
@@ -60,14 +50,7 @@ PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
 DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
 TOGETHER = Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "arm", "steps")
-ORDERS = {
-    "family": (
-        "learned",
-        "periodic",
-        "spaced",
-        *(f"{name} uniform" for name in ("random", "top_prob", "left_to_right")),
-    )
-}
+ORDERS = {"family": ("learned", "periodic", "spaced", "random uniform", "top_prob uniform", "left_to_right uniform")}
 LAYOUTS: dict[str, list[Layout]] = {
     "english": [
         COMPARED,
