@@ -58,6 +58,7 @@ def main(
     hides: str | None = None,
     steps: int = 4,
     family: Literal["scan", "independent", "policy"] = "scan",
+    split: Literal["train", "validation"] = "validation",
     seeds: int = 3,
     rows: int = 40_000,
     lr: float = 0.01,
@@ -74,6 +75,7 @@ def main(
         hides: regular expression of what is to be written; the rest is given. None: all is to be written.
         steps: step budget T.
         family: a plan of steps that depend on each other in a scan, or independent ones; or a policy that scans.
+        split: rows to learn from. The denoiser was trained on the first one, where it reads more out of less.
         seeds: training seeds, from 0.
         rows: denoiser rows that a fit may spend.
         lr: learning rate.
@@ -84,36 +86,34 @@ def main(
         out: folder of runs and results.
     """
     run = load_run(denoiser)
-    data = run.config["data"]
-    data = build({**data, "init_args": {**data["init_args"], "hides": hides}})
-    network, splits = run.denoiser, data.splits(run.tokenizer)
+    given = run.config["data"]["init_args"] | {"hides": hides}
+    network, splits = run.denoiser, build({**run.config["data"], "init_args": given}).splits(run.tokenizer)
+    few = splits["validation"].take(100)  # to choose opponents on
+    shown = splits["train"] if split == "train" else splits["validation"].rows(slice(100, None))
     plans: dict[int, Policy] = {}
+    budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "lr": lr}
+    budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0}
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
         plans[seed] = make_policy(steps, family, network.vocab_size, given=hides is not None)
-        budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "seed": seed}
-        budget |= {"lr": lr, "bonus": bonus, "schedule": schedule, "grad_clip": 1.0}
-        learn_plan(plans[seed], network, splits["train"], steps, **budget, out=out / f"seed-{seed}")
-    spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], network, splits["validation"].take(100))
+        learn_plan(plans[seed], network, shown, steps, **budget, seed=seed, out=out / f"seed-{seed}")
+    spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], network, few)
     test = splits["test"].take(tested)
-    records = compare(plans, network, test, steps, spaced=spaced, out=out, title="English")
-
     batch = test.batch
-    pairs = zip(batch.tokens, batch.latent, strict=True)
-    spelled = [[test.spell(token) for token in row[own].tolist()] for row, own in pairs]
-    shown: dict[str, Policy] = {"learned": plans[0], spaced.name: spaced.policy}
-    shown |= {score: Ranked(score) for score in ("top_prob", "left_to_right")}  # type: ignore[arg-type]
-    when = {arm: revealed_steps(policy, network, batch, steps) for arm, policy in shown.items()}
+    records = compare(plans, network, test, steps, spaced=spaced, out=out, title="English")
+    spelled = [[test.spell(token) for token in batch.tokens[row][own].tolist()] for row, own in enumerate(batch.latent)]
+    compared: dict[str, Policy] = {"learned": plans[0], spaced.name: spaced.policy}
+    compared |= {score: Ranked(score) for score in ("top_prob", "left_to_right")}  # type: ignore[arg-type]
+    when = {arm: revealed_steps(policy, network, batch, steps) for arm, policy in compared.items()}
     means = mean_by_group(when["learned"], [[kind_of(token) for token in row] for row in spelled], "kind")
-    shares = {arm: side_by_side(found) for arm, found in when.items()}
-    together = [{"metric": "neighbours_together", "arm": arm, "value": share} for arm, share in shares.items()]
+    share = {"metric": "neighbours_together"}
+    together = pd.DataFrame([{**share, "arm": arm, "value": side_by_side(found)} for arm, found in when.items()])
     chosen = int((batch.latent.sum(-1) - 24).abs().argmin())
     columns = {arm: when[arm][chosen][batch.latent[chosen]].tolist() for arm in ("top_prob", "learned")}
     save_figure(figure_of(spelled[chosen], columns), out / "order.svg")
     label = {"task": "english", "written": "all" if hides is None else "hidden", "rows": rows, "steps": steps}
-    config = {**label, "hides": hides, "family": family, "seeds": seeds, "lr": lr, "bonus": bonus, "schedule": schedule}
-    records = pd.concat([records, pd.DataFrame(together), means])
-    write_results(out, "english", {**config, "tested": tested}, records.assign(**label))
+    config = {**label, **budget, "hides": hides, "split": split, "family": family, "seeds": seeds, "tested": tested}
+    write_results(out, "english", config, pd.concat([records, together, means]).assign(**label))
 
 
 def side_by_side(steps: Tensor) -> float:

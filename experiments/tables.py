@@ -18,7 +18,8 @@ from rich.console import Console
 from orderppl.evaluation.results import read_results, results_table
 
 BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
-PLACES = tuple("written domains chain grid measured steps n training_seed target_nfe".split())  # of a comparison
+# what is compared where
+PLACES = ("written", "domains", "chain", "grid", "measured", "steps", "n", "training_seed", "target_nfe")
 Record = dict[str, Any]
 
 
