@@ -17,7 +17,7 @@ import pandas as pd
 from jsonargparse import auto_cli
 from picture_layouts import LAYOUTS, Curves, Dots, Where
 
-from orderppl.evaluation.figures import draw_curves
+from orderppl.evaluation.figures import Panel, draw_curves
 from orderppl.evaluation.results import read_results
 from orderppl.figures import COLOURS, INK, SOFT, STYLE, legend, new_figure, save_figure
 
@@ -74,9 +74,9 @@ def tidy(label: str, value: object) -> str:
     return functools.reduce(lambda found, name: found.replace(name, SHORT[name]), SHORT, text)
 
 
-def curves_of(spec: Curves, records: Sequence[Record]) -> dict[str, pd.DataFrame]:
+def curves_of(spec: Curves, records: Sequence[Record]) -> list[Panel]:
     """Arms of every metric of the panel; where arms differ in their budget alone they are a family."""
-    found = {}
+    found = []
     for metric in spec.metrics.split():
         kept = chosen(records, metric, spec.where)
         arms = pd.DataFrame([record for record in kept if "nfe" in record and record.get("kind") is not None])
@@ -85,7 +85,7 @@ def curves_of(spec: Curves, records: Sequence[Record]) -> dict[str, pd.DataFrame
         if arms["family"][learned].nunique() == 1:
             arms.loc[learned, "family"] = "learned"
         seeds = arms["training_seed"].where(learned) if "training_seed" in arms else None
-        found[metric] = arms.assign(training_seed=seeds)
+        found.append(Panel(metric, arms.assign(training_seed=seeds), spec.xlabel))
     return found
 
 
@@ -115,7 +115,7 @@ def main(folder: Path = Path("docs/results")) -> None:
             parts = figure.subfigures(len(layout), 1, height_ratios=heights, squeeze=False)[:, 0]
             for part, spec in zip(parts, layout, strict=True):
                 if isinstance(spec, Curves):
-                    draw_curves(part, curves_of(spec, records), xlabel=spec.xlabel)
+                    draw_curves(part, curves_of(spec, records))
                 elif handles := draw_dots(part.subplots(), spec, records):
                     legend(part, handles)
             save_figure(figure, place / "picture.svg")

@@ -14,8 +14,9 @@ from reference import Counted, Shape, Size, Split, forwards, make_policy, make_p
 from tqdm import tqdm
 
 from orderppl import decode
+from orderppl.evaluation.timing import Rounds, take_turns
 
-from timing import Records, Rounds, command, finish, take_turns
+from timing import Records, command, finish
 
 POLICIES = ("random", "top_prob", "entropy", "threshold")
 DECODE, FORWARDS, NEEDED, REFERENCE = "decode", "forwards", "needed forwards", "reference loop"
