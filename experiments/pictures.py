@@ -24,7 +24,7 @@ from orderppl.figures import COLOURS, INK, SOFT, STYLE, legend, new_figure, save
 Record = dict[str, Any]
 ROW = 0.21  # inches
 BUDGET = re.compile(r" T=\d+| #\d+$")  # or seed, in the name of an arm
-SHORT = {"training_seed": "seed", "vocab_size": "V", "target_nfe": "forwards"}
+SHORT = {"training_seed": "seed", "vocab_size": "V", "batch_size": "batch", "target_nfe": "forwards"}
 SHORT["fixed_order periodic=True steps="] = "periodic "
 
 
@@ -81,7 +81,11 @@ def curves_of(spec: Curves, records: Sequence[Record]) -> list[Panel]:
         kept = chosen(records, metric, spec.where)
         arms = pd.DataFrame([record for record in kept if "nfe" in record and record.get("kind") is not None])
         learned = arms["kind"] == "learned"
-        arms["family"] = [tidy("", name) for name in arms["arm" if spec.where or "family" not in arms else "family"]]
+        by = "family" if "family" in arms and set(spec.where) <= {"n"} else "arm"  # n says on which rows
+        arms["family"] = [tidy("", name) for name in arms[by]]
+        if spec.against:
+            other = {r["arm"]: r["value"] for r in records if r["metric"] == spec.against}
+            arms = arms.assign(nfe=arms["arm"].map(other))
         if arms["family"][learned].nunique() == 1:
             arms.loc[learned, "family"] = "learned"
         seeds = arms["training_seed"].where(learned) if "training_seed" in arms else None

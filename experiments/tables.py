@@ -47,7 +47,9 @@ SPREAD = {"family": ("learned", "long search", "periodic", "random uniform", "to
 MODES = {"axis": ("steps",), "mode": ("stacked", "sequential", "policy")}
 UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured denoiser mode", "steps", MODES)
 PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
-DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
+DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size batch_size policy prompt", "of", PLAYED)
+COST = "accuracy nfe nfe_stopped seconds_batch_1 seconds_batch_32"
+COSTS = Layout("What decoding costs: 200 problems, seconds per row of 32", COST, "arm", where={"n": (200, 32)})
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
 TOGETHER = Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "arm", "steps")
 ORDERS = {"family": ("learned", "periodic", "spaced", "random uniform", "top_prob uniform", "left_to_right uniform")}
@@ -70,6 +72,7 @@ LAYOUTS: dict[str, list[Layout]] = {
         Layout("Forwards of each difficulty", "forwards", "difficulty", "arm"),
         Layout("Solved, and the most that any rule can solve", "solved limit", "difficulty", "arm"),
     ],
+    "frontier-programs-wide": [COMPARED._replace(where={"n": (597,)}), COSTS],
     "chain": GAPS,
     "tree": GAPS,
     "phones": [
@@ -134,7 +137,8 @@ def tables(folder: Path) -> str:
     """The tables of a folder as Markdown."""
     records = [r for path in sorted(folder.rglob("results.json")) for r in read_results(path.parent)["records"]]
     layouts = LAYOUTS.get(folder.resolve().name, [COMPARED])
-    found = (markdown(layout, list(compared(records)) if layout is COMPARED else records) for layout in layouts)
+    sources = (list(compared(records)) if layout.title == COMPARED.title else records for layout in layouts)
+    found = map(markdown, layouts, sources)
     return "\n".join(filter(None, found))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ def decoding_seconds(
 ) -> pd.DataFrame:
     """Wall-clock time of decoding a row, with all that the policy and the loop cost beside the denoiser.
 
-    The arms take turns, round by round, on the same first rows; before that each decodes them once, unmeasured.
+    Arms and batch sizes take turns, round by round, on the same first rows; before that each decodes them once.
 
     Args:
         arms: see `Arm`; an arm that draws is played with its first seed. Oracles cannot decode.
@@ -126,20 +126,20 @@ def decoding_seconds(
         with a 95% interval of that median `low` to `high`; what describes the arm; `n` (rows), `rounds`, and `nfe`,
         the mean forwards of these rows.
     """
-    count, found = min(rows, len(examples)), []
+    count, played, about = min(rows, len(examples)), dict[str, Callable[[], object]](), dict[str, dict[str, Any]]()
     longest, where = _Data.of(examples, None, 1, None, False).longest, _device_of(denoiser)
-    parts = {arm.name: _Part(arm, "decoding", arm.seeds[0], arm.steps or longest) for arm in arms}
-    parts = {name: part for name, part in parts.items() if part.arm.kind != "oracle"}
     for size in (size for size in batch_sizes if size <= count):
         data = _Data.of(examples, range(count), size, None, False)
         canvases = [(data.canvas(places, where), data.numbers[places]) for places in data.places]
-        played = {name: partial(part.decodings, denoiser, canvases) for name, part in parts.items()}
-        forwards = {name: sum(int(output.nfe.sum()) for output in play()) for name, play in played.items()}
-        for name, seconds in take_turns(played, Rounds(rounds, rounds), where).wall.items():
-            measured = {"metric": f"seconds_batch_{size}", **median([second / count for second in seconds])}
-            about = parts[name].arm.labels(parts[name].steps)
-            found.append(measured | about | {"n": count, "rounds": rounds, "nfe": forwards[name] / count})
-    return pd.DataFrame(found)
+        for arm in (arm for arm in arms if arm.kind != "oracle"):
+            part, variant = _Part(arm, "decoding", arm.seeds[0], arm.steps or longest), f"{arm.name} {size}"
+            played[variant] = partial(part.decodings, denoiser, canvases)
+            nfe = sum(int(output.nfe.sum()) for output in part.decodings(denoiser, canvases)) / count
+            about[variant] = arm.labels(part.steps) | {"n": count, "rounds": rounds, "nfe": nfe}
+            about[variant]["metric"] = f"seconds_batch_{size}"
+    timing = take_turns(played, Rounds(rounds, rounds), where)
+    medians = {variant: median([second / count for second in seconds]) for variant, seconds in timing.wall.items()}
+    return pd.DataFrame([medians[variant] | labels for variant, labels in about.items()])
 
 
 def _device_of(denoiser: Denoiser) -> torch.device:
