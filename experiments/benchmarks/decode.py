@@ -38,12 +38,12 @@ def main(
 ) -> None:
     """Time `decode` beside the forwards it needs and beside a plain loop, on transformers with random weights.
 
-    Rows are decoded together, and one by one (`batch_size` 1). By one CPU thread, these take turns in one process,
-    round by round: `decode`; `forwards`, the bare denoiser on the batches that decoding puts before it, all logits;
-    `needed forwards`, the same with the output head at as many positions as decoding asks for; `reference loop`, a loop
-    over steps and rows as public samplers have it, which keeps finished rows and computes all logits, and whose
-    sequences are compared with those of `decode`. For a denoiser whose prompt does not attend to the response, `prompt
-    at every step` is decoding that does not make use of that.
+    Rows are decoded together, and one by one (`batch_size` 1, beside the reference loop only). By one CPU thread they
+    take turns in one process, round by round: `decode`; `forwards`, the bare denoiser on the batches that decoding puts
+    before it, all logits; `needed forwards`, the same with the output head at as many positions as decoding asks for;
+    `reference loop`, a loop over steps and rows as public samplers have it, which keeps finished rows and computes all
+    logits, and whose sequences are compared with those of `decode`. For a denoiser whose prompt does not attend to the
+    response, `prompt at every step` is decoding that does not make use of that.
 
     `time_ratio` is the median over rounds of decode / `of` by wall clock, with a 95% interval of that median;
     `cpu_time_ratio` the same of the process's CPU time, which other work on the machine disturbs less.
@@ -112,12 +112,10 @@ def measure(labels: dict[str, Any], size: Size, shape: Shape, rounds: Rounds, de
         same.append(((output.sequences == sequences) | ~part.latent).all(-1) & (output.nfe == nfe))
     own = sum(int(output.nfe.sum()) for output in outputs)
     share = sum(counted.positions) / sum(state.numel() for state, _ in counted.batches)
-    variants = {
-        DECODE: partial(decoded, denoiser),
-        FORWARDS: partial(forwards, denoiser, counted.batches),
-        NEEDED: partial(needed_forwards, denoiser, counted.batches, counted.positions),
-        REFERENCE: partial(loop, denoiser),
-    }
+    variants = {DECODE: partial(decoded, denoiser), REFERENCE: partial(loop, denoiser)}
+    if len(parts) == 1:
+        variants[FORWARDS] = partial(forwards, denoiser, counted.batches)
+        variants[NEEDED] = partial(needed_forwards, denoiser, counted.batches, counted.positions)
     return [
         {"metric": "row_forward_ratio", "value": counted.rows / own, "variant": DECODE},
         {"metric": "row_forward_ratio", "value": plain.rows / own, "variant": REFERENCE},

@@ -251,6 +251,7 @@ def test_decoding_spends_no_forward_in_vain(tmp_path: Path) -> None:
     for other in (decode.FORWARDS, decode.NEEDED, decode.REFERENCE):
         found = chosen(records, "time_ratio", of=other)
         assert {(r["denoiser"], r["vocab_size"], r["policy"]) for r in found} == cases
+    assert {r["batch_size"] for r in chosen(records, "time_ratio", of=decode.REFERENCE)} == {4, 1}
     assert {r["denoiser"] for r in chosen(records, "time_ratio", of=decode.REREAD)} == {"0.6M", "10M"}
     ours = chosen(records, "row_forward_ratio", variant=decode.DECODE)
     assert {r["value"] for r in ours} == {1.0}
