@@ -111,7 +111,8 @@ def decoding_seconds(
 ) -> pd.DataFrame:
     """Wall-clock time of decoding a row, with all that the policy and the loop cost beside the denoiser.
 
-    Arms and batch sizes take turns, round by round, on the same first rows; before that each decodes them once.
+    Arms and batch sizes take turns, batch by batch and round by round, on the same first rows; before that each decodes
+    them once.
 
     Args:
         arms: see `Arm`; an arm that draws is played with its first seed. Oracles cannot decode.
@@ -126,20 +127,25 @@ def decoding_seconds(
         with a 95% interval of that median `low` to `high`; what describes the arm; `n` (rows), `rounds`, and `nfe`,
         the mean forwards of these rows.
     """
-    count, played, about = min(rows, len(examples)), dict[str, Callable[[], object]](), dict[str, dict[str, Any]]()
-    longest, where = _Data.of(examples, None, 1, None, False).longest, _device_of(denoiser)
+    count, longest = min(rows, len(examples)), _Data.of(examples, None, 1, None, False).longest
+    where, about = _device_of(denoiser), dict[tuple[str, str], dict[str, Any]]()
+    played: dict[tuple[int, str, str], Callable[[], DecodeOutput]] = {}
     for size in (size for size in batch_sizes if size <= count):
-        data = _Data.of(examples, range(count), size, None, False)
+        data, metric = _Data.of(examples, range(count), size, None, False), f"seconds_batch_{size}"
         canvases = [(data.canvas(places, where), data.numbers[places]) for places in data.places]
         for arm in (arm for arm in arms if arm.kind != "oracle"):
-            part, variant = _Part(arm, "decoding", arm.seeds[0], arm.steps or longest), f"{arm.name} {size}"
-            played[variant] = partial(part.decodings, denoiser, canvases)
-            nfe = sum(int(output.nfe.sum()) for output in part.decodings(denoiser, canvases)) / count
-            about[variant] = arm.labels(part.steps) | {"n": count, "rounds": rounds, "nfe": nfe}
-            about[variant]["metric"] = f"seconds_batch_{size}"
-    timing = take_turns(played, Rounds(rounds, rounds), where)
-    medians = {variant: median([second / count for second in seconds]) for variant, seconds in timing.wall.items()}
-    return pd.DataFrame([medians[variant] | labels for variant, labels in about.items()])
+            part = _Part(arm, "decoding", arm.seeds[0], arm.steps or longest)
+            plays = [partial(part.decoding, denoiser, *canvas) for canvas in canvases]
+            nfe = sum(int(play().nfe.sum()) for play in plays) / count
+            labels = {"metric": metric, **arm.labels(part.steps), "n": count, "rounds": rounds, "nfe": nfe}
+            about[metric, arm.name] = labels
+            played |= {(number, metric, arm.name): play for number, play in enumerate(plays)}
+    turns = {turn: played[turn] for turn in sorted(played, key=lambda turn: turn[0])}
+    wall = take_turns(turns, Rounds(rounds, rounds), where).wall
+    for who, labels in about.items():
+        by_batch = [seconds for (_, *turn), seconds in wall.items() if tuple(turn) == who]
+        labels |= median([sum(of_round) / count for of_round in zip(*by_batch, strict=True)])
+    return pd.DataFrame(about.values())
 
 
 def _device_of(denoiser: Denoiser) -> torch.device:
@@ -255,10 +261,9 @@ class _Part:
             del columns["nats"]
         return {name: values.tolist() for name, values in columns.items()}
 
-    def decodings(self, denoiser: Denoiser, canvases: Sequence[tuple[Batch, Tensor]]) -> list[DecodeOutput]:
-        """Decode canvases, each with the numbers of its rows."""
-        own = denoiser if self.arm.denoiser is None else self.arm.denoiser
-        return [self._output(own, canvas, rows) for canvas, rows in canvases]
+    def decoding(self, denoiser: Denoiser, canvas: Batch, rows: Tensor) -> DecodeOutput:
+        """Decode a canvas, given the numbers of its rows."""
+        return self._output(denoiser if self.arm.denoiser is None else self.arm.denoiser, canvas, rows)
 
     def _output(self, denoiser: Denoiser, canvas: Batch, rows: Tensor) -> DecodeOutput:
         """What `decode` or `follow` returns; what they refuse is said of the arm."""

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -30,8 +31,8 @@ class Rounds:
 class Timing:
     """Seconds of every round, by variant: by the clock, and of this process's CPU."""
 
-    wall: dict[str, list[float]] = field(default_factory=dict)
-    cpu: dict[str, list[float]] = field(default_factory=dict)
+    wall: dict[Any, list[float]] = field(default_factory=dict)
+    cpu: dict[Any, list[float]] = field(default_factory=dict)
 
     def ratios(self, over: str, under: str, name: str = "time_ratio", **labels: object) -> list[dict[str, object]]:
         """Median over the rounds of one variant's time over another's, with a 95% interval of that median."""
@@ -51,7 +52,7 @@ class Timing:
         ]
 
 
-def take_turns(variants: Mapping[str, Callable[[], object]], rounds: Rounds, device: torch.device) -> Timing:
+def take_turns(variants: Mapping[Any, Callable[[], object]], rounds: Rounds, device: torch.device) -> Timing:
     """Time warm variants one after another, round by round, each round in the other order."""
     timing = Timing({name: [] for name in variants}, {name: [] for name in variants})
     begin = time.perf_counter()
