@@ -15,21 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELLED = 8  # curves with a name and a colour
-TICKS = (
-    *(m * 10.0**k for k in range(-6, 0) for m in (1, 1.5, 2, 3, 4, 6, 8)),
-    1,
-    1.5,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-    64,
-)
+MARKS = (1, 1.5, 2, 3, 4, 6, 8)
+TICKS = (*(mark * 10.0**power for power in range(-6, 0) for mark in MARKS), *MARKS, 12, 16, 24, 32, 64)
 UNITS = {"accuracy": "accuracy (share of rows)"} | {metric: f"{metric} (nats per token)" for metric in PER_TOKEN}
 FORWARDS = "mean denoiser forwards per row (NFE)"
 
