@@ -73,7 +73,7 @@ def main(
     with torch.no_grad():
         for labels, size, room in tqdm(cases, dynamic_ncols=True):
             found = measure(labels, size, room, rounds, device)
-            records += [{**record, **labels, "device": device} for record in found]
+            records += [{**record, **labels} for record in found]
     rows = ("denoiser", "vocab_size", "batch_size", "policy")
     by_case: dict[str, Any] = {"rows": rows, "columns": ("of",), "prompt_once": False}
     counts = ("row_forward_ratio", "head_share", "same_rows", "nfe")
@@ -132,7 +132,7 @@ def compare(variants: dict[str, Callable[[], object]], rounds: Rounds, device: s
         variant()
     timing = take_turns(variants, rounds, torch.device(device))
     ratios = [record for other in list(variants)[1:] for record in timing.ratios(DECODE, other)]
-    return ratios + timing.seconds()
+    return ratios + [record for record in timing.seconds() if record["metric"] == "seconds"]
 
 
 if __name__ == "__main__":

@@ -173,6 +173,9 @@ def report(config: Config, tables: dict[str, pd.DataFrame], out: Path, seconds: 
     costs = [] if seconds is None else [seconds]
     if "stopped" in tables:
         stopped = summary(tables["stopped"], ["accuracy", "nfe"])
+        stopped = stopped[
+            ["metric", "value", "low", "high", "arm", "n"]
+        ]  # its means say what it is
         costs.insert(0, stopped.assign(metric=stopped["metric"] + "_stopped"))
     passes = [pass_at_k(tables["sampled"], config.k)] if "sampled" in tables else []
     write_csv(out / "table.csv", table)

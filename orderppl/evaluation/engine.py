@@ -124,8 +124,8 @@ def decoding_seconds(
 
     Returns:
         One row per batch size B and arm: `metric` "seconds_batch_B", `value`, seconds per row: the median over rounds,
-        with a 95% interval of that median `low` to `high`; what describes the arm; `n` (rows), `rounds`, and `nfe`,
-        the mean forwards of these rows.
+        with a 95% interval of that median `low` to `high`; `arm`, `n` (rows), `rounds`, and `nfe`, the mean forwards of
+        these rows.
     """
     count, longest = min(rows, len(examples)), _Data.of(examples, None, 1, None, False).longest
     where, about = _device_of(denoiser), dict[tuple[str, str], dict[str, Any]]()
@@ -137,8 +137,7 @@ def decoding_seconds(
             part = _Part(arm, "decoding", arm.seeds[0], arm.steps or longest)
             plays = [partial(part.decoding, denoiser, *canvas) for canvas in canvases]
             nfe = sum(int(play().nfe.sum()) for play in plays) / count
-            labels = {"metric": metric, **arm.labels(part.steps), "n": count, "rounds": rounds, "nfe": nfe}
-            about[metric, arm.name] = labels
+            about[metric, arm.name] = {"metric": metric, "arm": arm.name, "n": count, "rounds": rounds, "nfe": nfe}
             played |= {(number, metric, arm.name): play for number, play in enumerate(plays)}
     turns = {turn: played[turn] for turn in sorted(played, key=lambda turn: turn[0])}
     wall = take_turns(turns, Rounds(rounds, rounds), where).wall

@@ -76,9 +76,10 @@ def wait(device: torch.device) -> None:
 
 
 def median(values: Sequence[float]) -> dict[str, float]:
-    """`value`, with its interval `low` to `high`."""
+    """`value`, with its interval `low` to `high`, to six digits: no clock tells more."""
     low, high = median_interval(values)
-    return {"value": statistics.median(values), "low": low, "high": high}
+    found = {"value": statistics.median(values), "low": low, "high": high}
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
