@@ -1,7 +1,6 @@
 """The tables of docs/results, from the records that lie there.
 
-    python experiments/tables.py docs/results/frontier-mod20
-    for folder in docs/results/*/; do python experiments/tables.py $folder --write; done      # into the READMEs
+    python experiments/tables.py docs/results/frontier-mod20 --write true      # into its README; or they are printed
 
 A folder holds `results.json`, or folders of runs that do. The README has the tables between two comments.
 """
@@ -49,7 +48,6 @@ UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured
 PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
 DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size batch_size policy prompt", "of", PLAYED)
 COST = "accuracy nfe nfe_stopped seconds_batch_1 seconds_batch_32"
-COSTS = Layout("What decoding costs: 200 problems, seconds per row of 32", COST, "arm", where={"n": (200, 32)})
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
 TOGETHER = Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "arm", "steps")
 ORDERS = {"family": ("learned", "periodic", "spaced", "random uniform", "top_prob uniform", "left_to_right uniform")}
@@ -72,9 +70,8 @@ LAYOUTS: dict[str, list[Layout]] = {
         Layout("Forwards of each difficulty", "forwards", "difficulty", "arm"),
         Layout("Solved, and the most that any rule can solve", "solved limit", "difficulty", "arm"),
     ],
-    "frontier-programs-wide": [COMPARED._replace(where={"n": (597,)}), COSTS],
-    "chain": GAPS,
-    "tree": GAPS,
+    "frontier-programs-wide": [COMPARED, Layout("Costs, seconds per row", COST, "arm", where={"n": (200, 32)})],
+    **dict.fromkeys(("chain", "tree"), GAPS),
     "phones": [
         Layout("Learned better than the best opponent (`of`) by, and distance to a search", "advantage regret", WHERE),
         NATS._replace(title="Nats per phone", rows="family", columns="steps", where=SPREAD),
@@ -137,8 +134,7 @@ def tables(folder: Path) -> str:
     """The tables of a folder as Markdown."""
     records = [r for path in sorted(folder.rglob("results.json")) for r in read_results(path.parent)["records"]]
     layouts = LAYOUTS.get(folder.resolve().name, [COMPARED])
-    sources = (list(compared(records)) if layout.title == COMPARED.title else records for layout in layouts)
-    found = map(markdown, layouts, sources)
+    found = (markdown(layout, list(compared(records)) if layout is COMPARED else records) for layout in layouts)
     return "\n".join(filter(None, found))
 
 
