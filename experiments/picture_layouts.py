@@ -11,11 +11,12 @@ Where = Mapping[str, Sequence[object]]
 
 
 class Curves(NamedTuple):
-    """Metrics against forwards, or against another label."""
+    """Metrics against forwards, or against another metric of the same arms."""
 
     metrics: str = "path_nats"
     where: Where = {}
     xlabel: str = FORWARDS
+    against: str = ""
 
 
 class Dots(NamedTuple):
@@ -41,7 +42,11 @@ GAP = Dots("expected gap to the log evidence, nats per sequence", "expected_gap_
 AT_RANDOM = ("learned", "random", "top_prob", "entropy", "left_to_right", "best fixed order")
 SAME = "time of decoding / time of the other"
 PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold"), "prompt_once": (False,)}
-DECODED = Dots(SAME, "time_ratio", "denoiser vocab_size policy", "of", PLAYED, even=1.0)
+DECODED = Dots(SAME, "time_ratio", "denoiser vocab_size batch_size policy", "of", PLAYED, even=1.0)
+TIMED = [
+    Curves("accuracy", {"n": (200,)}, f"seconds per row at batch size {size}, of 200 rows", f"seconds_batch_{size}")
+    for size in (1, 32)
+]
 UPDATED = Dots(
     "time of an update, library / by hand", "time_ratio", "denoiser mode", "steps", {"axis": ("steps",)}, 1.0
 )
@@ -62,6 +67,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
     ],
     "equations-scan": [Curves(), PAIRED._replace(rows="arm target_nfe", where={"target_nfe": (3.0, 4.0)})],
     "frontier-equations": [Curves()],
+    "frontier-programs-wide": [Curves("accuracy", {"n": (597,)}), *TIMED],
     "gpu": [UPDATED._replace(where={"benchmark": ("speed",), **UPDATED.where}), DECODED],
     "gsm8k": [
         Dots(

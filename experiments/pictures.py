@@ -17,14 +17,14 @@ import pandas as pd
 from jsonargparse import auto_cli
 from picture_layouts import LAYOUTS, Curves, Dots, Where
 
-from orderppl.evaluation.figures import draw_curves
+from orderppl.evaluation.figures import Panel, draw_curves
 from orderppl.evaluation.results import read_results
 from orderppl.figures import COLOURS, INK, SOFT, STYLE, legend, new_figure, save_figure
 
 Record = dict[str, Any]
 ROW = 0.21  # inches
 BUDGET = re.compile(r" T=\d+| #\d+$")  # or seed, in the name of an arm
-SHORT = {"training_seed": "seed", "vocab_size": "V", "target_nfe": "forwards"}
+SHORT = {"training_seed": "seed", "vocab_size": "V", "batch_size": "batch", "target_nfe": "forwards"}
 SHORT["fixed_order periodic=True steps="] = "periodic "
 
 
@@ -74,18 +74,22 @@ def tidy(label: str, value: object) -> str:
     return functools.reduce(lambda found, name: found.replace(name, SHORT[name]), SHORT, text)
 
 
-def curves_of(spec: Curves, records: Sequence[Record]) -> dict[str, pd.DataFrame]:
+def curves_of(spec: Curves, records: Sequence[Record]) -> list[Panel]:
     """Arms of every metric of the panel; where arms differ in their budget alone they are a family."""
-    found = {}
+    found = []
     for metric in spec.metrics.split():
         kept = chosen(records, metric, spec.where)
         arms = pd.DataFrame([record for record in kept if "nfe" in record and record.get("kind") is not None])
         learned = arms["kind"] == "learned"
-        arms["family"] = [tidy("", name) for name in arms["arm" if spec.where or "family" not in arms else "family"]]
+        by = "family" if "family" in arms and set(spec.where) <= {"n"} else "arm"  # n says on which rows
+        arms["family"] = [tidy("", name) for name in arms[by]]
+        if spec.against:
+            other = {r["arm"]: r["value"] for r in records if r["metric"] == spec.against}
+            arms = arms.assign(nfe=arms["arm"].map(other))
         if arms["family"][learned].nunique() == 1:
             arms.loc[learned, "family"] = "learned"
         seeds = arms["training_seed"].where(learned) if "training_seed" in arms else None
-        found[metric] = arms.assign(training_seed=seeds)
+        found.append(Panel(metric, arms.assign(training_seed=seeds), spec.xlabel))
     return found
 
 
@@ -115,7 +119,7 @@ def main(folder: Path = Path("docs/results")) -> None:
             parts = figure.subfigures(len(layout), 1, height_ratios=heights, squeeze=False)[:, 0]
             for part, spec in zip(parts, layout, strict=True):
                 if isinstance(spec, Curves):
-                    draw_curves(part, curves_of(spec, records), xlabel=spec.xlabel)
+                    draw_curves(part, curves_of(spec, records))
                 elif handles := draw_dots(part.subplots(), spec, records):
                     legend(part, handles)
             save_figure(figure, place / "picture.svg")

@@ -1,7 +1,6 @@
 """The tables of docs/results, from the records that lie there.
 
-    python experiments/tables.py docs/results/frontier-mod20
-    for folder in docs/results/*/; do python experiments/tables.py $folder --write; done      # into the READMEs
+    python experiments/tables.py docs/results/frontier-mod20 --write true      # into its README; or they are printed
 
 A folder holds `results.json`, or folders of runs that do. The README has the tables between two comments.
 """
@@ -48,7 +47,8 @@ SPREAD = {"family": ("learned", "long search", "periodic", "random uniform", "to
 MODES = {"axis": ("steps",), "mode": ("stacked", "sequential", "policy")}
 UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured denoiser mode", "steps", MODES)
 PLAYED = {"policy": ("random", "top_prob", "entropy", "threshold")}
-DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size policy prompt", "of", PLAYED)
+DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size batch_size policy prompt", "of", PLAYED)
+COST = "accuracy nfe nfe_stopped seconds_batch_1 seconds_batch_32"
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
 TOGETHER = Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "arm", "steps")
 ORDERS = {"family": ("learned", "periodic", "spaced", "random uniform", "top_prob uniform", "left_to_right uniform")}
@@ -71,8 +71,8 @@ LAYOUTS: dict[str, list[Layout]] = {
         Layout("Forwards of each difficulty", "forwards", "difficulty", "arm"),
         Layout("Solved, and the most that any rule can solve", "solved limit", "difficulty", "arm"),
     ],
-    "chain": GAPS,
-    "tree": GAPS,
+    "frontier-programs-wide": [COMPARED, Layout("Costs, seconds per row", COST, "arm", where={"n": (200, 32)})],
+    **dict.fromkeys(("chain", "tree"), GAPS),
     "phones": [
         Layout("Learned better than the best opponent (`of`) by, and distance to a search", "advantage regret", WHERE),
         NATS._replace(title="Nats per phone", rows="family", columns="steps", where=SPREAD),

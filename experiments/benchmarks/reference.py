@@ -152,7 +152,9 @@ def needed_forwards(
         denoiser.output_logits(denoiser.hidden_states(state, attention_mask).flatten(0, 1)[:count])
 
 
-def reference_loop(denoiser: Any, policy: Policy, batch: Batch, steps: int) -> tuple[Tensor, Tensor]:
+def reference_loop(
+    denoiser: Any, policy: Policy, batch: Batch, steps: int, row_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Decode without any of the library: all rows at every step, all logits, one row after another.
 
     Returns:
@@ -160,8 +162,10 @@ def reference_loop(denoiser: Any, policy: Policy, batch: Batch, steps: int) -> t
     """
     mask_index, lengths, start = denoiser.mask_index, batch.latent.sum(-1).tolist(), batch.prefix
     seed = torch.Generator().initial_seed()  # as decoding has it
+    rows = torch.arange(len(batch), device=batch.device) if row_ids is None else row_ids
     x = torch.where(batch.latent, mask_index, batch.tokens)
     nfe = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    is_random = isinstance(policy, Ranked) and policy.score == "random"
     for step in range(steps):
         hidden = (x == mask_index)[:, start:]
         if not hidden.any():
@@ -169,7 +173,7 @@ def reference_loop(denoiser: Any, policy: Policy, batch: Batch, steps: int) -> t
         logits = denoiser(x, batch.attention_mask)[:, start:].clone()
         logits[..., mask_index] = -torch.inf
         probs, best = logits.softmax(-1), logits.argmax(-1)
-        noise = uniform_noise(seed, torch.arange(len(x), device=x.device), step, hidden.shape[1])
+        noise = uniform_noise(seed, rows, step, hidden.shape[1]) if is_random else None
         for row, length in enumerate(lengths):
             places = hidden[row].nonzero()[:, 0]
             if len(places) == 0:
@@ -177,17 +181,18 @@ def reference_loop(denoiser: Any, policy: Policy, batch: Batch, steps: int) -> t
             nfe[row] += 1
             due = max(length * (step + 1) // min(steps, length) - (length - len(places)), 1)
             last = step == steps - 1
-            chosen = places if last else places[_rule(policy, probs[row, places], noise[row, places], due)]
+            drawn = None if noise is None else noise[row, places]
+            chosen = places if last else places[_rule(policy, probs[row, places], drawn, due)]
             x[row, start + chosen] = best[row, chosen]
     return x, nfe
 
 
-def _rule(policy: Policy, probs: Tensor, noise: Tensor, due: int) -> Tensor:
+def _rule(policy: Policy, probs: Tensor, noise: Tensor | None, due: int) -> Tensor:
     """Which of n masked positions to reveal, from their token probabilities float [n, V]: int64 indices."""
     sure = probs.amax(-1)
     if isinstance(policy, Threshold):
         chosen = (sure >= policy.tau).nonzero()[:, 0]
         return chosen if len(chosen) else sure.argmax()[None]
     assert isinstance(policy, Ranked)
-    score = {"random": noise, "entropy": -torch.special.entr(probs).sum(-1)}.get(str(policy.score), sure)
+    score = -torch.special.entr(probs).sum(-1) if policy.score == "entropy" else sure if noise is None else noise
     return score.topk(min(due, len(score))).indices

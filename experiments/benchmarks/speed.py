@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from updates import BY_HAND, LIBRARY, MODES, Axis, Case, Shape, Size, make_updates
 
-from timing import Records, Rounds, command, finish, peak_bytes, random_batch, take_turns
+from orderppl.evaluation.timing import Rounds, take_turns
+
+from timing import Records, command, finish, peak_bytes, random_batch
 
 BARE = "bare forwards"
 

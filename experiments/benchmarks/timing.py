@@ -1,15 +1,11 @@
-"""What the benchmarks share: variants that take turns, peak memory, records and how they are shown."""
+"""What the benchmarks share: peak memory, random rows, records and how they are shown."""
 
 from __future__ import annotations
 
-import math
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from orderppl import Batch
 from orderppl.errors import UserError
 from orderppl.evaluation.results import results_table, write_results
+from orderppl.evaluation.timing import wait
 
 Records = list[dict[str, object]]
 
@@ -35,92 +32,14 @@ def command(main: Callable[..., Any]) -> None:
         sys.exit(f"error: {error}")
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """How long variants take turns.
-
-    Args:
-        most: rounds.
-        least: rounds, however long they take.
-        seconds: after which no further round begins.
-    """
-
-    most: int = 15
-    least: int = 3
-    seconds: float = 5.0
-
-
-@dataclass
-class Timing:
-    """Seconds of every round, by variant: by the clock, and of this process's CPU."""
-
-    wall: dict[str, list[float]] = field(default_factory=dict)
-    cpu: dict[str, list[float]] = field(default_factory=dict)
-
-    def ratios(self, over: str, under: str, name: str = "time_ratio", **labels: object) -> Records:
-        """Median over the rounds of one variant's time over another's, with a 95% interval of that median."""
-        records: Records = []
-        for metric, seconds in ((name, self.wall), (f"cpu_{name}", self.cpu)):
-            paired = [first / second for first, second in zip(seconds[over], seconds[under], strict=True)]
-            records.append({"metric": metric, **_median(paired), "of": under, **labels})
-        return records
-
-    def seconds(self, **labels: object) -> Records:
-        """Median seconds of every variant."""
-        named = (("seconds", self.wall), ("cpu_seconds", self.cpu))
-        return [
-            {"metric": metric, **_median(values), "variant": variant, **labels}
-            for metric, by_variant in named
-            for variant, values in by_variant.items()
-        ]
-
-
-def take_turns(variants: Mapping[str, Callable[[], object]], rounds: Rounds, device: torch.device) -> Timing:
-    """Time warm variants one after another, round by round, each round in the other order."""
-    timing = Timing({name: [] for name in variants}, {name: [] for name in variants})
-    begin = time.perf_counter()
-    for index in range(rounds.most):
-        for name in list(variants)[:: 1 if index % 2 == 0 else -1]:
-            _wait(device)
-            wall, cpu = time.perf_counter(), time.process_time()
-            variants[name]()
-            _wait(device)
-            timing.wall[name].append(time.perf_counter() - wall)
-            timing.cpu[name].append(time.process_time() - cpu)
-        if index + 1 >= rounds.least and time.perf_counter() - begin > rounds.seconds:
-            break
-    return timing
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _median(values: Sequence[float]) -> dict[str, float]:
-    low, high = median_interval(values)
-    return {"value": statistics.median(values), "low": low, "high": high}
-
-
-def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Order statistics that hold the median with this probability, or all values where they are too few."""
-    ordered, n, below, rank = sorted(values), len(values), 0.0, 0
-    for candidate in range(n // 2):
-        below += math.comb(n, candidate) / 2**n  # P(at most this many values below the median)
-        if below > (1 - level) / 2:
-            break
-        rank = candidate
-    return ordered[rank], ordered[n - 1 - rank]
-
-
 def peak_bytes(update: Callable[[], object], device: torch.device) -> int:
     """Most memory that one update holds at a time, on top of what is held before it, bytes."""
     if device.type == "cuda":
-        _wait(device)
+        wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         update()
-        _wait(device)
+        wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         update()

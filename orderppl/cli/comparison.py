@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -20,10 +20,12 @@ from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
 from orderppl.evaluation import Arm, advantages, evaluate, frontier_figure, summary, sweep
 from orderppl.evaluation.arms import standard_heuristics
+from orderppl.evaluation.curves import aup
+from orderppl.evaluation.engine import decoding_seconds
 from orderppl.evaluation.table import metrics_of, pass_at_k
 from orderppl.figures import save_figure
 from orderppl.identity import identity_of
-from orderppl.policies import PriceRange
+from orderppl.policies import Blocks, EndStop, PriceRange
 from orderppl.runs import Run
 
 PRICES = 7  # of a policy that was learned for a range of them
@@ -43,11 +45,16 @@ def compare(config: Config) -> None:
     if config.samples:
         sampled = [_sampled(arm, config) for arm in arms if arm.kind != "oracle"]
         tables["sampled"] = _play(sampled, denoiser, examples, config, out / "sampled", ("accuracy",))
+    if _has_stop(config, examples):
+        stopped = [_stopped(arm, examples) for arm in arms if arm.kind != "oracle"]
+        tables["stopped"] = _play(stopped, denoiser, examples, config, out / "stopped", ("accuracy",))
     missing = sum(int(table.attrs["missing"]) for table in tables.values())
     if missing:
         print(f"{missing} parts are left to other processes; the last one, or the command without --shard, compares")
         return
-    report(config, tables, out)
+    rounds = config.timed_rounds
+    seconds = decoding_seconds(arms, denoiser, examples, rounds=rounds) if rounds > 0 else None
+    report(config, tables, out, seconds)
 
 
 def _open(config: Config) -> tuple[list[Run], Any, Examples, Examples | None]:
@@ -107,6 +114,25 @@ def _sampled(arm: Arm, config: Config) -> Arm:
     return _with(arm, temperature=config.temperature, seeds=range(config.samples))
 
 
+def _metrics(config: Config, examples: Examples) -> Sequence[str]:
+    """What is measured: what was asked for, or what the rows allow."""
+    return config.metrics or (("path_nats", "accuracy") if examples.answers is not None else ("path_nats",))
+
+
+def _has_stop(config: Config, examples: Examples) -> bool:
+    """Whether arms are decoded once more, with the stop at the end token."""
+    decoded = "accuracy" in _metrics(config, examples)
+    if config.end_stop and not (decoded and examples.end_index is not None):
+        raise UserError("end_stop", "nothing is decoded up to an end token", "leave it out")
+    return decoded and (examples.is_filled_up if config.end_stop is None else config.end_stop)
+
+
+def _stopped(arm: Arm, examples: Examples) -> Arm:
+    """The same arm, which stops: around its blocks, so that it does not go through those behind the end."""
+    policy = arm.policy if arm.block_size is None else Blocks(arm.policy, arm.block_size)
+    return _with(arm, policy=EndStop(policy, [cast(int, examples.end_index)]), block_size=None)
+
+
 def _play(
     arms: Sequence[Arm],
     denoiser: Any,
@@ -115,14 +141,11 @@ def _play(
     out: Path,
     metrics: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-
-    allowed = ("path_nats", "accuracy") if examples.answers is not None else ("path_nats",)
-    wanted = metrics or config.metrics or allowed
     return evaluate(
         arms,
         denoiser,
         examples,
-        metrics=wanted,
+        metrics=metrics or _metrics(config, examples),
         batch_size=config.batch_size,
         out=out,
         shard=_share(config.shard),
@@ -140,21 +163,39 @@ def _share(shard: str | None) -> tuple[int, int]:
     return int(place) - 1, int(count)
 
 
-def report(config: Config, tables: dict[str, pd.DataFrame], out: Path) -> None:
-    """Write and show what was found."""
+def report(config: Config, tables: dict[str, pd.DataFrame], out: Path, seconds: pd.DataFrame | None = None) -> None:
+    """Write and show what was found; `seconds` of `decoding_seconds`."""
     table = tables[config.split]
     metrics = config.metrics or metrics_of(table)
     means = summary(table, [*metrics, "nfe"])
     gains = advantages(table, config.targets, metrics, validation=tables.get("chosen on"))
-    found = [means, gains]
-    if "sampled" in tables:
-        found.append(pass_at_k(tables["sampled"], config.k))
+    areas = [aup(table)] if "accuracy" in metrics else []
+    costs = [] if seconds is None else [seconds]
+    if "stopped" in tables:
+        stopped = summary(tables["stopped"], ["accuracy", "nfe"])
+        stopped = stopped[
+            ["metric", "value", "low", "high", "arm", "n"]
+        ]  # its means say what it is
+        costs.insert(0, stopped.assign(metric=stopped["metric"] + "_stopped"))
+    passes = [pass_at_k(tables["sampled"], config.k)] if "sampled" in tables else []
     write_csv(out / "table.csv", table)
-    write_table(out, "frontier", pd.concat(found, ignore_index=True), asdict(config))
-    save_figure(frontier_figure(table, metrics), out / "frontier.svg")
-    for lines, title, columns in _shown(means, gains, found[2:]):
+    records = pd.concat([means, gains, *areas, *costs, *passes], ignore_index=True)
+    write_table(out, "frontier", records, asdict(config))
+    save_figure(frontier_figure(table, metrics, seconds=seconds), out / "frontier.svg")
+    for lines, title, columns in _shown(means, gains, passes):
         show(lines, columns, title)
+    for lines in areas:
+        show(lines, ("arm", "points", "value", "low", "high"), "AUP: area under accuracy against tokens per forward")
+    if costs:
+        show(_costs([means, *costs]), title="what decoding costs: forwards, and seconds per row")
     print(f"files: {out}")
+
+
+def _costs(found: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """A line per arm that decodes: how good it is, and everything that it costs, side by side."""
+    records = pd.concat(found)
+    wide = records.pivot(index="arm", columns="metric", values="value")[list(dict.fromkeys(records["metric"]))]
+    return wide.dropna().sort_values("nfe").reset_index()
 
 
 def _shown(means: Any, gains: Any, passes: Sequence[Any]) -> Iterator[tuple[Any, str, tuple[str, ...]]]:

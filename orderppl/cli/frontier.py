@@ -22,7 +22,8 @@ class Config:
     (`advantage`, positive is better), paired over rows, the choice of the best heuristic included. Tune on
     --split validation; look at the test rows once. Runs that differ in their seed alone are training seeds of one
     order. Finished parts are kept in the folder: repeat the command after a kill, or with more arms, and it goes on.
-    The folder then has table.csv (one line per arm and row), results.json (means, advantages) and frontier.svg.
+    The folder then has table.csv (one line per arm and row), results.json (means, advantages, and where rows are
+    decoded the area under accuracy against tokens per forward, `aup`) and frontier.svg.
 
     Args:
         runs: run folders, or folders or hub names of shared orders; that of a denoiser for heuristics alone.
@@ -40,6 +41,9 @@ class Config:
         samples: times that tokens are sampled for pass@k; 0: not at all.
         temperature: of sampled tokens.
         k: of pass@k.
+        end_stop: decode with the stop at the end token as well (see `EndStop`), for `nfe_stopped`; when left out, where
+            responses are filled up with end tokens.
+        timed_rounds: times that every arm is timed on the first 32 rows, one by one and 32 together; 0: not at all.
         data: other data than those of the first run.
         denoiser: another denoiser than that of the first run.
         batch_size: rows played together.
@@ -62,6 +66,8 @@ class Config:
     samples: int = 0
     temperature: float = 1.0
     k: list[int] = field(default_factory=lambda: [1, 4])
+    end_stop: bool | None = None
+    timed_rounds: int = 0
     data: any_class("orderppl.data.DataSet") | None = None  # type: ignore[valid-type]
     denoiser: any_class("orderppl.unmasking.Denoiser") | None = None  # type: ignore[valid-type]
     batch_size: int = 256

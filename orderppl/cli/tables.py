@@ -14,7 +14,8 @@ from rich.table import Table
 from orderppl.evaluation.results import write_results
 from orderppl.files import appearing
 
-HEADS = {"measured": "metric", "frontier": "best", "value": "value"}  # columns with shorter heads
+HEADS = {"measured": "metric", "frontier": "best", "accuracy_stopped": "acc. stop", "nfe_stopped": "nfe stop"}
+HEADS |= {f"seconds_batch_{size}": f"s, batch {size}" for size in (1, 32)}  # columns with shorter heads
 Rows = Any
 """A data frame, or a mapping per line."""
 

@@ -58,6 +58,14 @@ class Examples:
         own = self.answers is None and self.tokenizer is not None
         return self.texts(self.batch.tokens) if own else self.answers
 
+    @property
+    def is_filled_up(self) -> bool:
+        """Whether tokens of some response stand behind its first end."""
+        if self.end_index is None:
+            return False
+        ended = ((self.batch.tokens == self.end_index) & self.batch.latent).long()
+        return bool((self.batch.latent & (ended.cumsum(-1) > ended)).any())
+
     def rows(self, index: Tensor | slice | Sequence[int]) -> Examples:
         """Some of the rows, by their numbers, a slice or bool [N]."""
         numbers = torch.arange(len(self))[index if isinstance(index, slice | Tensor) else list(index)]

@@ -17,7 +17,7 @@ from orderppl.policies import Blocks, Policy
 from orderppl.randomness import SELECTION, generator_seed, row_noise
 from orderppl.unmasking import Batch, Denoiser, State
 from orderppl.unmasking.denoiser import Reader
-from orderppl.unmasking.predictions import MaskedOnly, true_places
+from orderppl.unmasking.predictions import MaskedOnly
 from orderppl.unmasking.trajectory import VISIBLE
 
 
@@ -134,15 +134,17 @@ def _unmask(
     index = torch.arange(count, device=device)
     own = output.reveal_step, output.token_log_prob, output.fallback.clone()
     rows = _Rows(index, start, latent, *own, None, Reader(denoiser, batch))
-    rows_left, masks_left = torch.stack([latent.any(-1).sum(), latent.sum()]).tolist()
+    left = latent.sum(-1).tolist()  # masks of every row, known on the host
     for step in range(num_steps):
-        if rows_left < len(rows.index):
-            rows = rows.keep(true_places(rows.masked.any(-1), rows_left))
-        if rows_left == 0:
+        if 0 in left:
+            keep = [row for row, masks in enumerate(left) if masks]
+            rows = rows.keep(torch.tensor(keep, dtype=torch.int64, device=device))
+            left = [left[row] for row in keep]
+        if not left:
             break
         if step == 0:
             rows.reader.encode_prompt()
-        predictions = MaskedOnly(rows.reader, rows.tokens, rows.masked, masks_left)  # the one forward of this step
+        predictions = MaskedOnly(rows.reader, rows.tokens, rows.masked, sum(left))  # the one forward of this step
         now = torch.full(rows.index.shape, step, device=device)
         canvas = rows.reader.batch
         draw = None if noise is None else partial(noise, rows.index, now, canvas.latent)
@@ -150,13 +152,13 @@ def _unmask(
         state = State(
             rows.tokens, rows.masked, now, num_steps, canvas, denoiser, predictions, draw, rows.carry, own_truth
         )
-        done = unmask(policy, state, write(rows.index), is_last=step == num_steps - 1)
+        done = unmask(policy, state, left, write(rows.index), is_last=step == num_steps - 1)
         rows.tokens, rows.masked, rows.carry = done.tokens, done.masked, done.carry
-        rows_left, masks_left = done.rows_left, done.masks_left
-        rows.reveal_step = torch.where(done.reveal, step, rows.reveal_step)
+        left = done.left
+        rows.reveal_step = rows.reveal_step.masked_fill(done.reveal, step)
         rows.log_prob = rows.log_prob.flatten().index_copy(0, done.places, done.log_prob).view_as(rows.masked)
         rows.fallback = rows.fallback if done.fallback is None else rows.fallback + done.fallback
-        if rows_left < len(rows.index):  # some leave; what is written of the others is written over
+        if 0 in left:  # some leave; what is written of the others is written over
             _store(output, rows, (step + 1) * cost)
     if bool(output.token_log_prob.isnan().any()):
         raise UserError("denoiser", "gives NaN as a log-probability", "check its weights, dtype and inputs")

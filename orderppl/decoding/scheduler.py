@@ -166,10 +166,11 @@ class RevealScheduler:
         known = _KnownOutput(logits, self.mask_token_id)
         ids = (torch.arange(len(output.prev_sample), device=tokens.device) if row_ids is None else row_ids)[rows]
         now = torch.full(rows.shape, step, device=tokens.device)
-        predictions = MaskedOnly(Reader(known, batch), tokens, masked, int(masked.sum()))
+        hidden = masked.sum(-1).tolist()
+        predictions = MaskedOnly(Reader(known, batch), tokens, masked, sum(hidden))
         noise = None if self.mode else partial(row_noise, seed, ids, now, batch.latent, SELECTION)
         state = State(tokens, masked, now, num_steps, batch, known, predictions, noise, self._carry)
-        done = unmask(self.policy, state, token_writer(self.temperature, seed, ids), step == num_steps - 1)
+        done = unmask(self.policy, state, hidden, token_writer(self.temperature, seed, ids), step == num_steps - 1)
         self._carry = done.carry
         output.prev_sample[rows] = done.tokens
         output.reveal[rows] = done.reveal

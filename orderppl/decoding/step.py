@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from orderppl.distributions import SetDistribution
@@ -16,7 +17,7 @@ from orderppl.policies.policy import selected_set
 from orderppl.policies.scores import best_of, confidence
 from orderppl.randomness import TOKENS, row_noise, sample_categorical
 from orderppl.unmasking import State
-from orderppl.unmasking.predictions import MaskedOnly, true_places
+from orderppl.unmasking.predictions import MaskedOnly
 
 Write = Callable[[Tensor, State, Tensor], Tensor]
 """Tokens int64 [R] for places int64 [R] of a state, numbered through the batch, given their logits float [R, V]."""
@@ -34,8 +35,7 @@ class Step:
         fallback: bool [B], rows whose policy selected nothing; None when there is none.
         places: int64 [R], where `reveal` is true, numbered through the batch.
         log_prob: float64 [R], of the tokens written there, at temperature 1.
-        rows_left: rows with a mask after the step.
-        masks_left: masks after the step.
+        left: masks of every row after the step.
     """
 
     tokens: Tensor
@@ -45,8 +45,7 @@ class Step:
     fallback: Tensor | None
     places: Tensor
     log_prob: Tensor
-    rows_left: int
-    masks_left: int
+    left: list[int]
 
 
 def or_best(sets: SetDistribution, state: State, selected: Tensor) -> Tensor:
@@ -59,14 +58,15 @@ def or_best(sets: SetDistribution, state: State, selected: Tensor) -> Tensor:
     return torch.where(selected.any(-1, keepdim=True), selected, best_of(priority, shown))
 
 
-def unmask(policy: Policy, state: State, write: Write, is_last: bool) -> Step:
+def unmask(policy: Policy, state: State, hidden: Sequence[int], write: Write, is_last: bool) -> Step:
     """Reveal what the policy selects, at least one position of each row, and everything that is left at the last step.
 
-    Waits for the device once, to learn what is left; a second time where the policy selected nothing in some row.
+    Waits for the device once, to learn how much is revealed; a second time where that is nothing in some row.
 
     Args:
         policy: decides the reveal set.
         state: every row has a mask; its predictions are `MaskedOnly`.
+        hidden: masks of every row.
         write: decides the tokens.
         is_last: whether this is the last step of the budget.
     """
@@ -74,29 +74,21 @@ def unmask(policy: Policy, state: State, write: Write, is_last: bool) -> Step:
     assert isinstance(predictions, MaskedOnly)
     fallback, carry = None, None
     if is_last:
-        reveal, rows_left, masks_left = masked, 0, 0
+        reveal, revealed = masked, list(hidden)
     else:
         sets, carry = policy.at_step(state)
         reveal = selected_set(sets, state)
-        rows_left, masks_left, empty_rows = _remaining(masked, reveal)
-        if empty_rows:
+        revealed = reveal.sum(-1).tolist()
+        if 0 in revealed:
             fallback = ~reveal.any(-1)
             reveal = or_best(sets, state, reveal)
-            rows_left, masks_left, _ = _remaining(masked, reveal)
-    places = true_places(reveal.flatten(), predictions.count - masks_left)
-    logits = predictions.logits_at(places)  # [R, V]
+            revealed = [count or 1 for count in revealed]
+    places, logits = predictions.logits_of(reveal, sum(revealed))  # [R], [R, V]
     written = write(logits, state, places)
-    log_prob = logits.log_softmax(-1).gather(-1, written[:, None])[:, 0].double()
+    log_prob = -F.cross_entropy(logits, written, reduction="none").double()
     tokens = state.tokens.flatten().index_copy(0, places, written).view_as(masked)
-    return Step(tokens, masked & ~reveal, reveal, carry, fallback, places, log_prob, rows_left, masks_left)
-
-
-def _remaining(masked: Tensor, reveal: Tensor) -> tuple[int, int, int]:
-    """Rows and positions that stay masked, and rows without anything to reveal; one synchronisation."""
-    left = masked & ~reveal
-    counts = torch.stack([left.any(-1).sum(), left.sum(), (~reveal.any(-1)).sum()])
-    rows, positions, empty = counts.tolist()
-    return rows, positions, empty
+    left = [before - count for before, count in zip(hidden, revealed, strict=True)]
+    return Step(tokens, masked & ~reveal, reveal, carry, fallback, places, log_prob, left)
 
 
 def token_writer(temperature: float, seed: int, row_ids: Tensor) -> Write:

@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,11 @@ from tqdm.auto import tqdm
 from orderppl.config import describe
 from orderppl.data.answers import Grade
 from orderppl.data.dataset import Examples
-from orderppl.decoding.decode import decode, follow
+from orderppl.decoding.decode import DecodeOutput, decode, follow
 from orderppl.errors import UserError
 from orderppl.evaluation.arms import MEASURED, Arm
 from orderppl.evaluation.table import PER_TOKEN
+from orderppl.evaluation.timing import Rounds, median, take_turns
 from orderppl.files import write_text
 from orderppl.inference.trainer import module_device
 from orderppl.unmasking import Batch, Denoiser
@@ -79,7 +81,7 @@ def evaluate(
     """
     data = _Data.of(examples, rows, batch_size, grade, "accuracy" in metrics)
     parts = _parts(arms, metrics, data.longest)
-    where = torch.device(device or (module_device(denoiser) if isinstance(denoiser, nn.Module) else "cpu"))
+    where = torch.device(device or _device_of(denoiser))
     for who, thing in [("denoiser", denoiser), *((f"arm {a.name!r}", p) for a in arms for p in (a.policy, a.denoiser))]:
         if isinstance(thing, nn.Module):
             _refuse_nan(thing.to(where), who)
@@ -96,6 +98,57 @@ def evaluate(
     table = _table([(part, done) for part, done in zip(parts, found, strict=True) if done is not None], data.numbers)
     table.attrs["missing"] = sum(done is None for done in found)
     return table
+
+
+def decoding_seconds(
+    arms: Sequence[Arm],
+    denoiser: Denoiser,
+    examples: Examples | Batch,
+    *,
+    rounds: int = 5,
+    batch_sizes: Sequence[int] = (1, 32),
+    rows: int = 32,
+) -> pd.DataFrame:
+    """Wall-clock time of decoding a row, with all that the policy and the loop cost beside the denoiser.
+
+    Arms and batch sizes take turns, batch by batch and round by round, on the same first rows; before that each decodes
+    them once.
+
+    Args:
+        arms: see `Arm`; an arm that draws is played with its first seed. Oracles cannot decode.
+        denoiser: of all arms that have none of their own; on the device of the policies.
+        examples: as for `evaluate`.
+        rounds: measurements of every arm at every batch size.
+        batch_sizes: rows that are decoded together; sizes above the number of rows are left out.
+        rows: how many examples, from the first.
+
+    Returns:
+        One row per batch size B and arm: `metric` "seconds_batch_B", `value`, seconds per row: the median over rounds,
+        with a 95% interval of that median `low` to `high`; `arm`, `n` (rows), `rounds`, and `nfe`, the mean forwards of
+        these rows.
+    """
+    count, longest = min(rows, len(examples)), _Data.of(examples, None, 1, None, False).longest
+    where, about = _device_of(denoiser), dict[tuple[str, str], dict[str, Any]]()
+    played: dict[tuple[int, str, str], Callable[[], DecodeOutput]] = {}
+    for size in (size for size in batch_sizes if size <= count):
+        data, metric = _Data.of(examples, range(count), size, None, False), f"seconds_batch_{size}"
+        canvases = [(data.canvas(places, where), data.numbers[places]) for places in data.places]
+        for arm in (arm for arm in arms if arm.kind != "oracle"):
+            part = _Part(arm, "decoding", arm.seeds[0], arm.steps or longest)
+            plays = [partial(part.decoding, denoiser, *canvas) for canvas in canvases]
+            nfe = sum(int(play().nfe.sum()) for play in plays) / count
+            about[metric, arm.name] = {"metric": metric, "arm": arm.name, "n": count, "rounds": rounds, "nfe": nfe}
+            played |= {(number, metric, arm.name): play for number, play in enumerate(plays)}
+    turns = {turn: played[turn] for turn in sorted(played, key=lambda turn: turn[0])}
+    wall = take_turns(turns, Rounds(rounds, rounds), where).wall
+    for who, labels in about.items():
+        by_batch = [seconds for (_, *turn), seconds in wall.items() if tuple(turn) == who]
+        labels |= median([sum(of_round) / count for of_round in zip(*by_batch, strict=True)])
+    return pd.DataFrame(about.values())
+
+
+def _device_of(denoiser: Denoiser) -> torch.device:
+    return torch.device(module_device(denoiser) if isinstance(denoiser, nn.Module) else "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------- the data
@@ -155,6 +208,13 @@ class _Data:
         """Tokens to reveal in the longest row."""
         return int(self.batch.latent.sum(-1).max())
 
+    def canvas(self, places: Tensor, device: torch.device) -> Batch:
+        """Some examples as they are played, on a device."""
+        batch = self.batch.rows(places).trimmed()
+        told = Batch(batch.tokens, batch.attention_mask, batch.attention_mask & ~batch.latent)
+        _ = told.prefix  # while the host has it
+        return told.to(device)
+
     def digest(self) -> str:
         """Digest of what the results of a row depend on."""
         tensors = {"tokens": self.batch.readable, "attended": self.batch.attention_mask, "latent": self.batch.latent}
@@ -185,10 +245,9 @@ class _Part:
         columns: dict[str, Tensor] = {}
         tokens = data.batch.tokens.clone()
         for places in data.places:
-            batch = data.batch.rows(places)
-            output = self._output(denoiser, batch.trimmed(), data.numbers[places], device)
+            output = self._output(denoiser, data.canvas(places, device), data.numbers[places])
             if self.run == "decoding":
-                columns_there = batch.attention_mask.any(0).nonzero().squeeze(-1)
+                columns_there = data.batch.attention_mask[places].any(0).nonzero().squeeze(-1)
                 tokens[places.unsqueeze(-1), columns_there] = output.sequences.cpu()
             for name in ("nfe", "fallback", "nats"):
                 values = getattr(output, name)
@@ -201,17 +260,19 @@ class _Part:
             del columns["nats"]
         return {name: values.tolist() for name, values in columns.items()}
 
-    def _output(self, denoiser: Denoiser, batch: Batch, rows: Tensor, device: torch.device) -> Any:
+    def decoding(self, denoiser: Denoiser, canvas: Batch, rows: Tensor) -> DecodeOutput:
+        """Decode a canvas, given the numbers of its rows."""
+        return self._output(denoiser if self.arm.denoiser is None else self.arm.denoiser, canvas, rows)
+
+    def _output(self, denoiser: Denoiser, canvas: Batch, rows: Tensor) -> DecodeOutput:
         """What `decode` or `follow` returns; what they refuse is said of the arm."""
         options: dict[str, Any] = {"mode": self.arm.mode, "block_size": self.arm.block_size, "row_ids": rows}
         options["generator"] = torch.Generator().manual_seed(self.seed)
-        told = Batch(batch.tokens, batch.attention_mask, batch.attention_mask & ~batch.latent)
-        _ = told.prefix  # while the host has it
         try:
             if self.run == "teacher_forced":
-                return follow(self.arm.policy, denoiser, told.to(device), self.steps, **options)
+                return follow(self.arm.policy, denoiser, canvas, self.steps, **options)
             options |= {"max_steps": self.steps, "temperature": self.arm.temperature}
-            return decode(denoiser, self.arm.policy, told.to(device), **options)  # which hides what is not given
+            return decode(denoiser, self.arm.policy, canvas, **options)  # which hides what is not given
         except UserError as error:
             raise UserError(f"arm {self.arm.name!r}: {error.field}", error.problem, error.remedy) from error
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,13 +15,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELLED = 8  # curves with a name and a colour
-TICKS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+MARKS = (1, 1.5, 2, 3, 4, 6, 8)
+TICKS = (*(mark * 10.0**power for power in range(-6, 0) for mark in MARKS), *MARKS, 12, 16, 24, 32, 64)
 UNITS = {"accuracy": "accuracy (share of rows)"} | {metric: f"{metric} (nats per token)" for metric in PER_TOKEN}
 FORWARDS = "mean denoiser forwards per row (NFE)"
 
 
+class Panel(NamedTuple):
+    """Arms with `family`, `kind`, `training_seed`, and means: `value` of a metric, `nfe` of what `xlabel` says."""
+
+    metric: str
+    arms: pd.DataFrame
+    xlabel: str = FORWARDS
+
+
 def frontier_figure(
-    table: pd.DataFrame, metrics: Iterable[str] | None = None, *, highlight: Iterable[str] = ()
+    table: pd.DataFrame,
+    metrics: Iterable[str] | None = None,
+    *,
+    highlight: Iterable[str] = (),
+    seconds: pd.DataFrame | None = None,
 ) -> Figure:
     """One panel per metric: mean NFE and value of every arm, joined by family, and the best heuristic.
 
@@ -33,47 +46,49 @@ def frontier_figure(
         table: of `evaluate`.
         metrics: accuracy, path_nats or any column; those that were measured when left out.
         highlight: families that are named first.
+        seconds: of `decoding_seconds`; the first metric is then shown against the seconds at every batch size as well.
     """
     import matplotlib.pyplot as plt
 
     from orderppl.figures import HEIGHT, STYLE, new_figure
 
-    panels = {}
+    panels = []
     for metric in metrics_of(table) if metrics is None else metrics:
         rows = by_row(table, metric)
         means = rows.weights @ rows.values / rows.weights.sum()
-        panels[metric] = rows.arms.assign(nfe=rows.nfe.mean(0), value=means)
+        panels.append(Panel(metric, rows.arms.assign(nfe=rows.nfe.mean(0), value=means)))
+    for measured, timed in () if seconds is None else seconds.groupby("metric", sort=False):
+        metric, arms, _ = panels[0]
+        arms = arms.assign(nfe=arms["arm"].map(timed.set_index("arm")["value"])).dropna(subset="nfe")
+        panels.append(Panel(metric, arms, f"seconds per row at batch size {str(measured).rpartition('_')[2]}"))
     with plt.rc_context(STYLE):
         figure = new_figure(HEIGHT * len(panels) + 0.8)
         draw_curves(figure, panels, highlight=highlight)
     return figure
 
 
-def draw_curves(
-    figure: Any, panels: Mapping[str, pd.DataFrame], *, highlight: Iterable[str] = (), xlabel: str = FORWARDS
-) -> None:
+def draw_curves(figure: Any, panels: Sequence[Panel], *, highlight: Iterable[str] = ()) -> None:
     """Draw what `frontier_figure` says.
 
     Args:
         figure: an empty figure, or a part of one.
-        panels: by metric, arms with `family`, `kind`, `training_seed` and the means `nfe` and `value`.
+        panels: one below the other.
         highlight: families that are named first.
-        xlabel: what `nfe` counts.
     """
     from orderppl.figures import COLOURS, SOFT, legend
 
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    best = {metric: best_heuristic(arms, higher_is_better(metric)) for metric, arms in panels.items()}
+    best = [best_heuristic(panel.arms, higher_is_better(panel.metric)) for panel in panels]
     named = dict.fromkeys(highlight)
-    for metric, arms in panels.items():
-        named |= dict.fromkeys([*arms["family"][arms["kind"] == "learned"], *best[metric]["family"]])
-    there = {family for arms in panels.values() for family in arms["family"]}
-    oracles = {family: SOFT for arms in panels.values() for family in arms["family"][arms["kind"] == "oracle"]}
+    for panel, edge in zip(panels, best, strict=True):
+        named |= dict.fromkeys([*panel.arms["family"][panel.arms["kind"] == "learned"], *edge["family"]])
+    there = {family for panel in panels for family in panel.arms["family"]}
+    oracles = {family: SOFT for _, arms, _ in panels for family in arms["family"][arms["kind"] == "oracle"]}
     free = COLOURS[: LABELLED - 1 - bool(oracles)]  # names are left for the best heuristic and for what sees the truth
     colours = oracles | dict(zip([name for name in named if name in there], free, strict=False))
-    for axis, (metric, arms) in zip(axes, panels.items(), strict=True):
-        _panel(axis, arms, best[metric], colours)
-        axis.set(xlabel=xlabel, ylabel=UNITS.get(metric, metric))
+    for axis, panel, edge in zip(axes, panels, best, strict=True):
+        _panel(axis, panel.arms, edge, colours)
+        axis.set(xlabel=panel.xlabel, ylabel=UNITS.get(panel.metric, panel.metric))
     handles = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
     legend(figure, {label: line for line, label in handles})
 

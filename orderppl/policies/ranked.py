@@ -13,7 +13,7 @@ from orderppl.distributions.ranked_set import UniformSet
 from orderppl.errors import UserError
 from orderppl.policies.policy import LOGIT_LIMIT, LogitPolicy, Policy, check_temperature, need_temperature
 from orderppl.policies.schedules import SetSizes, make_sizes
-from orderppl.policies.scores import SCORES, confidence, predicted_tokens, reveal_rank
+from orderppl.policies.scores import SCORES, confidence, first_of, predicted_tokens, reveal_rank
 from orderppl.unmasking import State
 
 Score = Literal["random", "top_prob", "log_odds", "margin", "entropy", "left_to_right"]
@@ -75,8 +75,7 @@ class Ranked(LogitPolicy):
             return UniformSet(count, state.masked)
         scores = self.scores(state)
         if self.temperature == 0:
-            first = (reveal_rank(scores, state.masked) < count[..., None]) & state.masked
-            return DecidedSet(first, state.masked, non_empty=True)
+            return DecidedSet(first_of(scores, state.masked, count), state.masked, non_empty=True)
         return RankedSet(scores / self.temperature, count, state.masked)
 
     def logits(self, state: State) -> Tensor:

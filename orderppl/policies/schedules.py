@@ -21,7 +21,7 @@ class SetSizes(ABC):
     name: str
 
     @abstractmethod
-    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
         """Positions to have been revealed before `step`, not yet limited to the row's length: int64 [*]."""
 
     def cumulative(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
@@ -35,9 +35,8 @@ class SetSizes(ABC):
         Returns:
             int64 [*], broadcast.
         """
-        budget = num_steps if isinstance(num_steps, Tensor) else torch.full((), num_steps, device=step.device)
-        planned = torch.maximum(self.planned(positions, step, budget), step)  # at least one a step
-        return torch.where(step >= budget, positions, torch.minimum(planned, positions))
+        planned = torch.maximum(self.planned(positions, step, num_steps), step)  # at least one a step
+        return torch.where(step >= num_steps, positions, torch.minimum(planned, positions))
 
     def sizes(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
         """Number of positions to reveal at `step`: int64 [*]; arguments as for `cumulative`."""
@@ -63,10 +62,9 @@ class UniformSizes(SetSizes):
     def __post_init__(self) -> None:
         _check_num_steps(self.num_steps)
 
-    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
         """Return floor(n t / T), with T at most n."""
-        total = num_steps if self.num_steps is None else torch.full_like(num_steps, self.num_steps)
-        total = torch.minimum(total, positions).clamp(min=1)
+        total = positions.clamp(max=num_steps if self.num_steps is None else self.num_steps).clamp(min=1)
         return positions * step // total
 
 
@@ -84,9 +82,9 @@ class CosineSizes(SetSizes):
     def __post_init__(self) -> None:
         _check_num_steps(self.num_steps)
 
-    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
         """Return n (1 - cos(pi/2 * t/T)), rounded half up."""
-        total = num_steps if self.num_steps is None else torch.full_like(num_steps, self.num_steps)
+        total = num_steps if self.num_steps is None else self.num_steps
         share = (step.double() / total).clamp(max=1.0)
         # Rounding half up keeps every step after the first of size one or more non-empty, because the curve is convex.
         return (positions * (1.0 - (share * (torch.pi / 2)).cos()) + 0.5).floor().long()
@@ -98,7 +96,7 @@ class LladaSizes(SetSizes):
 
     name = "llada"
 
-    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
         """Return t floor(n / T) + min(t, n mod T)."""
         return step * (positions // num_steps) + torch.minimum(step, positions % num_steps)
 
@@ -116,11 +114,11 @@ class DreamSizes(SetSizes):
     end: float = 1e-3
     name = "dream"
 
-    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
         """Follow the steps one by one."""
-        left = positions.clone()
+        left, budget = positions.clone(), torch.as_tensor(num_steps, dtype=torch.float64, device=positions.device)
         for t in range(int(step.max())):
-            now, then = (1 - (1 - self.end) * (t + i) / num_steps.double() for i in (0, 1))
+            now, then = (1 - (1 - self.end) * (t + i) / budget for i in (0, 1))
             moved = (left * (1 - then / now)).floor().long().clamp(min=0)
             left = torch.where(t < step, left - moved, left)
         return positions - left
@@ -142,7 +140,7 @@ class FractionalSizes(SetSizes):
         if not self.mean >= 1:
             raise UserError("mean", f"{self.mean} positions a step", "give 1 or more")
 
-    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor) -> Tensor:
+    def planned(self, positions: Tensor, step: Tensor, num_steps: Tensor | int) -> Tensor:
         """Return floor(m t)."""
         return (self.mean * step.double() + 1e-9).floor().long()  # so that 1.1 * 10 does not lose one to rounding
 

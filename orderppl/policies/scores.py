@@ -79,11 +79,23 @@ def reveal_rank(score: Tensor, masked: Tensor) -> Tensor:
     Returns:
         int64 [*, S], a permutation of 0..S-1 per row.
     """
-    # Masked positions stay before the others even where their score is -inf.
-    score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~masked, -torch.inf)
-    order = score.argsort(dim=-1, descending=True, stable=True)  # positions, first to last
+    order = _reveal_order(score, masked)
     place = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
     return torch.empty_like(order).scatter_(-1, order, place)
+
+
+def first_of(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
+    """The first so many (int64 [*]) masked positions of `reveal_rank`, or all: bool [*, S]."""
+    order = _reveal_order(score, masked)
+    is_first = torch.arange(order.shape[-1], device=order.device) < count.unsqueeze(-1)  # [*, S]
+    return masked.scatter(-1, order, is_first) & masked
+
+
+def _reveal_order(score: Tensor, masked: Tensor) -> Tensor:
+    """Positions, first to last: int64 [*, S]; arguments as for `reveal_rank`."""
+    # Masked positions stay before the others even where their score is -inf.
+    score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~masked, -torch.inf)
+    return score.argsort(dim=-1, descending=True, stable=True)
 
 
 def best_of(score: Tensor, masked: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, cast, runtime_checkable
+from functools import cache
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from pyro.ops.provenance import detach_provenance
@@ -103,7 +103,7 @@ _CALL, _HEAD, _TAIL, _PROMPT = (
 )
 
 
-def _offers(denoiser: object, methods: Sequence[str], instead_of: Sequence[str]) -> bool:
+def _offers(denoiser: object, methods: tuple[str, ...], instead_of: tuple[str, ...]) -> bool:
     """Whether a denoiser has methods, and using them comes to the same as using others of it.
 
     Not so for a wrapper (compiled, distributed) that only passes attributes on, for a subclass that changes the others
@@ -111,7 +111,13 @@ def _offers(denoiser: object, methods: Sequence[str], instead_of: Sequence[str])
     """
     if getattr(denoiser, "_forward_hooks", None) or getattr(denoiser, "_forward_pre_hooks", None):
         return False
-    heirs = type(denoiser).__mro__
+    kind: Any = type(denoiser)
+    return _class_offers(kind, methods, instead_of)
+
+
+@cache
+def _class_offers(kind: type, methods: tuple[str, ...], instead_of: tuple[str, ...]) -> bool:
+    heirs = kind.__mro__
     has = all(any(name in vars(heir) for heir in heirs) for name in methods)
     changed = (name for heir in heirs for name in (*methods, *instead_of) if name in vars(heir))  # the latest first
     return has and next(changed) in methods
@@ -194,9 +200,11 @@ class Reader:
             UserError: the denoiser returns something of another shape.
         """
         tokens = detach_provenance(tokens)
+        if tokens.dim() == 2:
+            return self._read(tokens, self.batch.attention_mask)
         rows = tokens.reshape(-1, tokens.shape[-1])
         attention = self.batch.attention_mask.expand(tokens.shape).reshape(rows.shape)
-        distinct = distinct_rows(rows, tokens.shape[-2]) if tokens.dim() > 2 else None
+        distinct = distinct_rows(rows, tokens.shape[-2])
         if distinct is None:
             found = self._read(rows, attention)
         else:
@@ -234,7 +242,7 @@ class Reader:
         if mask >= logits.shape[-1]:
             return logits
         if self._is_split and not logits.requires_grad:
-            logits[..., mask] = -torch.inf  # a new tensor, nobody else's
+            logits.select(-1, mask).fill_(-torch.inf)  # a new tensor, nobody else's
             return logits
         is_mask = torch.arange(logits.shape[-1], device=logits.device) == mask
         return logits.masked_fill(is_mask, -torch.inf)

@@ -23,6 +23,7 @@ class Predictions(ABC):
     """The denoiser's view of states with leading shape `*`, the batch last. Whoever asks shares one denoiser call."""
 
     was_read = True  # whether somebody has asked yet
+    masked: Tensor | None = None  # bool [*, S], where they are worked out alone; None: not only there
 
     @abstractmethod
     def per_position(self, function: Function) -> Tensor:
@@ -130,6 +131,8 @@ class MaskedOnly(Predictions):
         count: number of masked positions M.
     """
 
+    masked: Tensor
+
     def __init__(self, reader: Reader, tokens: Tensor, masked: Tensor, count: int) -> None:
         self.reader, self.masked, self.count = reader, masked, count
         self.states = reader.read(tokens)  # [B, S - start, W]
@@ -149,19 +152,20 @@ class MaskedOnly(Predictions):
         """At the masked positions, float [M, V]."""
         return self.reader.logits(self._at(self.places))
 
-    def logits_at(self, places: Tensor) -> Tensor:
-        """At some masked places int64 [N]: float [N, V]."""
+    def logits_of(self, some: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """At `count` masked positions, bool [B, S]: their places int64 [N] and logits float [N, V]."""
         if "logits" not in self.__dict__:
-            return self.reader.logits(self._at(places))
-        if len(places) == self.count:
-            return self.logits
-        return self.logits[(self.masked.flatten().cumsum(0) - 1)[places]]
+            places = true_places(some.flatten(), count)
+            return places, self.reader.logits(self._at(places))
+        if count == self.count:
+            return self.places, self.logits
+        chosen = true_places(some.flatten().index_select(0, self.places), count)
+        return self.places.index_select(0, chosen), self.logits.index_select(0, chosen)
 
     def _unpack(self, values: Tensor) -> Tensor:
         """[M, ..] -> [B, S, ..], 0 elsewhere."""
         whole = values.new_zeros(self.masked.numel(), *values.shape[1:])
-        whole[self.places] = values
-        return whole.unflatten(0, self.masked.shape)
+        return whole.index_copy_(0, self.places, values).unflatten(0, self.masked.shape)
 
     def per_position(self, function: Function) -> Tensor:
         """See `Predictions`."""

@@ -133,6 +133,8 @@ class State:
         return self._where_masked(self.predictions.hidden(function))
 
     def _where_masked(self, values: Tensor) -> Tensor:
+        if self.predictions.masked is self.masked:
+            return values
         return values.masked_fill(~self.masked.reshape(self.shape + (1,) * (values.dim() - self.masked.dim())), 0)
 
     def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:

@@ -232,6 +232,34 @@ def test_a_denoiser_is_trained_and_used(shell) -> None:
     shell.fine("frontier", "runs/den", "--rows=3", "--heuristics=[{policy: Threshold, tau: [0.5]}]", "--out=runs/f")
 
 
+def test_what_decoding_costs_stands_in_one_line(shell) -> None:
+    """A denoiser that has learned one word and seven ends: after the word, the stop saves everything."""
+    rows = [{"question": f"tom has {count} pens", "answer": "yes"} for count in range(80)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["--data=JsonLines", "--data.train=rows.jsonl", "--data.test_share=0.5", "--data.validation_share=0"]
+    data += ["--data.prompt=question", "--data.response=answer"]
+    quick = ["--denoiser.width=16", "--denoiser.layers=1", "--fit.updates=80", "--fit.lr=0.02", "--fit.progress=false"]
+    shell.fine("train-denoiser", *data, "--data.canvas=8", *quick, "--out=runs/den")
+    heuristics = "[{policy: Ranked, score: left_to_right, budgets: 8}, {policy: Threshold, tau: 1.0, block_size: 2}]"
+    command = ["frontier", "runs/den", "--heuristics", heuristics]
+    text = shell.fine(*command, "--metrics=[accuracy]", "--timed_rounds=1", "--out=runs/f")
+    assert "AUP" in text and "what decoding costs" in text and "nfe stop" in text
+    records = read_results("runs/f")["records"]
+    found = {(r["metric"], r["arm"]): r["value"] for r in records if r["metric"] != "aup"}
+    for arm in ("left_to_right T=8", "threshold block 2 tau=1"):
+        assert (found["nfe", arm], found["accuracy", arm], found["accuracy_stopped", arm]) == (8, 1, 1)
+        assert 1 <= found["nfe_stopped", arm] <= 2  # the end is revealed, or the first that is open is surely one
+        assert found["seconds_batch_1", arm] > 0 and found["seconds_batch_32", arm] > 0
+    assert {r["arm"] for r in records if r["metric"] == "aup"} == {"left_to_right", "threshold block 2"}
+    shell.fine(*command, "--metrics=[accuracy]", "--rows=4", "--end_stop=false", "--out=runs/g")
+    assert not any("stop" in r["metric"] or "seconds" in r["metric"] for r in read_results("runs/g")["records"])
+    full = [*data, "--data.canvas=null"]  # one end behind every word: nothing to save
+    shell.fine(*command, *full, "--metrics=[accuracy]", "--out=runs/h", "--timed_rounds=0")
+    assert not any("stop" in r["metric"] for r in read_results("runs/h")["records"])
+    error = shell.error(*command, "--metrics=[path_nats]", "--end_stop=true", "--out=runs/i")
+    assert error.startswith("end_stop: nothing is decoded up to an end token")
+
+
 def test_a_pretrained_model_is_trained_on_with_fewer_tokens(shell) -> None:
     Path("rows.jsonl").write_text("".join(f'{{"text": "tom has {count} apples"}}\n' for count in ("two", "three")))
     Path("test.jsonl").write_text('{"text": "paris is"}\n')

@@ -316,10 +316,13 @@ def test_packed_numbers_are_those_of_the_masked_positions(monkeypatch: pytest.Mo
         for temperature in (1.0, 0.3):
             scored = packed.token_log_prob(truth, temperature)
             torch.testing.assert_close(scored[masked], whole.token_log_prob(truth, temperature)[masked])
-        some = masked.flatten().nonzero()[1::2, 0]
-        torch.testing.assert_close(packed.logits_at(some), everywhere.flatten(0, 1)[some])
+        for some in (masked & (torch.arange(masked.numel()).view_as(masked) % 2 == 0), masked):
+            places, logits = packed.logits_of(some, int(some.sum()))
+            assert places.tolist() == some.flatten().nonzero()[:, 0].tolist()
+            torch.testing.assert_close(logits, everywhere.flatten(0, 1)[places])
     fresh = MaskedOnly(reader, tokens, masked, count)
-    torch.testing.assert_close(fresh.logits_at(some), everywhere.flatten(0, 1)[some])
+    places, logits = fresh.logits_of(some, int(some.sum()))
+    torch.testing.assert_close(logits, everywhere.flatten(0, 1)[places])
     assert "logits" not in vars(fresh)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
 from orderppl.evaluation import Arm, evaluate, paired_difference, summary
+from orderppl.evaluation.engine import decoding_seconds
 from orderppl.evaluation.table import pass_at_k
 from orderppl.models import LearnedPolicy
 from orderppl.policies import EosAware, Oracle, Policy, Ranked, Smoothed, Threshold
@@ -73,6 +74,27 @@ def test_a_row_does_not_depend_on_its_batch(policy: Policy) -> None:
     # a prompt before the response changes nothing for this denoiser
     prompted = play(policy, denoiser=Chain(prompt=2), examples=padded(ROWS, prompt=2))
     pd.testing.assert_frame_equal(prompted, one)
+
+
+def test_seconds_are_of_whole_decodings_of_the_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds at batch sizes 1 and 2, each arm once before; a clock that counts the denoiser's rows."""
+    read: list[int] = []
+
+    class Counting(Chain):
+        def __call__(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+            read.append(len(state))
+            return super().__call__(state, attention_mask)
+
+    monkeypatch.setattr("orderppl.evaluation.timing.time.perf_counter", lambda: float(sum(read)))
+    arms = [Arm("one", Ranked("top_prob"), 1, seeds=(3, 4)), Arm("two", Threshold(0.99)), Arm("truth", Oracle(), 1)]
+    found = decoding_seconds(arms, Counting(), padded(ROWS), rounds=2, batch_sizes=(1, 2, 32), rows=3)
+    wanted = evaluate(arms[:2], Chain(), texts(), rows=[0, 1, 2], metrics=["accuracy"], progress=False)
+    forwards = wanted.groupby("arm")["nfe"].mean()
+    assert found["metric"].tolist() == ["seconds_batch_1"] * 2 + ["seconds_batch_2"] * 2
+    for row in found.itertuples():
+        assert row.value == row.low == row.high == pytest.approx(forwards[row.arm]) == pytest.approx(row.nfe)
+    assert set(found["n"]) == {3} and set(found["rounds"]) == {2}
+    assert max(read) == 2 and sum(read) == 2 * 3 * 3 * (1 + forwards["two"])
 
 
 def test_given_positions_are_neither_revealed_nor_counted() -> None:

@@ -60,6 +60,22 @@ def test_curves_go_through_their_points() -> None:
     plt.close(figure)
 
 
+def test_the_first_metric_stands_against_seconds_as_well() -> None:
+    table = together(*(arm(f"h {n}", family="h", nfe=n, correct=n / 10, nats=1.0) for n in (1, 2)), arm("o", nats=1.0))
+    seconds = pd.DataFrame(
+        {"metric": f"seconds_batch_{size}", "arm": f"h {n}", "value": 0.02 * n / size}
+        for size in (1, 32)
+        for n in (1, 2)
+    )
+    figure = frontier_figure(table, seconds=seconds)
+    assert [axis.get_xlabel().rpartition(" ")[2] for axis in figure.axes[2:]] == ["1", "32"]
+    for axis, size in zip(figure.axes[2:], (1, 32), strict=True):
+        (curve,) = [line for line in axis.lines if line.get_label() == "h"]
+        assert (curve.get_xdata()[0], curve.get_ydata()[0]) == pytest.approx((0.02 / size, 0.1))
+        assert len(axis.get_xticks())
+    plt.close(figure)
+
+
 def test_the_best_heuristic_is_the_frontier_of_the_means() -> None:
     table = many_families()
     arms = (

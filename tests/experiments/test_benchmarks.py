@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from orderppl import Batch, RevealTraceGraph_ELBO
 from orderppl.evaluation.results import read_results
+from orderppl.evaluation.timing import Rounds, Timing, median_interval
 from orderppl.guides import MeanFieldGuide, PolicyGuide, SequentialGuide
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, SequentialUnmaskingModel, UnmaskingModel
 from orderppl.models.denoisers import TransformerDenoiser
@@ -36,7 +37,7 @@ import updates  # noqa: E402
 import timing  # noqa: E402
 
 STEPS, PARTICLES, VOCAB, LENGTH, PROMPT = 3, 4, 8, 6, 3
-ONCE = timing.Rounds(1, 1)
+ONCE = Rounds(1, 1)
 CPU = torch.device("cpu")
 
 
@@ -188,13 +189,13 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
 def test_interval_of_a_median() -> None:
     """Of 15 values the 4th and the 12th: P(Bin(15, 1/2) <= 3) = 0.018; of few values all."""
-    assert timing.median_interval(list(range(1, 16))) == (4, 12)
-    assert timing.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
-    assert timing.median_interval([2.0]) == (2.0, 2.0)
+    assert median_interval(list(range(1, 16))) == (4, 12)
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert median_interval([2.0]) == (2.0, 2.0)
 
 
 def test_ratios_are_of_paired_rounds() -> None:
-    taken = timing.Timing({"a": [2.0, 9.0, 8.0], "b": [1.0, 3.0, 1.0]}, {"a": [1.0] * 3, "b": [2.0] * 3})
+    taken = Timing({"a": [2.0, 9.0, 8.0], "b": [1.0, 3.0, 1.0]}, {"a": [1.0] * 3, "b": [2.0] * 3})
     wall, cpu = taken.ratios("a", "b")
     assert (wall["metric"], wall["value"], wall["low"], wall["high"]) == ("time_ratio", 3.0, 2.0, 8.0)
     assert (cpu["metric"], cpu["value"]) == ("cpu_time_ratio", 0.5)
@@ -250,6 +251,7 @@ def test_decoding_spends_no_forward_in_vain(tmp_path: Path) -> None:
     for other in (decode.FORWARDS, decode.NEEDED, decode.REFERENCE):
         found = chosen(records, "time_ratio", of=other)
         assert {(r["denoiser"], r["vocab_size"], r["policy"]) for r in found} == cases
+    assert {r["batch_size"] for r in chosen(records, "time_ratio", of=decode.REFERENCE)} == {4, 1}
     assert {r["denoiser"] for r in chosen(records, "time_ratio", of=decode.REREAD)} == {"0.6M", "10M"}
     ours = chosen(records, "row_forward_ratio", variant=decode.DECODE)
     assert {r["value"] for r in ours} == {1.0}
