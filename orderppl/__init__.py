@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from orderppl.decoding.decode import decode, follow
     from orderppl.decoding.generate import generate
     from orderppl.errors import UserError
-    from orderppl.evaluation import evaluate
-    from orderppl.inference import RevealTraceGraph_ELBO, fit
+    from orderppl.evaluation.engine import evaluate
+    from orderppl.inference import RevealTraceGraph_ELBO
+    from orderppl.inference.fitting import fit
     from orderppl.policies import Policy
     from orderppl.runs import load_order, load_run
     from orderppl.unmasking import Batch, Denoiser, State
@@ -27,8 +28,8 @@ _HOME = {
     "State": "orderppl.unmasking",
     "UserError": "orderppl.errors",
     "decode": "orderppl.decoding.decode",
-    "evaluate": "orderppl.evaluation",
-    "fit": "orderppl.inference",
+    "evaluate": "orderppl.evaluation.engine",
+    "fit": "orderppl.inference.fitting",
     "follow": "orderppl.decoding.decode",
     "generate": "orderppl.decoding.generate",
     "load_order": "orderppl.runs",

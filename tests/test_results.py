@@ -10,8 +10,9 @@ import pytest
 import tables
 import torch
 
+from orderppl import evaluate
 from orderppl.data import Arithmetic, Gsm8k, Sudoku
-from orderppl.evaluation import Arm, evaluate, summary
+from orderppl.evaluation import Arm, summary
 from orderppl.evaluation.results import read_results
 from orderppl.models.denoisers import load_denoiser
 from orderppl.policies import Ranked, Threshold

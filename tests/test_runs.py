@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from orderppl import decode, load_order, load_run
+from orderppl import decode, fit, load_order, load_run
 from orderppl.data import Chains
 from orderppl.errors import UserError
 from orderppl.guides import Guide, PolicyGuide
 from orderppl.identity import check_denoiser, identity_of, weights_digest
-from orderppl.inference import Anneal, fit
+from orderppl.inference import Anneal
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, UnmaskingModel
 from orderppl.models.denoisers import MarkovChainDenoiser, TransformerDenoiser, load_denoiser, train_denoiser
 from orderppl.policies import AtPrice, Plan, PriceRange, RandomSteps, Threshold

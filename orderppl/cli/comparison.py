@@ -18,10 +18,10 @@ from orderppl.cli.tables import show, write_csv, write_table
 from orderppl.config import Builder
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, advantages, evaluate, frontier_figure, summary, sweep
+from orderppl.evaluation import Arm, advantages, frontier_figure, summary, sweep
 from orderppl.evaluation.arms import standard_heuristics
 from orderppl.evaluation.curves import aup
-from orderppl.evaluation.engine import decoding_seconds
+from orderppl.evaluation.engine import decoding_seconds, evaluate
 from orderppl.evaluation.table import metrics_of, pass_at_k
 from orderppl.figures import save_figure
 from orderppl.identity import identity_of
@@ -173,9 +173,7 @@ def report(config: Config, tables: dict[str, pd.DataFrame], out: Path, seconds: 
     costs = [] if seconds is None else [seconds]
     if "stopped" in tables:
         stopped = summary(tables["stopped"], ["accuracy", "nfe"])
-        stopped = stopped[
-            ["metric", "value", "low", "high", "arm", "n"]
-        ]  # its means say what it is
+        stopped = stopped[["metric", "value", "low", "high", "arm", "n"]]  # its means say what it is
         costs.insert(0, stopped.assign(metric=stopped["metric"] + "_stopped"))
     passes = [pass_at_k(tables["sampled"], config.k)] if "sampled" in tables else []
     write_csv(out / "table.csv", table)

@@ -69,7 +69,8 @@ def run(config: Config) -> None:
     from orderppl.cli.assemble import check_device
     from orderppl.cli.held_out import known_of, log_evidence, open_run, read_examples
     from orderppl.cli.tables import show, write_csv, write_table
-    from orderppl.evaluation import Arm, evaluate, summary, sweep
+    from orderppl.evaluation import Arm, summary, sweep
+    from orderppl.evaluation.engine import evaluate
     from orderppl.policies import FixedOrder
 
     check_device(config.device)

@@ -76,7 +76,7 @@ def run(config: Config) -> None:
     import pyro
     import torch
 
-    from orderppl.inference import fit
+    from orderppl.inference.fitting import fit
     from orderppl.runs import default_dtype
 
     check_device(config.device)

@@ -2,14 +2,12 @@
 
 from orderppl.evaluation.arms import Arm, sweep
 from orderppl.evaluation.curves import advantages, frontier
-from orderppl.evaluation.engine import evaluate
 from orderppl.evaluation.figures import frontier_figure
 from orderppl.evaluation.table import paired_difference, summary
 
 __all__ = [
     "Arm",
     "advantages",
-    "evaluate",
     "frontier",
     "frontier_figure",
     "paired_difference",

@@ -2,7 +2,6 @@
 
 from orderppl.inference.annealing import Anneal
 from orderppl.inference.enumerated import EnumeratedELBO
-from orderppl.inference.fitting import fit
 from orderppl.inference.imitation import Imitation
 from orderppl.inference.importance_weighted import ImportanceWeightedELBO, SequenceWakeSleep
 from orderppl.inference.reveal_elbo import RevealTraceGraph_ELBO
@@ -18,5 +17,4 @@ __all__ = [
     "RevealTraceGraph_ELBO",
     "Rollout",
     "SequenceWakeSleep",
-    "fit",
 ]

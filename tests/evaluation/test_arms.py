@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from orderppl import evaluate
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate, frontier, sweep
+from orderppl.evaluation import Arm, frontier, sweep
 from orderppl.evaluation.arms import draws, standard_heuristics
 from orderppl.policies import (
     AtPrice,

@@ -18,9 +18,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from orderppl import evaluate
 from orderppl.data.dataset import Examples
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate, paired_difference, summary
+from orderppl.evaluation import Arm, paired_difference, summary
 from orderppl.evaluation.engine import decoding_seconds
 from orderppl.evaluation.table import pass_at_k
 from orderppl.models import LearnedPolicy
@@ -362,7 +363,7 @@ KILLED = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
 from chain_rows import ARMS, BOTH, Chain, texts
-from orderppl.evaluation import evaluate
+from orderppl import evaluate
 
 call = Chain.__call__
 Chain.__call__ = lambda *inputs: (time.sleep(0.05), call(*inputs))[1]

@@ -17,7 +17,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from orderppl import fit
+from orderppl import evaluate, fit
 from orderppl.data import Examples, JsonLines, exact_match
 from orderppl.data.answers import flexible_match
 from orderppl.data.dataset import Row, TextData
@@ -25,7 +25,7 @@ from orderppl.data.report import LoadReport
 from orderppl.data.tokenizers import PretrainedTokenizer, Tokenizer, WordTokenizer
 from orderppl.decoding.decode import follow
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate
+from orderppl.evaluation import Arm
 from orderppl.evaluation.harness import AnswerFilter, OrderLM, gsm8k_task, score_answer
 from orderppl.guides import PolicyGuide
 from orderppl.models import PositionTable, UnmaskingModel

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from orderppl import Batch
+from orderppl import Batch, evaluate
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate, paired_difference, summary
+from orderppl.evaluation import Arm, paired_difference, summary
 from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.evaluation.table import marginal, pass_at_k
 from orderppl.guides import PolicyGuide

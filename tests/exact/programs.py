@@ -243,7 +243,8 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 GUIDES += ["plackett_luce", "one_each", "point", "oracle", "fixed", "smoothed", "klass", "blocks", "finishing", "scan"]
-GUIDES += ["scan_policy", "corrected_scan_policy", "grouped", "corrected", "corrected_plan", "corrected_scan", "renormalised_posterior"]
+GUIDES += ["scan_policy", "corrected_scan_policy", "grouped"]
+GUIDES += ["corrected", "corrected_plan", "corrected_scan", "renormalised_posterior"]
 WHOLE = {"scan", "grouped", "corrected_scan"}  # orders whose sets are not known one by one
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orderppl import Batch
+from orderppl import Batch, fit
 from orderppl.guides import Guide, MeanFieldGuide, PolicyGuide
-from orderppl.inference import RevealTraceGraph_ELBO, fit
+from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.trainer import FitResult
 from orderppl.models import LearnedPolicy, UnmaskingModel
 from orderppl.policies import Plan, RandomSteps, Smoothed, Threshold

@@ -21,10 +21,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from orderppl import fit
 from orderppl.errors import UserError
 from orderppl.files import load_weights, save_weights
 from orderppl.guides import MeanFieldGuide, PolicyGuide, RenormalisedScoreGuide
-from orderppl.inference import RevealTraceGraph_ELBO, fit
+from orderppl.inference import RevealTraceGraph_ELBO
 from orderppl.inference.trainer import FitResult, TrainSettings, train
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
 from orderppl.models.denoisers import TransformerDenoiser, train_denoiser

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from orderppl import load_run
+from orderppl import evaluate, load_run
 from orderppl.data.dataset import Examples
 from orderppl.diagnostics import diagnose
 from orderppl.errors import UserError
-from orderppl.evaluation import Arm, evaluate, summary
+from orderppl.evaluation import Arm, summary
 from orderppl.evaluation.results import write_results
 from orderppl.models.denoisers import MarkovChainDenoiser
 from orderppl.policies import Oracle, Ranked, Threshold
