@@ -6,7 +6,7 @@
 Rows of words of different lengths, from the data that the denoiser's run folder names. What a pattern hides is
 written, or all, by a plan or a policy that scans the positions. Opponents are all heuristics and the best of what
 spaces out a step: dilated and periodic orders and a threshold, chosen on validation rows. The figure shows one sentence
-most confident first and in the learned order.
+most confident first and in the learned order. What is finished is kept: repeat the command to go on.
 """
 
 import re
@@ -96,7 +96,7 @@ def main(
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
         plans[seed] = make_policy(steps, family, network.vocab_size, given=hides is not None)
-        learn_plan(plans[seed], network, shown, steps, **budget, seed=seed, out=out / f"seed-{seed}")
+        learn_plan(plans[seed], network, shown, steps, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
     spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], network, few)
     test = splits["test"].take(tested)
     batch = test.batch
