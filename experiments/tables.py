@@ -1,8 +1,6 @@
-"""The tables of docs/results, from the records that lie there.
+"""The tables of docs/results, from the records that lie there: `results.json` of a folder, or of runs in it.
 
-    python experiments/tables.py docs/results/frontier-mod20 --write true      # into its README; or they are printed
-
-A folder holds `results.json`, or folders of runs that do. The README has the tables between two comments.
+`python experiments/tables.py FOLDER` prints them; with `--write true` they stand between two comments of its README.
 """
 
 import io
@@ -140,7 +138,7 @@ def tables(folder: Path) -> str:
 
 
 def main(folder: Path, write: bool = False) -> None:
-    """Print the tables of a folder of docs/results; `write` puts them into its README."""
+    """Print the tables of a folder of docs/results; `write`: into its README."""
     print(text := tables(folder))
     if write:
         before, begin, rest = (folder / "README.md").read_text("utf-8").partition(BEGIN)
