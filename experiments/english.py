@@ -47,7 +47,7 @@ def kind_of(token: str) -> str:
 def make_policy(steps: int, family: str, vocab_size: int, given: bool) -> Policy:
     """A policy that sees what has been revealed, or a plan that knows places, and what the denoiser says first."""
     if family == "policy":
-        seen = PolicyNetwork(vocab_size, width=32, layers=1, heads=2, reads_tokens=False, out=16)
+        seen = PolicyNetwork(vocab_size, width=32, layers=1, heads=2, reads_tokens=False, vectors=16)
         return ScanPolicy(ScanNetwork(2, seen, bias=-log(max(steps - 1, 1))))  # one in T at the start
     places = OpeningPlan(steps if family == "independent" else 16, vocab_size, reads_opening=given)
     return Plan(places) if family == "independent" else ScanPlan(ScanNetwork(steps, places))

@@ -409,7 +409,7 @@ class PolicyNetwork(Configurable, nn.Module):
         places: most positions to reveal, to give every one an embedding of its own, for canvases on which it has a
             meaning of its own (the cells of a grid). None tells positions apart by distance only.
         hidden: size of the denoiser's hidden states, for the feature `hidden`.
-        out: numbers per position, for what decides by them (`ScanNetwork`); None: one logit.
+        vectors: size of the vectors that it gives to what decides by them (`ScanNetwork`); None: logits.
 
     Raises:
         UserError: an unknown feature, or one without what it needs.
@@ -430,7 +430,7 @@ class PolicyNetwork(Configurable, nn.Module):
         prices: PriceRange | None = None,
         places: int | None = None,
         hidden: int | None = None,
-        out: int | None = None,
+        vectors: int | None = None,
     ) -> None:
         super().__init__()
         _check_features(features, reads_tokens, sees_truth, prices, hidden)
@@ -444,17 +444,17 @@ class PolicyNetwork(Configurable, nn.Module):
         numbers = [name for name in self.features if name not in ("prediction", "hidden")]
         self.project = nn.Linear(len(numbers) + 4, width)
         self.backbone = Backbone(width, layers, heads)
-        self.out = out
-        self.head = nn.Linear(width, out or 1)
+        self.out = vectors
+        self.head = nn.Linear(width, vectors or 1)
         if zero_init:
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
-        elif out is None:
+        elif vectors is None:
             nn.init.normal_(self.head.weight, std=0.02)
             nn.init.constant_(self.head.bias, bias)
 
     def forward(self, state: State) -> Tensor:
-        """Reveal logits, float [*, S] ([*, S, out] of several numbers); meaningless where nothing is masked.
+        """Reveal logits, float [*, S] (vectors, float [*, S, out]); meaningless where nothing is masked.
 
         Raises:
             UserError: a network that sees the truth where it is not known.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from orderppl.distributions.autoregressive_set import AutoregressiveSet
+from orderppl.errors import UserError
 from orderppl.policies.policy import Corrected, Policy
 from orderppl.unmasking import State
 
@@ -21,13 +22,20 @@ class ScanPolicy(Policy):
 
     Args:
         network: a scan of two steps, wait and reveal (see `orderppl.distributions.autoregressive_order.Scan`), such as
-            `ScanNetwork(2, PolicyNetwork(..., out=16), bias=-2.0)`.
+            `ScanNetwork(2, PolicyNetwork(..., vectors=16), bias=-2.0)`.
         context: state -> float [*, S, W], what is known of every position; the network's own when left out.
         non_empty: condition every set on revealing something.
+
+    Raises:
+        UserError: a scan of more steps.
     """
 
     def __init__(self, network: nn.Module, context: nn.Module | None = None, non_empty: bool = True) -> None:
         super().__init__()
+        steps = getattr(network, "num_steps", 2)
+        if steps != 2:
+            problem = f"scans over {steps} steps, where a set has two outcomes: wait and reveal"
+            raise UserError("network", problem, "set its num_steps to 2, or use a ScanPlan")
         self.network, self.context, self.non_empty = network, context, non_empty
 
     def forward(self, state: State) -> AutoregressiveSet:

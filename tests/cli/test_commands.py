@@ -380,7 +380,7 @@ def test_a_failure_that_nobody_foresaw_is_one_line_and_a_log(shell, small_chain,
 
 
 def test_full_disks_and_lacking_memory_have_remedies(shell, small_chain, monkeypatch) -> None:
-    import orderppl.inference
+    import orderppl.inference.fitting
 
     for error, message in (
         (OSError(28, "No space left on device", "runs/x/log.jsonl"), "disk: runs/x/log.jsonl cannot be written"),
@@ -394,17 +394,17 @@ def test_full_disks_and_lacking_memory_have_remedies(shell, small_chain, monkeyp
         def fail(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr(orderppl.inference, "fit", fail)
+        monkeypatch.setattr(orderppl.inference.fitting, "fit", fail)
         assert shell.error("fit-order", *small_chain).startswith(message)
 
 
 def test_an_interrupt_says_how_to_go_on(shell, small_chain, monkeypatch) -> None:
-    import orderppl.inference
+    import orderppl.inference.fitting
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(orderppl.inference, "fit", interrupted)
+    monkeypatch.setattr(orderppl.inference.fitting, "fit", interrupted)
     assert shell("fit-order", *small_chain) == 130
     assert "--resume" in shell.err
 

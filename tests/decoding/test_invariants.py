@@ -293,7 +293,7 @@ GROUPED = ScanPlan(GroupedNetwork(4, PositionTable(8, 3, noise=2.0), groups=3, w
 
 def scan_policy(make: Callable[[PolicyNetwork], ScanNetwork | GroupedNetwork], non_empty: bool = True) -> ScanPolicy:
     torch.manual_seed(8)
-    return ScanPolicy(make(PolicyNetwork(VOCAB, width=8, layers=1, heads=2, out=3)).double(), non_empty=non_empty)
+    return ScanPolicy(make(PolicyNetwork(VOCAB, width=8, layers=1, heads=2, vectors=3)).double(), non_empty=non_empty)
 
 
 SCANNING = scan_policy(lambda context: ScanNetwork(2, context, width=8, bias=-1.0))

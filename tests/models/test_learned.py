@@ -147,7 +147,7 @@ def things() -> dict[str, Policy]:
         "split plan": Plan(PositionTable(5, STEPS, split=1, noise=1.0)),
         "scan": ScanPlan(ScanNetwork(STEPS, PositionTable(5, 2, noise=1.0), width=4)),
         "grouped scan": ScanPlan(GroupedNetwork(STEPS, PositionTable(5, 2, noise=1.0), groups=2, width=4)),
-        "scan policy": ScanPolicy(ScanNetwork(2, network(out=3), width=4, bias=-1.0), non_empty=False),
+        "scan policy": ScanPolicy(ScanNetwork(2, network(vectors=3), width=4, bias=-1.0), non_empty=False),
         "renormalised": Renormalised(LearnedPolicy(network()), 0.5),
         "ranked": Ranked(LearnedPolicy(network(), Threshold(0.7, 0.5)), CosineSizes(), 0.5),
         "ranked by name": Ranked("entropy", "cosine"),

@@ -15,7 +15,7 @@ from orderppl.distributions import StepwiseOrder
 from orderppl.distributions.ranked_order import RankedOrder
 from orderppl.models import PositionTable
 from orderppl.models.networks import ScanNetwork
-from orderppl.policies import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan
+from orderppl.policies import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan, ScanPolicy
 from orderppl.policies.plans import Planned
 
 from programs import PlaceTable, TableDenoiser, make_batch
@@ -197,3 +197,8 @@ def test_a_dilated_order_halves_the_distances() -> None:
     assert build(describe(Dilated())).order(batch, same, 4).mode.equal(order)
     out = decode(same, Dilated(), batch, max_steps=4)
     assert out.reveal_step.equal(order) and out.nfe.tolist() == [4, 4]
+
+
+def test_a_policy_that_scans_has_two_outcomes() -> None:
+    with pytest.raises(UserError, match="^network: scans over 4 steps, where a set has two outcomes"):
+        ScanPolicy(ScanNetwork(4, PositionTable(3, 2)))
