@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import english
 import phones
@@ -112,10 +113,15 @@ def test_english(tmp_path: Path) -> None:
     start = ["--denoiser=load_denoiser", f"--denoiser.name_or_path={bert}", "--vocabulary=used"]
     quick = ["--fit.updates=2", "--fit.batch_size=4", "--fit.progress=false"]
     assert main(["train-denoiser", *data, *start, *quick, f"--out={tmp_path / 'denoiser'}"]) == 0
-    english.main(tmp_path / "denoiser", steps=2, seeds=1, rows=200, tested=4, out=tmp_path / "out")
-    records = read_results(tmp_path / "out")["records"]
-    assert {"path_nats", "advantage", "neighbours_together", "mean_step"} <= {record["metric"] for record in records}
-    assert (tmp_path / "out" / "order.svg").stat().st_size > 1000
+    last = {"hides": r"(?<=[.!?] )(?:(?![.!?] ).)+$", "family": "policy"}
+    for name, options in (("all", {}), ("hidden", last)):
+        few_rows: Any = {"split": "train", "steps": 2, "seeds": 1, "rows": 200, "tested": 4, "out": tmp_path / name}
+        english.main(tmp_path / "denoiser", **options, **few_rows)
+        records = read_results(tmp_path / name)["records"]
+        wanted = {"path_nats", "advantage", "neighbours_together", "mean_step"}
+        assert wanted <= {record["metric"] for record in records}
+        assert {record["written"] for record in records} == {name}
+        assert (tmp_path / name / "order.svg").stat().st_size > 1000
 
 
 @pytest.mark.slow
