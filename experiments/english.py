@@ -58,7 +58,7 @@ def main(
     hides: str | None = None,
     steps: int = 4,
     family: Literal["scan", "independent", "policy"] = "scan",
-    split: Literal["train", "validation"] = "validation",
+    split: Literal["train", "validation"] = "train",
     seeds: int = 3,
     rows: int = 40_000,
     lr: float = 0.01,
@@ -75,7 +75,7 @@ def main(
         hides: regular expression of what is to be written; the rest is given. None: all is to be written.
         steps: step budget T.
         family: a plan of steps that depend on each other in a scan, or independent ones; or a policy that scans.
-        split: rows to learn from. The denoiser was trained on the first one, where it reads more out of less.
+        split: rows to learn from; the denoiser was trained on those of the first one.
         seeds: training seeds, from 0.
         rows: denoiser rows that a fit may spend.
         lr: learning rate.
@@ -88,16 +88,16 @@ def main(
     run = load_run(denoiser)
     given = run.config["data"]["init_args"] | {"hides": hides}
     network, splits = run.denoiser, build({**run.config["data"], "init_args": given}).splits(run.tokenizer)
-    few = splits["validation"].take(100)  # to choose opponents on
-    shown = splits["train"] if split == "train" else splits["validation"].rows(slice(100, None))
     plans: dict[int, Policy] = {}
     budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "lr": lr}
     budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0}
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
         plans[seed] = make_policy(steps, family, network.vocab_size, given=hides is not None)
-        learn_plan(plans[seed], network, shown, steps, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
-    spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], network, few)
+        learn_plan(
+            plans[seed], network, splits[split], steps, **budget, seed=seed, out=out / f"seed-{seed}", resume=True
+        )
+    spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], network, splits["validation"])
     test = splits["test"].take(tested)
     batch = test.batch
     records = compare(plans, network, test, steps, spaced=spaced, out=out, title="English")
