@@ -8,10 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from orderppl.data.answers import exact_match
-from orderppl.data.dataset import SPLITS, Row, TextData, at_least, one_of, texts_of
+from orderppl.data.dataset import SPLITS, Row, TextData, at_least, different, one_of, texts_of
 from orderppl.data.report import LoadReport
 from orderppl.data.tokenizers import Tokenizer, WordTokenizer
-from orderppl.errors import UserError
 
 Variant = Literal["chain", "mod20", "dual"]
 Operation = tuple[str, int, int]  # operator, operand, result
@@ -81,23 +80,15 @@ class Arithmetic(TextData):
     def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
         """Draw the problems."""
         rng = np.random.default_rng(self.seed)
-        total = sum(self.sizes.values())
-        seen: set[tuple[int, tuple[Operation, ...]]] = set()
-        rows: list[Row] = []
-        repeats = 0
-        while len(rows) < total:
+
+        def draw(found: int) -> tuple[int, tuple[Operation, ...]]:
             lowest, highest = (0, MODULUS - 1) if self.variant == "mod20" else (1, self.limit)
             start = int(rng.integers(lowest, highest + 1))
-            operations = self._operations(start, rng)
-            if (start, tuple(operations)) in seen:
-                repeats += 1
-                if repeats > 20 * total + 1000:
-                    problem = f"only {len(rows)} different problems were found where {total} are needed"
-                    raise UserError("train", problem, "ask for fewer rows, or raise num_operations or limit")
-                continue
-            seen.add((start, tuple(operations)))
-            rows.append(self._row(start, operations, rng))
-        left = iter(rows)
+            return start, tuple(self._operations(start, rng))
+
+        total, remedy = sum(self.sizes.values()), "raise num_operations or limit"
+        problems = different(draw, total, set(), split="train", what="problems", remedy=remedy, tries=20)
+        left = (self._row(start, operations, rng) for start, operations in problems)
         return {split: [next(left) for _ in range(size)] for split, size in self.sizes.items() if size}
 
     def _operations(self, start: int, rng: np.random.Generator) -> list[Operation]:
@@ -122,7 +113,7 @@ class Arithmetic(TextData):
             operations.append((sign, n, value))
         return operations
 
-    def _row(self, start: int, operations: list[Operation], rng: np.random.Generator) -> Row:
+    def _row(self, start: int, operations: Sequence[Operation], rng: np.random.Generator) -> Row:
         answer_first = self.variant == "dual" and rng.random() < 0.5
         equations, value = [], start
         for sign, n, result in operations:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from orderppl.errors import UserError
 from orderppl.unmasking import Batch
 
 SPLITS = ("train", "validation", "test")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -450,6 +451,37 @@ def texts_of(rows: Iterable[Row]) -> Iterator[str]:
 def hash_fraction(text: str, seed: int = 0) -> float:
     """Map a text to [0, 1) by SHA-256, the same on every machine: the rule by which splits are drawn."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:7], "big") / 2**56
+
+
+def different(
+    draw: Callable[[int], T | None], count: int, seen: set[T], *, split: str, what: str, remedy: str, tries: int = 50
+) -> Iterator[T]:
+    """Draws of which no two are the same, one after another.
+
+    Args:
+        draw: number of those so far -> something to tell draws apart by; None: it is not wanted.
+        count: how many.
+        seen: those that there are already; it grows.
+        split: that they are for.
+        what: they are, in the plural.
+        remedy: beside fewer rows.
+        tries: draws in vain for each one, and 1,000 more, before it is given up.
+
+    Raises:
+        UserError: there are not that many, or they are hard to find.
+    """
+    found = failures = 0
+    while found < count:
+        drawn = draw(found)
+        if drawn is None or drawn in seen:
+            failures += 1
+            if failures > tries * count + 1000:
+                problem = f"only {found} different {what} were found where {count} are needed"
+                raise UserError(split, problem, f"ask for fewer rows, or {remedy}")
+            continue
+        seen.add(drawn)
+        found += 1
+        yield drawn
 
 
 def at_least(least: float, **settings: float | None) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from orderppl.data.answers import graded
-from orderppl.data.dataset import SPLITS, Row, TextData, at_least, one_of, texts_of
+from orderppl.data.dataset import SPLITS, Row, TextData, at_least, different, one_of, texts_of
 from orderppl.data.report import LoadReport
 from orderppl.data.sudoku import BLANK, CELLS, all_grids, completions
 from orderppl.data.tokenizers import Tokenizer, WordTokenizer
@@ -195,21 +195,18 @@ class Lists(TextData):
     def make_rows(self, report: LoadReport) -> dict[str, list[Row]]:
         """Draw the rows."""
         rng = np.random.default_rng(self.seed)
-        seen: set[str] = set()
-        rows: dict[str, list[Row]] = {split: [] for split, size in self.sizes.items() if size}
-        failures = 0
-        for split, found in rows.items():
-            while len(found) < self.sizes[split]:
-                name, prompt = self._prompt(self.kinds[len(found) % len(self.kinds)], rng)
-                if prompt in seen:
-                    failures += 1
-                    if failures > 50 * sum(self.sizes.values()) + 1000:
-                        problem = f"only {len(found)} different rows were found where {self.sizes[split]} are needed"
-                        raise UserError(split, problem, "ask for fewer rows, or more kinds, items or clues")
-                    continue
-                seen.add(prompt)
+        seen: set[tuple[str, str]] = set()
+
+        def draw(found: int) -> tuple[str, str]:
+            return self._prompt(self.kinds[found % len(self.kinds)], rng)
+
+        rows: dict[str, list[Row]] = {}
+        for split, size in self.sizes.items():
+            drawn = different(draw, size, seen, split=split, what="rows", remedy="more kinds, items or clues")
+            for name, prompt in drawn:
                 right = answers(prompt)
-                found.append(Row(right[rng.integers(len(right))], prompt, answer=prompt, name=name))
+                row = Row(right[rng.integers(len(right))], prompt, answer=prompt, name=name)
+                rows.setdefault(split, []).append(row)
         return rows
 
     def _prompt(self, kind: Kind, rng: np.random.Generator) -> tuple[str, str]:

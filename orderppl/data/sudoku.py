@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orderppl.data.answers import graded
-from orderppl.data.dataset import SPLITS, Row, TextData, at_least, one_of
+from orderppl.data.dataset import SPLITS, Row, TextData, at_least, different, one_of
 from orderppl.data.report import LoadReport
 from orderppl.data.tokenizers import Tokenizer, WordTokenizer
 from orderppl.errors import UserError
@@ -120,20 +120,18 @@ class Sudoku(TextData):
     def _puzzles(
         self, split: str, grids: NDArray[np.int64], size: int, rng: np.random.Generator, seen: set[str]
     ) -> list[Row]:
-        rows: list[Row] = []
-        failures = 0
-        while len(rows) < size:
+        solution: dict[str, str] = {}
+
+        def draw(found: int) -> str | None:
             grid = grids[rng.integers(len(grids))]
             shown = rng.permutation(CELLS)[: rng.integers(self.clues[0], self.clues[1] + 1)]
             puzzle = "".join(str(value) if cell in shown else BLANK for cell, value in enumerate(grid))
-            if puzzle in seen or (self.solutions == "unique" and completions(puzzle).sum() > 1):
-                failures += 1
-                if failures > 50 * size + 1000:
-                    problem = f"only {len(rows)} different puzzles were found where {size} are needed"
-                    raise UserError(split, problem, "ask for fewer rows, or allow more clues")
-                continue
-            seen.add(puzzle)
+            solution[puzzle] = "".join(map(str, grid))
+            return None if self.solutions == "unique" and completions(puzzle).sum() > 1 else puzzle
+
+        rows: list[Row] = []
+        for puzzle in different(draw, size, seen, split=split, what="puzzles", remedy="allow more clues"):
             blanks = tuple((cell, cell + 1) for cell in range(CELLS) if puzzle[cell] == BLANK)
             prompt, hidden = (puzzle, None) if self.layout == "prompt" else (None, blanks)
-            rows.append(Row("".join(map(str, grid)), prompt, hidden, puzzle))
+            rows.append(Row(solution[puzzle], prompt, hidden, puzzle))
         return rows
