@@ -344,7 +344,7 @@ class GroupedNetwork(Configurable, nn.Module):
 
     def forward(self, context: Tensor, steps: Tensor, there: Tensor) -> Tensor:
         """Step logits of all positions at once, float [N, L, T]; see `Scan`."""
-        group = torch.arange(steps.shape[1], device=steps.device) % self.groups  # [L]
+        group = self.turns(steps.shape[1])  # [L]
         stages = torch.arange(self.groups, device=steps.device)[:, None]  # [G, 1]
         known = torch.where(group < stages.unsqueeze(1), steps, -1)  # [G, N, L]
         many = context.repeat(self.groups, 1, 1), known.flatten(0, 1), there.repeat(self.groups, 1)
@@ -354,7 +354,7 @@ class GroupedNetwork(Configurable, nn.Module):
 
     def draw(self, context: Tensor, noise: Tensor, there: Tensor) -> Tensor:
         """Draw the steps group by group, int64 [N, L]; see `Scan`."""
-        group = torch.arange(there.shape[1], device=there.device) % self.groups
+        group = self.turns(there.shape[1])
         steps = torch.full_like(there, -1, dtype=torch.int64)
         for now in range(self.groups):
             drawn = sample_categorical(self._logits(context, steps, there), noise)
@@ -367,7 +367,7 @@ class GroupedNetwork(Configurable, nn.Module):
 
     def _logits(self, context: Tensor, known: Tensor, there: Tensor) -> Tensor:
         """Step logits from the steps that are known, int64 [N, L], -1 elsewhere: float [N, L, T]."""
-        group = torch.arange(known.shape[1], device=known.device) % self.groups
+        group = self.turns(known.shape[1])
         place = F.one_hot(group, self.groups).to(context.dtype).expand(known.shape + (self.groups,))
         seen = F.one_hot(known + 1, self.num_steps + 1).to(context.dtype)
         hidden = self.project(torch.cat([seen, context, place], -1))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from orderppl.distributions.order_distribution import OrderDistribution
-from orderppl.randomness import uniform_noise
+from orderppl.randomness import SELECTION, row_noise
 from orderppl.unmasking.trajectory import VISIBLE
 
 DRAWS = 16  # of which the most probable one stands for the distribution
@@ -63,6 +63,12 @@ class Packed(NamedTuple):
         context = context.expand(lead + context.shape[-2:])
         context = context.gather(-2, columns.unsqueeze(-1).expand(columns.shape + context.shape[-1:]))
         return cls(context.reshape(-1, *context.shape[-2:]), columns.reshape(-1, longest), there.reshape(-1, longest))
+
+    def log_probs(self, scan: Scan, steps: Tensor) -> Tensor:
+        """Log-probability of every step, int64 [N, L], given those drawn before it: float [N, L]; 0 where none is."""
+        logits = scan(self.context, steps, self.there)  # [N, L, T]
+        by_position = logits.log_softmax(-1).gather(-1, steps.unsqueeze(-1)).squeeze(-1)
+        return by_position.masked_fill(~self.there, 0.0)
 
     def take(self, values: Tensor) -> Tensor:
         """Their values, [lead, S] -> [N, L]."""
@@ -118,10 +124,7 @@ class AutoregressiveOrder(OrderDistribution):
         lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         value = value.expand(lead + self.event_shape)
         packed = Packed.of(self.context, self.masked, lead)
-        steps = packed.take(value).clamp(min=0)
-        logits = self.scan(packed.context, steps, packed.there)  # [N, L, T]
-        by_position = logits.log_softmax(-1).gather(-1, steps.unsqueeze(-1)).squeeze(-1)
-        total = by_position.masked_fill(~packed.there, 0.0).sum(-1).reshape(lead)
+        total = packed.log_probs(self.scan, packed.take(value).clamp(min=0)).sum(-1).reshape(lead)
         wrong = (value >= 0) != self.masked.expand(value.shape)
         return total.masked_fill(wrong.any(-1), -torch.inf)
 
@@ -160,10 +163,10 @@ class AutoregressiveOrder(OrderDistribution):
 
 def fixed_noise(masked: Tensor) -> Tensor:
     """Uniform numbers for DRAWS draws, always the same, whatever stands before a position: float [DRAWS, *, S]."""
-    rows = torch.zeros(masked[..., 0].numel(), dtype=torch.int64, device=masked.device)
-    places = (masked.long().cumsum(-1) - 1).clamp(min=0)
-    noise = torch.stack([uniform_noise(0, rows, draw, masked.shape[-1]) for draw in range(DRAWS)])
-    return noise.reshape((DRAWS,) + masked.shape).gather(-1, places.expand((DRAWS,) + places.shape))
+    rows = masked.reshape(-1, masked.shape[-1])
+    first = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)  # the same numbers in every row
+    noise = [row_noise(0, first, first + draw, rows, SELECTION) for draw in range(DRAWS)]
+    return torch.stack(noise).reshape((DRAWS,) + masked.shape)
 
 
 def best_drawn(drawn: Tensor, log_prob: Tensor) -> Tensor:

@@ -74,21 +74,20 @@ class AutoregressiveSet(SetDistribution):
         lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         value, masked = value.expand(lead + self.event_shape), self.masked.expand(lead + self.event_shape)
         packed = Packed.of(self.context, self.masked, lead)
-        total = self._log_path(packed, packed.take(value).long()).sum(-1).reshape(lead)
+        total = packed.log_probs(self.scan, packed.take(value).long()).sum(-1).reshape(lead)
         impossible = (value & ~masked).any(-1)
         if self.non_empty:
             some = masked.any(-1)
-            log_empty = self._log_path(packed, torch.zeros_like(packed.columns)).sum(-1).reshape(lead)
+            log_empty = self._log_waits(packed).sum(-1).reshape(lead)
             total = total - log1mexp(log_empty.masked_fill(~some, -torch.inf))
             impossible = impossible | some & ~value.any(-1)
         total = total.masked_fill(impossible, -torch.inf)
         surely = torch.zeros_like(total).masked_fill((value != masked).any(-1), -torch.inf)
         return torch.where(self.finished, surely, total)
 
-    def _log_path(self, packed: Packed, decisions: Tensor) -> Tensor:
-        """Log-probability of every decision (int64 [N, L]) given those before it, float [N, L]; 0 where none is."""
-        log_probs = self.scan(packed.context, decisions, packed.there).log_softmax(-1)  # [N, L, 2]
-        return log_probs.gather(-1, decisions.unsqueeze(-1)).squeeze(-1).masked_fill(~packed.there, 0.0)
+    def _log_waits(self, packed: Packed) -> Tensor:
+        """Log-probability that a position waits where all before it do, float [N, L]."""
+        return packed.log_probs(self.scan, torch.full_like(packed.columns, WAIT))
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw sets, bool [*sample_shape, *, S]; exact under conditioning, without rejection."""
@@ -117,13 +116,12 @@ class AutoregressiveSet(SetDistribution):
         """
         turns = self.scan.turns(noise.shape[-1]).to(noise.device)
         ranked = torch.where(packed.there, turns, turns.max() + 1).argsort(dim=-1, stable=True)  # [N, L]
-        log_wait = self._log_path(packed, torch.full_like(packed.columns, WAIT)).double().gather(-1, ranked)
+        log_wait = self._log_waits(packed).double().gather(-1, ranked)
         log_none_from_here = log_wait.flip(-1).cumsum(-1).flip(-1)
         hazard = torch.expm1(log_wait) / torch.expm1(log_none_from_here)  # 0 / 0 where nothing is left
         reveals = (noise.gather(-1, ranked) < hazard) & packed.there.gather(-1, ranked)
-        before = reveals.long().cumsum(-1) == 0
-        first = reveals & (reveals.long().cumsum(-1) == 1)
-        forced = noise.gather(-1, ranked).masked_fill(before, 0.0).masked_fill(first, ALMOST_ONE)
+        count = reveals.long().cumsum(-1)
+        forced = noise.gather(-1, ranked).masked_fill(count == 0, 0.0).masked_fill(reveals & (count == 1), ALMOST_ONE)
         return torch.empty_like(noise).scatter(-1, ranked, forced)
 
     @property
