@@ -86,8 +86,8 @@ def main(
         out: folder of runs and results.
     """
     run = load_run(denoiser)
-    given = run.config["data"]["init_args"] | {"hides": hides}
-    network, splits = run.denoiser, build({**run.config["data"], "init_args": given}).splits(run.tokenizer)
+    options = run.config["data"]["init_args"] | {"hides": hides}
+    network, splits = run.denoiser, build({**run.config["data"], "init_args": options}).splits(run.tokenizer)
     plans: dict[int, Policy] = {}
     budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "lr": lr}
     budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0}

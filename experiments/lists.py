@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
+from learned_opponents import own_arms
 
 from orderppl import evaluate, load_run
 from orderppl.data import Lists
 from orderppl.data.lists import limit
-from orderppl.evaluation import Arm, sweep
+from orderppl.evaluation import sweep
 from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.evaluation.results import read_results, write_results
 from orderppl.evaluation.table import ByRow, by_row
@@ -36,17 +37,6 @@ HEURISTICS: list[dict[str, Any]] = [
     {"policy": "Threshold", "tau": [0.3, 0.5, 0.7, 0.9]},
     {"policy": "EntropyBound", "gamma": [0.1, 0.3, 0.6, 1.0, 2.0, 3.0]},
 ]
-
-
-def learned_arms(orders: list[Path]) -> tuple[Any, list[Arm]]:
-    """The denoiser, and every order at prices across its range."""
-    runs = [load_run(folder) for folder in orders]
-    arms = []
-    for seed, run in enumerate(runs):
-        grid = {"policy": "AtPrice", "price": run.model.step_price.grid(7), "mode": True, "budgets": run.num_steps}
-        played = sweep(grid, known={"policy": run.policy}, training_seed=seed)
-        arms += [replace(arm, family="learned") for arm in played]
-    return runs[0].denoiser, arms
 
 
 def mixtures(found: ByRow, target: float) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -80,7 +70,8 @@ def main(
         target: mean forwards over all of them.
         out: folder of the results.
     """
-    denoiser, learned = learned_arms(orders)
+    runs = [load_run(folder) for folder in orders]
+    denoiser, learned = runs[0].denoiser, [arm for seed, run in enumerate(runs) for arm in own_arms(run, seed)]
     test = Lists(train=train, min_clues=4, max_clues=10, test=rows).splits(denoiser.tokenizer)["test"]
     names, prompts = np.array(test.names), test.answers or []
     kinds = sorted(set(names.tolist()), key=lambda name: (name.split()[0], int(name.split()[1])))

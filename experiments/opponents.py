@@ -49,9 +49,13 @@ def spaced_rules(steps: int) -> list[Arm]:
 
 
 def best_of(arms: list[Arm], denoiser: Denoiser, rows: Examples, screened: int = 100, finalists: int = 4) -> Arm:
-    """The arm with the best likelihood on all rows, among the best few on the first ones."""
-    for part, kept in ((rows.take(screened), finalists), (rows, 1)):
-        means = summary(evaluate(arms, denoiser, part), ["path_nats"]).set_index("arm")["value"]
-        best = means.nsmallest(kept).index
-        arms = [arm for arm in arms if arm.name in best]
-    return arms[0]
+    """The arm with the best likelihood on all rows; of many rows, among the best few on the first ones."""
+    if len(rows) > screened:
+        arms = _best(arms, denoiser, rows.take(screened), finalists)
+    return _best(arms, denoiser, rows, 1)[0]
+
+
+def _best(arms: list[Arm], denoiser: Denoiser, rows: Examples, kept: int) -> list[Arm]:
+    means = summary(evaluate(arms, denoiser, rows), ["path_nats"]).set_index("arm")["value"]
+    best = means.nsmallest(kept).index
+    return [arm for arm in arms if arm.name in best]

@@ -24,7 +24,7 @@ from orderppl.models import LearnedPolicy, PolicyNetwork
 from orderppl.models.denoisers import OwnOutput
 from orderppl.policies import CorrectOracle, Eager, Factor
 from orderppl.policies.policy import LOGIT_LIMIT
-from orderppl.policies.scores import best_of, confidence, reveal_rank
+from orderppl.policies.scores import best_of, confidence, first_of
 from orderppl.policies.wrappers import Wrapper
 from orderppl.runs import Run
 from orderppl.unmasking.trajectory import Path
@@ -56,7 +56,7 @@ class ExpectedCount(Wrapper):
         """The most probable ones."""
         logits = self.policy.logits(state)
         count = (self.factor * logits.sigmoid() * state.masked).sum(-1).floor().clamp(min=1)
-        return DecidedSet((reveal_rank(logits, state.masked) < count[..., None]) & state.masked, state.masked, True)
+        return DecidedSet(first_of(logits, state.masked, count), state.masked, True)
 
 
 @dataclass

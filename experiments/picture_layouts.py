@@ -11,12 +11,13 @@ Where = Mapping[str, Sequence[object]]
 
 
 class Curves(NamedTuple):
-    """Metrics against forwards, or against another metric of the same arms."""
+    """Metrics against forwards, or against another metric of the same arms, which are joined by a label."""
 
     metrics: str = "path_nats"
     where: Where = {}
     xlabel: str = FORWARDS
     against: str = ""
+    by: str = "family"
 
 
 class Dots(NamedTuple):
@@ -33,7 +34,7 @@ class Dots(NamedTuple):
 
 STEPS = "steps (denoiser forwards per row)"
 SEED_0 = {"training_seed": (None, 0)}
-FIRST = Curves(where=SEED_0, xlabel=f"{STEPS}, training seed 0")
+FIRST = Curves(where=SEED_0, xlabel=f"{STEPS}, training seed 0", by="arm")
 NATS = "learned order better by, nats per token (paired)"
 PAIRED = Dots(NATS, "advantage", "steps training_seed of", even=0.0)
 REGION = {"run": ("T04-seed0", "T04-seed1", "T04-seed2")}
@@ -96,7 +97,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         Dots("antibodies: mean step of a region, from 0", "mean_step", "region"),
     ],
     "reactions": [FIRST, Dots("mean step of a kind of token, from 0", "mean_step", "kind", "steps")],
-    "receptors": [FIRST._replace(where={"training_seed": (None, 0), "family": ORDERS["family"]}), PAIRED],
+    "receptors": [FIRST._replace(where={**SEED_0, **ORDERS}), PAIRED],
     "sudoku": [Curves("accuracy path_nats")],
     "tree": [GAP],
 }

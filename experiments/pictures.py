@@ -81,8 +81,7 @@ def curves_of(spec: Curves, records: Sequence[Record]) -> list[Panel]:
         kept = chosen(records, metric, spec.where)
         arms = pd.DataFrame([record for record in kept if "nfe" in record and record.get("kind") is not None])
         learned = arms["kind"] == "learned"
-        by = "family" if "family" in arms and set(spec.where) <= {"n"} else "arm"  # n says on which rows
-        arms["family"] = [tidy("", name) for name in arms[by]]
+        arms["family"] = [tidy("", name) for name in arms[spec.by if spec.by in arms else "arm"]]
         if spec.against:
             other = {r["arm"]: r["value"] for r in records if r["metric"] == spec.against}
             arms = arms.assign(nfe=arms["arm"].map(other))

@@ -92,8 +92,7 @@ def evaluate(
     keys = [kept.key(part, number) for number, part in enumerate(parts)]
     mine = [(part, key) for part, key in list(zip(parts, keys, strict=True))[index::count] if kept.get(key) is None]
     for part, key in tqdm(mine, desc="arms", dynamic_ncols=True, disable=None if progress else True):
-        own = part.arm.denoiser
-        kept.put(key, part, part.play(denoiser if own is None else own, data, where))
+        kept.put(key, part, part.play(denoiser, data, where))
     found = [kept.get(key) for key in keys]
     table = _table([(part, done) for part, done in zip(parts, found, strict=True) if done is not None], data.numbers)
     table.attrs["missing"] = sum(done is None for done in found)
@@ -135,7 +134,7 @@ def decoding_seconds(
         canvases = [(data.canvas(places, where), data.numbers[places]) for places in data.places]
         for arm in (arm for arm in arms if arm.kind != "oracle"):
             part = _Part(arm, "decoding", arm.seeds[0], arm.steps or longest)
-            plays = [partial(part.decoding, denoiser, *canvas) for canvas in canvases]
+            plays = [partial(part.output, denoiser, *canvas) for canvas in canvases]
             nfe = sum(int(play().nfe.sum()) for play in plays) / count
             about[metric, arm.name] = {"metric": metric, "arm": arm.name, "n": count, "rounds": rounds, "nfe": nfe}
             played |= {(number, metric, arm.name): play for number, play in enumerate(plays)}
@@ -245,7 +244,7 @@ class _Part:
         columns: dict[str, Tensor] = {}
         tokens = data.batch.tokens.clone()
         for places in data.places:
-            output = self._output(denoiser, data.canvas(places, device), data.numbers[places])
+            output = self.output(denoiser, data.canvas(places, device), data.numbers[places])
             if self.run == "decoding":
                 columns_there = data.batch.attention_mask[places].any(0).nonzero().squeeze(-1)
                 tokens[places.unsqueeze(-1), columns_there] = output.sequences.cpu()
@@ -260,12 +259,12 @@ class _Part:
             del columns["nats"]
         return {name: values.tolist() for name, values in columns.items()}
 
-    def decoding(self, denoiser: Denoiser, canvas: Batch, rows: Tensor) -> DecodeOutput:
-        """Decode a canvas, given the numbers of its rows."""
-        return self._output(denoiser if self.arm.denoiser is None else self.arm.denoiser, canvas, rows)
+    def output(self, denoiser: Denoiser, canvas: Batch, rows: Tensor) -> DecodeOutput:
+        """What `decode` or `follow` returns, given the numbers of the rows; what they refuse is said of the arm.
 
-    def _output(self, denoiser: Denoiser, canvas: Batch, rows: Tensor) -> DecodeOutput:
-        """What `decode` or `follow` returns; what they refuse is said of the arm."""
+        An arm with a denoiser of its own is played with that one.
+        """
+        denoiser = denoiser if self.arm.denoiser is None else self.arm.denoiser
         options: dict[str, Any] = {"mode": self.arm.mode, "block_size": self.arm.block_size, "row_ids": rows}
         options["generator"] = torch.Generator().manual_seed(self.seed)
         try:
