@@ -97,7 +97,8 @@ def main(
         learn_plan(
             plans[seed], network, splits[split], steps, **budget, seed=seed, out=out / f"seed-{seed}", resume=True
         )
-    spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], network, splits["validation"])
+    rules = [*spaced_orders(steps, whole=hides is not None), *spaced_rules(steps)]
+    spaced = best_of(rules, network, splits["validation"])
     test = splits["test"].take(tested)
     batch = test.batch
     records = compare(plans, network, test, steps, spaced=spaced, out=out, title="English")

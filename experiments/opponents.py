@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import gcd
 
@@ -27,24 +28,27 @@ def opponents(steps: int, seeds: Sequence[int] = (0, 1, 2)) -> list[Arm]:
     return [*sweep(specs, seeds=seeds), *oracles]
 
 
-def spaced_orders(steps: int) -> list[Arm]:
+def spaced_orders(steps: int, whole: bool = False) -> list[Arm]:
     """The dilated schedule, every pattern of at most four positions that uses all steps, and strides of more steps.
 
     A stride k reveals position i at step k i mod T. For 8 steps also two that keep each step far from the earlier ones.
+    `whole`: also patterns that lie on the whole row, where what is given stands between what is revealed.
     """
     patterns = [p for size in range(2, 5) for p in product(range(steps), repeat=size) if len(set(p)) == steps]
     strides = [k for k in range(2, steps) if gcd(k, steps) == 1]
     patterns += [tuple(k * i % steps for i in range(steps)) for k in strides if steps > 4]
     patterns += [(0, 4, 2, 6, 1, 5, 3, 7), (0, 7, 3, 6, 1, 5, 2, 4)] if steps == 8 else []  # always halfway between
     patterns += SPACED if steps == 4 else []
-    arms = [Arm(f"periodic {p}", FixedOrder(p, periodic=True), steps, family="periodic") for p in patterns]
-    return [*arms, Arm("dilated", Dilated(), steps)]
+    lain = {"periodic": FixedOrder} | ({"periodic on rows": partial(FixedOrder, counts_given=True)} if whole else {})
+    named = [(f"{name} {p}", make(p, periodic=True)) for p in patterns for name, make in lain.items()]
+    return [*(Arm(name, order, steps, family="periodic") for name, order in named), Arm("dilated", Dilated(), steps)]
 
 
 def spaced_rules(steps: int) -> list[Arm]:
-    """A threshold whose sets are kept apart, with a budget of T steps."""
-    apart = [{"policy": "Spaced", "spread": spread} for spread in (2.0, 4.0, 8.0)]
-    arms = sweep([{"policy": "Threshold", "tau": [0.02, 0.1, 0.3], "budgets": [steps], "around": apart}])
+    """Rankings and a threshold whose sets are kept apart, with a budget of T steps."""
+    apart = {"budgets": [steps], "around": [{"policy": "Spaced", "spread": spread} for spread in (2.0, 4.0, 8.0)]}
+    ranked = {"policy": "Ranked", "score": ["random", "top_prob", "margin"], "sizes": ["uniform", "cosine"]}
+    arms = sweep([ranked | apart, {"policy": "Threshold", "tau": [0.02, 0.1, 0.3]} | apart], seeds=(0,))
     return [replace(arm, family="spaced") for arm in arms]
 
 

@@ -194,14 +194,16 @@ class RandomSteps(Policy):
 class PlacedOrder(Planned):
     """Base of orders without chance: the step of a position follows from its place.
 
-    A subclass defines `steps_of`.
+    A subclass defines `steps_of`; with `counts_given`, given positions have places too.
     """
+
+    counts_given = False
 
     def steps_of(self, place: Tensor, num_steps: int) -> Tensor:
         """Step of every position, int64 [*, S], at least 0; steps behind the last one are cut to it.
 
         Args:
-            place: int64 [*, S], 0-based, counted over the positions to reveal from the left.
+            place: int64 [*, S], 0-based, counted from the left over the positions to reveal, or over all of the row.
             num_steps: T.
         """
         raise NotImplementedError
@@ -212,7 +214,8 @@ class PlacedOrder(Planned):
 
     def _order(self, state: State) -> Tensor:
         assert isinstance(state.num_steps, int)
-        place = (state.latent.long().cumsum(-1) - 1).clamp(min=0)
+        counted = state.attention_mask.bool().expand_as(state.latent) if self.counts_given else state.latent
+        place = (counted.long().cumsum(-1) - 1).clamp(min=0)
         return self.steps_of(place, state.num_steps).masked_fill(~state.latent, VISIBLE)
 
     def plan(self, opening: State) -> StepwiseOrder:
@@ -229,16 +232,17 @@ class FixedOrder(PlacedOrder):
     Args:
         steps: step of every position, from 0; positions behind the last one are revealed at the end.
         periodic: repeat the steps as a pattern, for rows of any length.
+        counts_given: lay the steps on the whole row: given positions are counted too.
 
     Raises:
         UserError: no steps, or negative ones.
     """
 
-    def __init__(self, steps: Sequence[int], periodic: bool = False) -> None:
+    def __init__(self, steps: Sequence[int], periodic: bool = False, counts_given: bool = False) -> None:
         super().__init__()
         if not len(steps) or min(steps) < 0:
             raise UserError("steps", f"{list(steps)} is no order", "give one step of 0 or more per position")
-        self.periodic = periodic
+        self.periodic, self.counts_given = periodic, counts_given
         self.register_buffer("steps", torch.as_tensor(list(steps), dtype=torch.int64), persistent=False)
         self.steps: Tensor
 

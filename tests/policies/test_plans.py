@@ -183,6 +183,20 @@ def test_random_steps_are_a_plan_blind_to_everything():
     )
 
 
+def test_a_pattern_lies_on_what_is_revealed_or_on_the_whole_row() -> None:
+    """By hand: the third and fourth position are given, the last one is padding."""
+    same = Table([[0.7, 0.3]] * 8)
+    tokens = torch.full((1, 8), same.mask_index)
+    tokens[:, 2:4] = 0
+    there = torch.arange(8) < 7
+    batch = Batch(tokens, attention_mask=there[None], given=tokens == 0)
+    assert FixedOrder((0, 1, 2), periodic=True).order(batch, same, 3).mode.tolist() == [[0, 1, -1, -1, 2, 0, 1, -1]]
+    whole = FixedOrder((0, 1, 2), periodic=True, counts_given=True)
+    assert whole.order(batch, same, 3).mode.tolist() == [[0, 1, -1, -1, 1, 2, 0, -1]]
+    assert build(describe(whole)).order(batch, same, 3).mode.equal(whole.order(batch, same, 3).mode)
+    assert decode(same, whole, batch, max_steps=3).reveal_step.tolist() == [[0, 1, -1, -1, 1, 2, 0, -1]]
+
+
 def test_a_dilated_order_halves_the_distances() -> None:
     """By hand: every eighth position first in four steps, the odd ones last; given positions take no place."""
     same = Table([[0.7, 0.3]] * 10)
