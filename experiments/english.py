@@ -1,12 +1,11 @@
 """Learn the order in which a small English model should write sentences, and compare it with every order by hand.
 
     python experiments/english.py --denoiser runs/english-denoiser --steps 4 --out runs/english-4
-    python experiments/english.py --hides '(?<=[.!?] )(?:(?![.!?] ).)+$' --out runs/last-4    # writes the last sentence
+    python experiments/english.py --hides '[A-Za-z]{4,}' --written words --out runs/words-4    # of four letters or more
 
-Rows of words of different lengths, from the data that the denoiser's run folder names. What a pattern hides is
-written, or all, by a plan or a policy that scans the positions. Opponents are all heuristics and the best of what
-spaces out a step: dilated and periodic orders and a threshold, chosen on validation rows. The figure shows one sentence
-most confident first and in the learned order. What is finished is kept: repeat the command to go on.
+What a pattern hides is written, or all, by a plan or a policy that scans positions. Opponents are all heuristics and
+the best of what spaces out a step: dilated and periodic orders, rankings and a threshold, chosen on validation rows.
+The figure shows one text in two orders. What is finished is kept: repeat the command to go on.
 """
 
 import re
@@ -56,6 +55,7 @@ def make_policy(steps: int, family: str, vocab_size: int, given: bool) -> Policy
 def main(
     denoiser: Path = Path("runs/english-denoiser"),
     hides: str | None = None,
+    written: str = "all",
     steps: int = 4,
     family: Literal["scan", "independent", "policy"] = "scan",
     split: Literal["train", "validation"] = "train",
@@ -73,6 +73,7 @@ def main(
     Args:
         denoiser: run folder of a denoiser of texts.
         hides: regular expression of what is to be written; the rest is given. None: all is to be written.
+        written: name of what is to be written, a label of the records.
         steps: step budget T.
         family: a plan of steps that depend on each other in a scan, or independent ones; or a policy that scans.
         split: rows to learn from; the denoiser was trained on those of the first one.
@@ -86,19 +87,16 @@ def main(
         out: folder of runs and results.
     """
     run = load_run(denoiser)
-    options = run.config["data"]["init_args"] | {"hides": hides}
-    network, splits = run.denoiser, build({**run.config["data"], "init_args": options}).splits(run.tokenizer)
+    data, network = run.config["data"], run.denoiser
+    splits = build({**data, "init_args": {**data["init_args"], "hides": hides}}).splits(run.tokenizer)
     plans: dict[int, Policy] = {}
     budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "lr": lr}
     budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0}
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
-        plans[seed] = make_policy(steps, family, network.vocab_size, given=hides is not None)
-        learn_plan(
-            plans[seed], network, splits[split], steps, **budget, seed=seed, out=out / f"seed-{seed}", resume=True
-        )
-    rules = [*spaced_orders(steps, whole=hides is not None), *spaced_rules(steps)]
-    spaced = best_of(rules, network, splits["validation"])
+        plan = plans[seed] = make_policy(steps, family, network.vocab_size, given=hides is not None)
+        learn_plan(plan, network, splits[split], steps, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
+    spaced = best_of([*spaced_orders(steps, hides is not None), *spaced_rules(steps)], network, splits["validation"])
     test = splits["test"].take(tested)
     batch = test.batch
     records = compare(plans, network, test, steps, spaced=spaced, out=out, title="English")
@@ -107,14 +105,15 @@ def main(
     compared |= {score: Ranked(score) for score in ("top_prob", "left_to_right")}  # type: ignore[arg-type]
     when = {arm: revealed_steps(policy, network, batch, steps) for arm, policy in compared.items()}
     means = mean_by_group(when["learned"], [[kind_of(token) for token in row] for row in spelled], "kind")
-    share = {"metric": "neighbours_together"}
-    together = pd.DataFrame([{**share, "arm": arm, "value": side_by_side(found)} for arm, found in when.items()])
+    together = [{"metric": "neighbours_together", "arm": arm, "value": side_by_side(own)} for arm, own in when.items()]
     chosen = int((batch.latent.sum(-1) - 24).abs().argmin())
-    columns = {arm: when[arm][chosen][batch.latent[chosen]].tolist() for arm in ("top_prob", "learned")}
-    save_figure(figure_of(spelled[chosen], columns), out / "order.svg")
-    label = {"task": "english", "written": "all" if hides is None else "hidden", "rows": rows, "steps": steps}
+    texts = [test.spell(token) for token in batch.tokens[chosen].tolist()]
+    shown = [i for i, there in enumerate(batch.attention_mask[chosen]) if there and not texts[i].startswith("[")]
+    columns = {arm: when[arm][chosen, shown].tolist() for arm in ("top_prob", "learned")}
+    save_figure(figure_of([texts[i] for i in shown], columns), out / "order.svg")
+    label = {"task": "english", "written": written, "rows": rows, "steps": steps}
     config = {**label, **budget, "hides": hides, "split": split, "family": family, "seeds": seeds, "tested": tested}
-    write_results(out, "english", config, pd.concat([records, together, means]).assign(**label))
+    write_results(out, "english", config, pd.concat([records, pd.DataFrame(together), means]).assign(**label))
 
 
 def side_by_side(steps: Tensor) -> float:
@@ -124,7 +123,7 @@ def side_by_side(steps: Tensor) -> float:
 
 
 def figure_of(tokens: list[str], columns: Mapping[str, list[int]], width: int = 62) -> Any:
-    """One sentence under some orders, below each other, step by step."""
+    """One text under some orders, below each other, step by step; what is given (step -1) is always there."""
     places, x, y = [], 0, 0
     for token in tokens:
         text = token.removeprefix("##")
