@@ -99,7 +99,7 @@ def main(
     spaced = best_of([*spaced_orders(steps, hides is not None), *spaced_rules(steps)], network, splits["validation"])
     test = splits["test"].take(tested)
     batch = test.batch
-    records = compare(plans, network, test, steps, spaced=spaced, out=out, title="English")
+    records = compare(plans, network, test, steps, spaced=spaced, out=out, title="English", drawn=family == "policy")
     spelled = [[test.spell(token) for token in batch.tokens[row][own].tolist()] for row, own in enumerate(batch.latent)]
     compared: dict[str, Policy] = {"learned": plans[0], spaced.name: spaced.policy}
     compared |= {score: Ranked(score) for score in ("top_prob", "left_to_right")}  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ def compare(
     spaced: Arm,
     out: Path,
     title: str,
+    drawn: bool = False,
 ) -> pd.DataFrame:
     """Follow every arm along the held-out rows: records, and a table of the best on the screen.
 
@@ -40,12 +41,14 @@ def compare(
         spaced: the best spaced order on other rows, an opponent.
         out: folder of the measurements.
         title: of the table.
+        drawn: deploy draws of the policies, three of each, instead of their modes, which a policy that scans can only
+            guess.
     """
     arms = [*opponents(steps), spaced]
-    for seed, policy in learned.items():
-        arms.append(Arm(f"learned #{seed}", policy, steps, family="learned", mode=True, training_seed=seed))
-        drawn = {"family": "learned, drawn", "training_seed": seed, "seeds": (0, 1, 2)}
-        arms.append(Arm(f"learned, drawn #{seed}", policy, steps, **drawn))  # type: ignore[arg-type]
+    ways: dict[str, dict[str, Any]] = {"mode": {"mode": True}, "drawn": {"seeds": (0, 1, 2)}}
+    for (seed, policy), way in product(learned.items(), ways):
+        name = "learned" if drawn == (way == "drawn") else f"learned, {way}"
+        arms.append(Arm(f"{name} #{seed}", policy, steps, family=name, training_seed=seed, **ways[way]))
     table = evaluate(arms, denoiser, test, out=out)
     records = summary(table, ["path_nats"])
     nats = records.sort_values("value")
