@@ -21,16 +21,15 @@ import pyro
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders, spaced_rules
 from plan_fits import learn_plan
-from torch import Tensor
 
 from orderppl import Policy, load_run
 from orderppl.config import build
 from orderppl.evaluation.results import write_results
 from orderppl.figures import COLOURS, GREY, INK, STYLE, WIDTH, save_figure
 from orderppl.models import OpeningPlan, PolicyNetwork, ScanNetwork
-from orderppl.policies import Plan, Ranked, ScanPlan, ScanPolicy
+from orderppl.policies import Halved, Plan, Ranked, ScanPlan, ScanPolicy
 
-from molecules import compare, mean_by_group, revealed_steps
+from molecules import compare, mean_by_group, revealed_steps, side_by_side
 
 SMALL = re.compile("an?|the|of|to|in|on|at|for|from|by|with|and|or|but|if|that|than|as|is|are|was|were|be|ha[sd]|have")
 ASKED = re.compile("how|many|much|what|who|when|which|where")
@@ -57,8 +56,7 @@ def main(
     hides: str | None = None,
     written: str = "all",
     steps: int = 4,
-    family: Literal["scan", "independent", "policy"] = "scan",
-    split: Literal["train", "validation"] = "train",
+    family: Literal["scan", "halved", "independent", "policy"] = "scan",
     seeds: int = 3,
     rows: int = 40_000,
     lr: float = 0.01,
@@ -75,8 +73,8 @@ def main(
         hides: regular expression of what is to be written; the rest is given. None: all is to be written.
         written: name of what is to be written, a label of the records.
         steps: step budget T.
-        family: a plan of steps that depend on each other in a scan, or independent ones; or a policy that scans.
-        split: rows to learn from; the denoiser was trained on those of the first one.
+        family: a plan of steps that depend on each other in a scan, the same for half as many steps, each of which is
+            then played in two, or one of independent steps; or a policy that scans.
         seeds: training seeds, from 0.
         rows: denoiser rows that a fit may spend.
         lr: learning rate.
@@ -94,8 +92,10 @@ def main(
     budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0}
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
-        plan = plans[seed] = make_policy(steps, family, network.vocab_size, given=hides is not None)
-        learn_plan(plan, network, splits[split], steps, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
+        learned = steps // 2 if family == "halved" else steps
+        plan = make_policy(learned, family, network.vocab_size, given=hides is not None)
+        learn_plan(plan, network, splits["train"], learned, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
+        plans[seed] = Halved(plan) if family == "halved" else plan
     spaced = best_of([*spaced_orders(steps, hides is not None), *spaced_rules(steps)], network, splits["validation"])
     test = splits["test"].take(tested)
     batch = test.batch
@@ -112,14 +112,8 @@ def main(
     columns = {arm: when[arm][chosen, shown].tolist() for arm in ("top_prob", "learned")}
     save_figure(figure_of([texts[i] for i in shown], columns), out / "order.svg")
     label = {"task": "english", "written": written, "rows": rows, "steps": steps}
-    config = {**label, **budget, "hides": hides, "split": split, "family": family, "seeds": seeds, "tested": tested}
+    config = {**label, **budget, "hides": hides, "family": family, "seeds": seeds, "tested": tested}
     write_results(out, "english", config, pd.concat([records, pd.DataFrame(together), means]).assign(**label))
-
-
-def side_by_side(steps: Tensor) -> float:
-    """Share of neighbours that are revealed in one step; steps: int64 [B, S], -1 where nothing is."""
-    both = (steps[:, 1:] >= 0) & (steps[:, :-1] >= 0)
-    return float(((steps[:, 1:] == steps[:, :-1]) & both).sum() / both.sum())
 
 
 def figure_of(tokens: list[str], columns: Mapping[str, list[int]], width: int = 62) -> Any:

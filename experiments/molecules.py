@@ -91,6 +91,12 @@ def mean_by_group(steps: Tensor, groups: Sequence[Sequence[str | None]], label: 
     return pd.DataFrame(records).assign(metric="mean_step", arm="learned")
 
 
+def side_by_side(steps: Tensor) -> float:
+    """Share of neighbours that are revealed in one step; steps: int64 [B, S], -1 where nothing is."""
+    both = (steps[:, 1:] >= 0) & (steps[:, :-1] >= 0)
+    return float(((steps[:, 1:] == steps[:, :-1]) & both).sum() / both.sum())
+
+
 def figure_of(shares: Sequence[Tensor], labels: Sequence[Sequence[str]], means: pd.DataFrame, label: str) -> Any:
     """P(step | position) of some rows (float [S, T] each), and the mean step of every group below.
 

@@ -4,7 +4,7 @@ from orderppl.policies.adaptive import EntropyBound, Factor, Klass, Threshold
 from orderppl.policies.early_commit import EarlyCommit
 from orderppl.policies.look_ahead import LookAhead
 from orderppl.policies.oracles import CorrectOracle, Oracle
-from orderppl.policies.plans import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan
+from orderppl.policies.plans import Dilated, FixedOrder, Halved, Plan, RandomSteps, ScanPlan
 from orderppl.policies.policy import LogitPolicy, Policy, Renormalised
 from orderppl.policies.price import PriceRange
 from orderppl.policies.ranked import PositionWeighted, Ranked
@@ -23,6 +23,7 @@ __all__ = [
     "EosAware",
     "Factor",
     "FixedOrder",
+    "Halved",
     "Klass",
     "LogitPolicy",
     "LookAhead",

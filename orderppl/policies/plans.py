@@ -17,6 +17,7 @@ from orderppl.distributions import (
     SetDistribution,
     StepwiseOrder,
 )
+from orderppl.distributions.halved_order import HalvedOrder
 from orderppl.errors import UserError
 from orderppl.policies.policy import Corrected, Policy
 from orderppl.unmasking import Batch, Denoiser, State
@@ -151,6 +152,38 @@ class ScanPlan(Planned):
         """See `Policy`: what is known of the positions is corrected, float [B, S, W]."""
         context: Any = self.network.context if self.context is None else self.context
         return ScanPlan(self.network, Corrected(context, correction))
+
+
+class Halved(Planned):
+    """A plan with every step played in two: every other position of a set first, the ones between them after it.
+
+    From coarse to fine: few steps are learned more easily than many, and what was apart stays apart.
+
+    Args:
+        coarse: a plan of half as many steps.
+
+    Raises:
+        UserError: no plan, or an odd number of steps.
+    """
+
+    def __init__(self, coarse: Policy) -> None:
+        super().__init__()
+        if not isinstance(coarse, Planned):
+            raise UserError(
+                "coarse", f"{type(coarse).__name__} is no plan", "use e.g. a ScanPlan of half as many steps"
+            )
+        self.coarse = coarse
+
+    def plan(self, opening: State) -> HalvedOrder:
+        """See `Planned`."""
+        assert isinstance(opening.num_steps, int)
+        if opening.num_steps % 2:
+            raise UserError("num_steps", f"{opening.num_steps} steps for a plan played in halves", "use an even number")
+        return HalvedOrder(self.coarse.plan(opening.replace(num_steps=opening.num_steps // 2)))
+
+    def corrected(self, correction: nn.Module) -> Halved:
+        """See `Policy`: the coarse plan is corrected."""
+        return Halved(self.coarse.corrected(correction))
 
 
 class RandomSteps(Policy):
