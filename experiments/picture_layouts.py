@@ -51,8 +51,10 @@ TIMED = [
 UPDATED = Dots(
     "time of an update, library / by hand", "time_ratio", "denoiser mode", "steps", {"axis": ("steps",)}, 1.0
 )
+WRITTEN = ("words", "last", "all")
 # what spaces out a step
 APART = ("periodic (1, 0)", "periodic (1, 2, 3, 0)", "periodic (0, 7, 6, 5, 4, 3, 2, 1)", "periodic (0, 1, 2, 3)")
+APART += ("periodic on rows (1, 0)", "periodic (1, 0, 3, 2)", "random uniform spaced spread=4 T=8")
 APART += ("threshold T=8 spaced spread=8 tau=0.02",)
 LAYOUTS: dict[str, list[Curves | Dots]] = {
     "antibodies": [FIRST, Dots("mean step of a region, from 0 (of 4)", "mean_step", "region", "run", REGION)],
@@ -65,8 +67,10 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
     "benchmark-speed-smdm": [Dots("share of the time of an update", "part_share", "part", "mode")],
     "chain": [GAP],
     "english": [
-        FIRST._replace(where={**SEED_0, **ORDERS, "written": ("hidden",)}, xlabel=f"{STEPS}, last sentences"),
-        FIRST._replace(where={**SEED_0, **ORDERS, "written": ("all",)}, xlabel=f"{STEPS}, whole questions"),
+        *(
+            FIRST._replace(where={**SEED_0, **ORDERS, "written": (what,)}, xlabel=f"{STEPS}, {what}")
+            for what in WRITTEN
+        ),
         PAIRED._replace(rows="written steps training_seed", where={"of": APART}),
     ],
     "equations-scan": [Curves(), PAIRED._replace(rows="arm target_nfe", where={"target_nfe": (3.0, 4.0)})],

@@ -5,46 +5,51 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions.kl import kl_divergence, register_kl
 
 from orderppl.distributions.order_distribution import OrderDistribution
+from orderppl.unmasking.trajectory import VISIBLE
 
 
 def halved(order: Tensor, num_steps: int) -> Tensor:
     """Every other position of each step first, the ones between them after it: int64 [*, S] -> [*, S].
 
-        r'_i = 2 r_i + (number of positions before i that have its step) mod 2
+        r'_i = min(2 r_i + (number of positions before i that have its step) mod 2, T - 1)
 
     Args:
         order: int64 [*, S], -1 where nothing is revealed.
-        num_steps: steps of the order.
+        num_steps: T; of an odd number the last step is played at once.
     """
-    fine = order
-    for step in range(num_steps):
-        same = order == step
-        fine = torch.where(same, 2 * step + (same.long().cumsum(-1) - 1) % 2, fine)
-    return fine
+    steps, places = order.sort(stable=True)  # [*, S]
+    index = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    begins = F.pad(steps[..., 1:] != steps[..., :-1], (1, 0), value=True)
+    rank = index - torch.where(begins, index, 0).cummax(-1).values  # among those of the same step
+    fine = (2 * steps + rank % 2).clamp(max=num_steps - 1).masked_fill(steps < 0, VISIBLE)
+    return torch.empty_like(order).scatter_(-1, places, fine)
 
 
 class HalvedOrder(OrderDistribution):
-    """An order of T / 2 steps, each played in two (see `halved`): as probable as the order it comes from.
+    """An order of half as many steps, each played in two (see `halved`): as probable as the order it comes from.
 
         log p(r') = log p(r),      r = floor(r' / 2)
 
     Args:
         coarse: the distribution of the order r.
+        num_steps: T; twice the steps of `coarse`, or one less.
     """
 
     has_steps = False
 
-    def __init__(self, coarse: OrderDistribution, validate_args: bool | None = None) -> None:
+    def __init__(self, coarse: OrderDistribution, num_steps: int, validate_args: bool | None = None) -> None:
         self.coarse = coarse
-        super().__init__(coarse.masked, 2 * coarse.num_steps, validate_args)
+        super().__init__(coarse.masked, num_steps, validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> HalvedOrder:
         """Return the same distribution at a broader batch shape."""
-        return HalvedOrder(self.coarse.expand(batch_shape), self._validate_args)._sharing_like(self)
+        coarse = self.coarse.expand(batch_shape)
+        return HalvedOrder(coarse, self.num_steps, self._validate_args)._sharing_like(self)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of an order, int64 [*, S] -> float [*]; -inf where no order was halved into it."""
@@ -69,7 +74,7 @@ class HalvedOrder(OrderDistribution):
         return self._fine(self.coarse.mode)
 
     def _fine(self, order: Tensor) -> Tensor:
-        return halved(order, self.coarse.num_steps)
+        return halved(order, self.num_steps)
 
 
 @register_kl(HalvedOrder, HalvedOrder)

@@ -142,9 +142,16 @@ class ScanPlan(Planned):
         self.context = context
 
     def plan(self, opening: State) -> AutoregressiveOrder:
-        """See `Planned`."""
+        """See `Planned`.
+
+        Raises:
+            UserError: a plan of more steps than there are.
+        """
         assert isinstance(opening.num_steps, int)
         network: Any = self.network
+        if getattr(network, "num_steps", 0) > opening.num_steps:
+            problem = f"{opening.num_steps} steps for a plan of {network.num_steps}"
+            raise UserError("num_steps", problem, "allow as many steps as the plan has")
         context = (network.context if self.context is None else self.context)(opening)
         return AutoregressiveOrder(network, context, opening.latent, opening.num_steps, source=self)
 
@@ -160,10 +167,10 @@ class Halved(Planned):
     From coarse to fine: few steps are learned more easily than many, and what was apart stays apart.
 
     Args:
-        coarse: a plan of half as many steps.
+        coarse: a plan of half as many steps, rounded up; of an odd number the last one is played at once.
 
     Raises:
-        UserError: no plan, or an odd number of steps.
+        UserError: no plan.
     """
 
     def __init__(self, coarse: Policy) -> None:
@@ -177,9 +184,8 @@ class Halved(Planned):
     def plan(self, opening: State) -> HalvedOrder:
         """See `Planned`."""
         assert isinstance(opening.num_steps, int)
-        if opening.num_steps % 2:
-            raise UserError("num_steps", f"{opening.num_steps} steps for a plan played in halves", "use an even number")
-        return HalvedOrder(self.coarse.plan(opening.replace(num_steps=opening.num_steps // 2)))
+        coarse = self.coarse.plan(opening.replace(num_steps=(opening.num_steps + 1) // 2))
+        return HalvedOrder(coarse, min(opening.num_steps, 2 * coarse.num_steps))
 
     def corrected(self, correction: nn.Module) -> Halved:
         """See `Policy`: the coarse plan is corrected."""

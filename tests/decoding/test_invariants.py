@@ -42,6 +42,7 @@ from orderppl.policies import (
     EosAware,
     Factor,
     FixedOrder,
+    Halved,
     Klass,
     LogitPolicy,
     LookAhead,
@@ -282,12 +283,13 @@ BLIND = LearnedPolicy(of_network(features=(), reads_tokens=False), Threshold(0.4
 OPENING = opening_plan()
 
 
-def scan_plan() -> ScanPlan:
+def scan_plan(steps: int = 4) -> ScanPlan:
     torch.manual_seed(7)
-    return ScanPlan(ScanNetwork(4, PositionTable(8, 3, noise=2.0), width=8).double())
+    return ScanPlan(ScanNetwork(steps, PositionTable(8, 3, noise=2.0), width=8).double())
 
 
 SCAN = scan_plan()
+HALVED = Halved(scan_plan(2))
 GROUPED = ScanPlan(GroupedNetwork(4, PositionTable(8, 3, noise=2.0), groups=3, width=8).double())
 
 
@@ -331,6 +333,7 @@ EVERY: dict[str, Factory] = {
     "plan": lambda p: Plan(TokenPlan()),
     "opening": lambda p: OPENING,
     "scan": lambda p: SCAN,
+    "halved": lambda p: HALVED,
     "grouped": lambda p: GROUPED,
     "scan_policy": lambda p: SCANNING,
     "scan_policy-may_wait": lambda p: WAITING,

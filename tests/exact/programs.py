@@ -29,6 +29,7 @@ from orderppl.policies import (
     EntropyBound,
     EosAware,
     FixedOrder,
+    Halved,
     Klass,
     Oracle,
     Plan,
@@ -223,6 +224,7 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
     "early_commit": (lambda steps: early_commit(), {}),
     "plan": (lambda steps: Plan(PlaceTable(steps)), {}),
     "scan": (scan, {}),
+    "halved": (lambda steps: Halved(scan((steps + 1) // 2)), {}),
     "grouped": (grouped, {}),
     "scan_policy": (lambda steps: scan_policy(), {}),
     "scan_policy_waits": (lambda steps: scan_policy(waits=True), {}),
@@ -243,9 +245,9 @@ MODELS: dict[str, tuple[Callable[[int], Policy], Options]] = {
 }
 GUIDES = ["random", "mean_field", "plan", "renormalised", "policy", "other_policy", "posterior"]
 GUIDES += ["plackett_luce", "one_each", "point", "oracle", "fixed", "smoothed", "klass", "blocks", "finishing", "scan"]
-GUIDES += ["scan_policy", "corrected_scan_policy", "grouped"]
+GUIDES += ["scan_policy", "corrected_scan_policy", "grouped", "halved"]
 GUIDES += ["corrected", "corrected_plan", "corrected_scan", "renormalised_posterior"]
-WHOLE = {"scan", "grouped", "corrected_scan"}  # orders whose sets are not known one by one
+WHOLE = {"scan", "grouped", "halved", "corrected_scan"}  # orders whose sets are not known one by one
 
 
 def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) -> Guide:
@@ -264,6 +266,7 @@ def make_guide(name: str, prior: Policy, denoiser: nn.Module, num_steps: int) ->
         "plan": lambda: of(prior if isinstance(prior, Plan) else Plan(PlaceTable(num_steps))),
         "scan": lambda: of(prior if isinstance(prior, ScanPlan) else scan(num_steps)),
         "grouped": lambda: of(grouped(num_steps)),
+        "halved": lambda: of(Halved(scan((num_steps + 1) // 2))),
         "scan_policy": lambda: of(scan_policy(waits)),
         "corrected_scan_policy": lambda: posterior(scan_policy(waits), TrueTokens(2)),
         "corrected": lambda: posterior(LearnedPolicy(StateTable(), non_empty=not waits), TrueTokens(None)),
@@ -297,6 +300,7 @@ def is_finite_pair(guide: str, model: str) -> bool:
         "random_sizes": {"plackett_luce", "point", "policy"},
         "ranked": {"plackett_luce", "point", "policy"},
         "priced_one_each": {"one_each", "policy"},
+        "halved": {"policy"},
         "blocks": {"policy"},  # of two positions, and each block is finished in its last step
         "eos_aware": {"policy"},
         "renormalised": {"policy"},  # whose sets have the best position for sure
@@ -305,7 +309,7 @@ def is_finite_pair(guide: str, model: str) -> bool:
         return guide in same_sets[model]
     may_wait = {"uniform", "cosine", "may_wait", "residual", "plan", "scan", "grouped", "scan_policy_waits"}
     may_wait |= {"looking_back", "priced_uniform"}
-    waiting = {"random", "mean_field", "plan", "scan", "grouped", "corrected_plan", "corrected_scan"}
+    waiting = {"random", "mean_field", "plan", "scan", "grouped", "halved", "corrected_plan", "corrected_scan"}
     return model in may_wait or guide not in waiting
 
 

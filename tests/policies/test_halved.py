@@ -19,14 +19,16 @@ from programs import TableDenoiser, make_batch, scan
 def test_every_other_position_of_a_step_comes_first() -> None:
     """By hand; given positions and padding stay -1."""
     order = torch.tensor([[0, 1, 0, 0, -1, 1, 1, 0], [-1, 0, -1, 1, 1, -1, 1, 1]])
-    assert halved(order, 2).tolist() == [[0, 2, 1, 0, -1, 3, 2, 1], [-1, 0, -1, 2, 3, -1, 2, 3]]
+    assert halved(order, 4).tolist() == [[0, 2, 1, 0, -1, 3, 2, 1], [-1, 0, -1, 2, 3, -1, 2, 3]]
+    assert halved(order[0], 3).tolist() == [0, 2, 1, 0, -1, 2, 2, 1]  # the last of three steps at once
 
 
+@pytest.mark.parametrize("num_steps", [3, 4])
 @pytest.mark.parametrize("canvas", ["plain", "scattered"])
-def test_halved_orders_are_as_probable_as_what_they_come_from(canvas: str) -> None:
-    """All orders of 4 steps: the mass is 1, that of an order the one of its coarse order, and none elsewhere."""
+def test_halved_orders_are_as_probable_as_what_they_come_from(canvas: str, num_steps: int) -> None:
+    """All orders of 3 or 4 steps: the mass is 1, that of an order the one of its coarse order, and none elsewhere."""
     batch, plan = make_batch(canvas), scan(2)
-    q = Halved(plan).order(batch, TableDenoiser(), 4)
+    q = Halved(plan).order(batch, TableDenoiser(), num_steps)
     values = q.enumerate_support()
     log_prob = q.log_prob(values)
     torch.testing.assert_close(log_prob.logsumexp(0), torch.zeros(len(batch)), atol=1e-5, rtol=0)
@@ -49,18 +51,18 @@ def test_draws_have_their_probabilities() -> None:
 
 def test_shapes_and_draws_that_rows_share() -> None:
     order = StepwiseOrder(torch.zeros(5, 2), torch.ones(3, 5).bool())
-    q = HalvedOrder(order)
+    q = HalvedOrder(order, 4)
     wide = q.expand(torch.Size((4, 3)))
     assert (q.num_steps, wide.batch_shape, wide.event_shape) == (4, (4, 3), (5,))
     assert wide.sample((2,)).shape == (2, 4, 3, 5)
     shared = q.sharing_draws().sample((6,))
     assert shared.eq(shared[:, :1]).all() and not shared.eq(shared[:1]).all()
-    assert q.mode.eq(halved(order.mode, 2)).all()
+    assert q.mode.eq(halved(order.mode, 4)).all()
 
 
 def test_divergence_is_that_of_the_coarse_orders() -> None:
     left, right = (StepwiseOrder(torch.randn(5, 2), torch.ones(3, 5).bool()) for _ in range(2))
-    torch.testing.assert_close(kl_divergence(HalvedOrder(left), HalvedOrder(right)), kl_divergence(left, right))
+    torch.testing.assert_close(kl_divergence(HalvedOrder(left, 4), HalvedOrder(right, 4)), kl_divergence(left, right))
 
 
 def test_plays_twice_as_many_steps() -> None:
@@ -89,5 +91,7 @@ def test_is_written_and_corrected() -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(UserError, match="coarse: Ranked is no plan"):
         Halved(Ranked("random"))
-    with pytest.raises(UserError, match="num_steps: 3 steps for a plan played in halves"):
-        Halved(scan(2)).order(make_batch("plain"), TableDenoiser(), 3)
+    with pytest.raises(UserError, match="num_steps: .* steps for a plan of"):
+        Halved(Plan(PositionTable(8, 2))).order(make_batch("plain"), TableDenoiser(), 6)
+    with pytest.raises(UserError, match="num_steps: 2 steps for a plan of 3"):
+        Halved(scan(3)).order(make_batch("plain"), TableDenoiser(), 4)
