@@ -90,9 +90,9 @@ def main(
     plans: dict[int, Policy] = {}
     budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "lr": lr}
     budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0}
+    learned = (steps + 1) // 2 if family == "halved" else steps
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
-        learned = (steps + 1) // 2 if family == "halved" else steps
         plan = make_policy(learned, family, network.vocab_size, given=hides is not None)
         learn_plan(plan, network, splits["train"], learned, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
         plans[seed] = Halved(plan) if family == "halved" else plan

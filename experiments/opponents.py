@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from math import gcd
 
@@ -39,9 +38,12 @@ def spaced_orders(steps: int, whole: bool = False) -> list[Arm]:
     patterns += [tuple(k * i % steps for i in range(steps)) for k in strides if steps > 4]
     patterns += [(0, 4, 2, 6, 1, 5, 3, 7), (0, 7, 3, 6, 1, 5, 2, 4)] if steps == 8 else []  # always halfway between
     patterns += SPACED if steps == 4 else []
-    lain = {"periodic": FixedOrder} | ({"periodic on rows": partial(FixedOrder, counts_given=True)} if whole else {})
-    named = [(f"{name} {p}", make(p, periodic=True)) for p in patterns for name, make in lain.items()]
-    return [*(Arm(name, order, steps, family="periodic") for name, order in named), Arm("dilated", Dilated(), steps)]
+    arms = []
+    for pattern, given in product(patterns, (False, True) if whole else (False,)):
+        order = FixedOrder(pattern, periodic=True, counts_given=given)
+        name = "periodic on rows" if given else "periodic"
+        arms.append(Arm(f"{name} {pattern}", order, steps, family="periodic"))
+    return [*arms, Arm("dilated", Dilated(), steps)]
 
 
 def spaced_rules(steps: int) -> list[Arm]:

@@ -75,6 +75,13 @@ class Planned(Policy):
         return next_set(state.carry, state.masked)
 
 
+def _check_room(opening: State, steps: int) -> None:
+    """Whether there are as many steps as a plan has."""
+    if steps > opening.num_steps:
+        problem = f"{opening.num_steps} steps for a plan of {steps}"
+        raise UserError("num_steps", problem, "allow as many steps as the plan has")
+
+
 class Plan(Planned):
     """A learned plan: independent steps per position, from a network that sees the opening.
 
@@ -90,18 +97,6 @@ class Plan(Planned):
         super().__init__()
         self.network = network
 
-    def order(self, batch: Batch, denoiser: Denoiser, num_steps: int) -> OrderDistribution:
-        """See `Planned`.
-
-        Raises:
-            UserError: a plan of another number of steps.
-        """
-        plan = super().order(batch, denoiser, num_steps)
-        if plan.num_steps != num_steps:
-            problem = f"{type(self.network).__name__} gives {plan.num_steps} numbers per position for {num_steps} steps"
-            raise UserError("network", problem, f"set its output size to {num_steps}")
-        return plan
-
     def corrected(self, correction: nn.Module) -> Plan:
         """See `Policy`: step logits are corrected, float [B, S, T]."""
         return Plan(Corrected(self.network, correction))
@@ -116,9 +111,7 @@ class Plan(Planned):
         if logits.shape[-1] == 1 < opening.num_steps:  # it would reveal everything at once
             problem = f"gives one number per position, as for a ranking, where {opening.num_steps} steps are planned"
             raise UserError("network", problem, f"set its output size to {opening.num_steps}")
-        if logits.shape[-1] > opening.num_steps:
-            problem = f"{opening.num_steps} steps for a plan of {logits.shape[-1]}"
-            raise UserError("num_steps", problem, "allow as many steps as the plan has")
+        _check_room(opening, logits.shape[-1])
         return StepwiseOrder(logits, opening.latent)
 
 
@@ -149,9 +142,7 @@ class ScanPlan(Planned):
         """
         assert isinstance(opening.num_steps, int)
         network: Any = self.network
-        if getattr(network, "num_steps", 0) > opening.num_steps:
-            problem = f"{opening.num_steps} steps for a plan of {network.num_steps}"
-            raise UserError("num_steps", problem, "allow as many steps as the plan has")
+        _check_room(opening, getattr(network, "num_steps", 0))
         context = (network.context if self.context is None else self.context)(opening)
         return AutoregressiveOrder(network, context, opening.latent, opening.num_steps, source=self)
 
