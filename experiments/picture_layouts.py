@@ -103,5 +103,6 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
     "reactions": [FIRST, Dots("mean step of a kind of token, from 0", "mean_step", "kind", "steps")],
     "receptors": [FIRST._replace(where={**SEED_0, **ORDERS}), PAIRED],
     "sudoku": [Curves("accuracy path_nats")],
+    "sudoku-unique": [Curves("accuracy path_nats")],
     "tree": [GAP],
 }

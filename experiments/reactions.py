@@ -3,7 +3,8 @@
     python experiments/reactions.py --train ../shared/data/reactions/reactions.csv --steps 4 --out runs/reactions
 
 The reactants are given, the product is to be written. The order is a plan that reads what the denoiser expects while
-the whole product is hidden, so the reactants through it. The table gives `path_nats` on held-out reactions: nats per
+the whole product is hidden, so the reactants through it. For many steps it can be learned for half as many, each of
+which is then played in two (`--family halved`). The table gives `path_nats` on held-out reactions: nats per
 token along each arm's own order with the same number of steps. What the arms write freely is checked: `valid` SMILES,
 `exact` products. The figure shows what was learned, token by token.
 """
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import pandas as pd
 import pyro
 from jsonargparse import auto_cli
-from opponents import best_of, spaced_orders
+from opponents import best_of, spaced_orders, spaced_rules
 from plan_fits import learn_plan
 from rich.console import Console
 
@@ -25,10 +26,12 @@ from orderppl.evaluation.results import results_table, write_results
 from orderppl.figures import save_figure
 from orderppl.models import GroupedNetwork, OpeningPlan, ScanNetwork
 from orderppl.models.denoisers import ReactionDenoiser
-from orderppl.policies import Plan, Ranked, ScanPlan
+from orderppl.policies import Halved, Plan, Ranked, ScanPlan
 from orderppl.policies.plans import Planned
 
 from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
+
+RATES = (0.0, 0.5, 0.75, 0.9)  # of the traces of a scan
 
 
 def token_kind(token: str) -> str | None:
@@ -45,6 +48,16 @@ def token_kind(token: str) -> str | None:
     return named.get(token, "bond" if token in "=#-/\\" else None)
 
 
+def make_plan(steps: int, family: str, vocab_size: int, groups: int) -> Planned:
+    """A plan that reads what is expected while everything is hidden."""
+    if family == "independent":
+        return Plan(OpeningPlan(steps, vocab_size))
+    opening = OpeningPlan(16, vocab_size)
+    if family == "groups":
+        return ScanPlan(GroupedNetwork(steps, opening, groups, width=48))
+    return ScanPlan(ScanNetwork(steps, opening, rates=RATES))
+
+
 def written(policy: Policy, denoiser: Denoiser, examples: Examples, steps: int, arm: str) -> list[dict[str, object]]:
     """`valid` and `exact` shares of the products that an arm writes."""
     output = decode(denoiser, policy, examples.batch, max_steps=steps, mode=arm == "learned")
@@ -58,67 +71,69 @@ def written(policy: Policy, denoiser: Denoiser, examples: Examples, steps: int, 
 def main(
     train: Path,
     steps: int = 4,
-    family: Literal["groups", "scan", "independent"] = "scan",
+    family: Literal["scan", "halved", "groups", "independent"] = "scan",
     groups: int = 4,
-    seed: int = 0,
+    seeds: int = 1,
     split: int = 0,
-    rows: int = 40_000,
+    rows: int = 60_000,
     lr: float = 0.01,
     bonus: float = 0.3,
     schedule: Literal["constant", "cosine"] = "cosine",
+    bfloat16: bool = False,
     rows_written: int = 32,
     out: Path = Path("runs/reactions"),
 ) -> None:
-    """Learn a plan and compare it on held-out reactions.
+    """Learn a plan on every seed and compare on held-out reactions.
 
     Args:
         train: CSV file with a column rxn.
         steps: step budget T.
-        family: steps that depend on each other in a scan or in groups, or independent ones.
-        groups: interleaved groups of the second of these.
-        seed: of the fit.
+        family: steps that depend on each other in a scan, the same for half as many steps, each of which is then played
+            in two, steps that depend on each other in groups, or independent ones.
+        groups: interleaved groups.
+        seeds: training seeds, from 0.
         split: seed of what is held out.
         rows: denoiser rows that the fit may spend.
         lr: learning rate.
         bonus: weight of the entropy bonus at the start; it fades.
         schedule: of the learning rate.
+        bfloat16: fit under autocast, twice as fast where the processor knows the format; what is compared is float32.
         rows_written: held-out products that are also written freely.
         out: folder of run and results.
     """
     denoiser = ReactionDenoiser()
     data = Reactions(str(train), seed=split)
     splits = data.splits(denoiser.tokenizer)
-    plan: Planned
-    pyro.set_rng_seed(seed)
-    if family == "groups":
-        plan = ScanPlan(GroupedNetwork(steps, OpeningPlan(16, denoiser.vocab_size), groups, width=48))
-    elif family == "scan":
-        plan = ScanPlan(ScanNetwork(steps, OpeningPlan(16, denoiser.vocab_size)))
-    else:
-        plan = Plan(OpeningPlan(steps, denoiser.vocab_size))
-    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "schedule": schedule, "seed": seed}
-    learn_plan(plan, denoiser, splits["train"], steps, **budget, group=8, out=out / "order")
+    plans: dict[int, Planned] = {}
+    learned = (steps + 1) // 2 if family == "halved" else steps
+    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "schedule": schedule, "bfloat16": bfloat16}
+    budget |= {"group": 8, "grad_clip": 1.0}
+    for seed in range(seeds):
+        pyro.set_rng_seed(seed)
+        plan = make_plan(learned, family, denoiser.vocab_size, groups)
+        learn_plan(plan, denoiser, splits["train"], learned, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
+        plans[seed] = Halved(plan) if family == "halved" else plan
     test = splits["test"]
-    spaced = best_of(spaced_orders(steps), denoiser, splits["validation"].take(32))
-    records = compare({seed: plan}, denoiser, test, steps, spaced=spaced, out=out, title="Reactions")
+    spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], denoiser, splits["validation"].take(48))
+    records = compare(plans, denoiser, test, steps, spaced=spaced, out=out, title="Reactions")
 
     few = test.take(rows_written)
-    arms: dict[str, Policy] = {"learned": plan, "random": Ranked("random"), "top_prob": Ranked("top_prob")}
+    arms: dict[str, Policy] = {"learned": plans[0], "random": Ranked("random"), "top_prob": Ranked("top_prob")}
     free = [record for arm, policy in arms.items() for record in written(policy, denoiser, few, steps, arm)]
     Console().print(results_table(free, title="Products written freely, most likely tokens"))
 
     batch = test.batch
     rows_read = zip(batch.tokens, batch.latent, strict=True)
     kinds = [[token_kind(test.spell(token)) for token in tokens[latent].tolist()] for tokens, latent in rows_read]
-    means = mean_by_group(revealed_steps(plan, denoiser, batch, steps), kinds, "kind")
+    means = mean_by_group(revealed_steps(plans[0], denoiser, batch, steps), kinds, "kind")
     chosen = batch.rows((batch.latent.sum(-1) - 36).abs().argsort(stable=True)[:2])
-    shares = step_shares(plan, denoiser, chosen, steps)
+    shares = step_shares(plans[0], denoiser, chosen, steps)
     seen = [own[latent] for own, latent in zip(shares, chosen.latent, strict=True)]
     rows_shown = zip(chosen.tokens, chosen.latent, strict=True)
     labels = [[test.spell(token) for token in tokens[latent].tolist()] for tokens, latent in rows_shown]
     save_figure(figure_of(seen, labels, means, "kind"), out / "order.svg")
     label = {"task": "reactions", "rows": rows}
-    config = {**budget, **label, "family": family, "steps": steps, "groups": groups}
+    config = {**budget, **label, "family": family, "steps": steps, "groups": groups, "seeds": seeds}
     write_results(out, "reactions", config, pd.concat([records, pd.DataFrame(free), means]).assign(**label))
 
 

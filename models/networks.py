@@ -257,9 +257,12 @@ def _view(log_probs: Tensor) -> Tensor:
 class ScanNetwork(Configurable, nn.Module):
     """Reads the steps of earlier positions one after another, for orders whose steps depend on each other.
 
-        h_i = GRU([one-hot of r_{i-1}, context_i], h_{i-1}),      logits_i = W h_i
+        e_i^rate = one-hot of r_{i-1} + rate e_{i-1}^rate
+        h_i      = GRU([e_i, context_i], h_{i-1}),      logits_i = W h_i (+ U [e_i, context_i])
 
-    A draw takes a pass per position. See `ScanPlan`.
+    A trace e^rate holds how far back each step was last chosen; that of rate 0 is the step of the position before. With
+    several of them the logits read them directly, too: spacing is a few weights of U, which a short fit finds, where a
+    GRU alone has to learn to count. A draw takes a pass per position. See `ScanPlan`.
 
     Args:
         num_steps: T.
@@ -267,46 +270,71 @@ class ScanNetwork(Configurable, nn.Module):
             `PositionTable` of free numbers, or an `OpeningPlan` that reads the denoiser's first predictions.
         width: size of what the scan holds.
         bias: log-odds of the last step at the start; with -2, sets reveal about one position in eight.
+        rates: of the traces, the share that is kept from one position to the next, such as 0, 0.5, 0.75, 0.9.
+
+    Raises:
+        UserError: rates that are not from 0 to below 1, or none.
     """
 
-    def __init__(self, num_steps: int, context: nn.Module, width: int = 32, bias: float = 0.0) -> None:
+    rates: Tensor
+
+    def __init__(
+        self, num_steps: int, context: nn.Module, width: int = 32, bias: float = 0.0, rates: Sequence[float] = (0.0,)
+    ) -> None:
         super().__init__()
+        if not rates or not all(0 <= rate < 1 for rate in rates):
+            raise UserError("rates", f"{list(rates)} are not shares from 0 to below 1", "give at least one, such as 0")
         self.num_steps = num_steps
         self.context = context
+        self.register_buffer("rates", torch.tensor([float(rate) for rate in rates]), persistent=False)
         size = context.out
         assert isinstance(size, int)
-        self.cell = nn.GRU(num_steps + 1 + size, width, batch_first=True)
+        inputs = len(rates) * (num_steps + 1) + size
+        self.cell = nn.GRU(inputs, width, batch_first=True)
         self.head = nn.Linear(width, num_steps)
         with torch.no_grad():
             self.head.bias[-1] += bias
+        self.direct = nn.Linear(inputs, num_steps, bias=False) if len(rates) > 1 else None
+        if self.direct is not None:
+            nn.init.zeros_(self.direct.weight)
         self.first = nn.Parameter(torch.zeros(width))
 
     def turns(self, length: int) -> Tensor:
         """One position after another; see `Scan`."""
         return torch.arange(length, device=self.first.device)
 
-    def _inputs(self, context: Tensor, before: Tensor) -> Tensor:
-        """Contexts float [.., W] behind the step of the position before, int64 [..], -1 at the first."""
-        seen = F.one_hot(before + 1, self.num_steps + 1).to(context.dtype)
-        return torch.cat([seen, context], -1)
+    def _chosen(self, before: Tensor) -> Tensor:
+        """One-hot of the step of the position before, int64 [..], -1 at the first: float [.., T + 1]."""
+        return F.one_hot(before + 1, self.num_steps + 1).to(self.first.dtype)
+
+    def _logits(self, held: Tensor, inputs: Tensor) -> Tensor:
+        """Step logits from what is held and what is read, float [.., T]."""
+        logits: Tensor = self.head(held)
+        return logits if self.direct is None else logits + self.direct(inputs)
 
     def forward(self, context: Tensor, steps: Tensor, there: Tensor) -> Tensor:
         """Step logits of all positions at once, float [N, L, T]; see `Scan`."""
         before = torch.cat([torch.full_like(steps[:, :1], -1), steps[:, :-1]], 1)
-        start = self.first.expand(1, len(steps), -1).contiguous()
-        held, _ = self.cell(self._inputs(context, before), start)
-        logits: Tensor = self.head(held)
-        return logits
+        place = torch.arange(steps.shape[1], device=steps.device)
+        since = (place[:, None] - place).clamp(min=0)
+        kept = (self.rates[:, None, None] ** since).tril()  # [R, L, L]
+        traces = torch.einsum("rij,njt->nirt", kept, self._chosen(before))  # [N, L, R, T + 1]
+        inputs = torch.cat([traces.flatten(2), context], -1)
+        held, _ = self.cell(inputs, self.first.expand(1, len(steps), -1).contiguous())
+        return self._logits(held, inputs)
 
     def draw(self, context: Tensor, noise: Tensor, there: Tensor) -> Tensor:
         """Draw the steps position by position, int64 [N, L]; see `Scan`."""
         gru = self.cell
         weights: Any = gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
         held, before = self.first.expand(len(context), -1), torch.full_like(there[:, 0], -1, dtype=torch.int64)
+        traces = context.new_zeros(len(context), len(self.rates), self.num_steps + 1)
         steps = []
         for place in range(context.shape[1]):
-            held = torch.gru_cell(self._inputs(context[:, place], before), held, *weights)
-            before = sample_categorical(self.head(held), noise[:, place])
+            traces = self.rates[:, None] * traces + self._chosen(before).unsqueeze(1)
+            inputs = torch.cat([traces.flatten(1), context[:, place]], -1)
+            held = torch.gru_cell(inputs, held, *weights)
+            before = sample_categorical(self._logits(held, inputs), noise[:, place])
             steps.append(before)
         return torch.stack(steps, -1)
 

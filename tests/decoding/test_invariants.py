@@ -299,7 +299,7 @@ def scan_policy(make: Callable[[PolicyNetwork], ScanNetwork | GroupedNetwork], n
 
 
 SCANNING = scan_policy(lambda context: ScanNetwork(2, context, width=8, bias=-1.0))
-WAITING = scan_policy(lambda context: ScanNetwork(2, context, width=8, bias=-1.0), non_empty=False)
+WAITING = scan_policy(lambda context: ScanNetwork(2, context, width=8, bias=-1.0, rates=(0.0, 0.9)), non_empty=False)
 IN_GROUPS = scan_policy(lambda context: GroupedNetwork(2, context, groups=2, width=8))
 ANSWER = AnswerTokens(marks=[0], ends=[1])
 Factory = Callable[[Problem], Policy]

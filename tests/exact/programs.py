@@ -200,9 +200,10 @@ def grouped(num_steps: int) -> ScanPlan:
 
 
 def scan_policy(waits: bool = False) -> ScanPolicy:
-    """Decisions that depend on those to their left, with random weights."""
-    network = ScanNetwork(2, StateNumbers(), width=4)
-    for parameter in network.cell.parameters():
+    """Decisions that depend on those to their left, through traces too, with random weights."""
+    network = ScanNetwork(2, StateNumbers(), width=4, rates=(0.0, 0.5))
+    assert network.direct is not None
+    for parameter in (*network.cell.parameters(), network.direct.weight):
         nn.init.normal_(parameter)
     return ScanPolicy(network, non_empty=not waits)
 

@@ -146,6 +146,7 @@ def things() -> dict[str, Policy]:
         "plan": Plan(PositionTable(5, STEPS, noise=1.0)),
         "split plan": Plan(PositionTable(5, STEPS, split=1, noise=1.0)),
         "scan": ScanPlan(ScanNetwork(STEPS, PositionTable(5, 2, noise=1.0), width=4)),
+        "scan with traces": ScanPlan(ScanNetwork(STEPS, PositionTable(5, 2, noise=1.0), width=4, rates=(0.0, 0.75))),
         "grouped scan": ScanPlan(GroupedNetwork(STEPS, PositionTable(5, 2, noise=1.0), groups=2, width=4)),
         "scan policy": ScanPolicy(ScanNetwork(2, network(vectors=3), width=4, bias=-1.0), non_empty=False),
         "renormalised": Renormalised(LearnedPolicy(network()), 0.5),

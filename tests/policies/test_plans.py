@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from written_denoisers import Table, masks, state_of
 
@@ -216,3 +217,40 @@ def test_a_dilated_order_halves_the_distances() -> None:
 def test_a_policy_that_scans_has_two_outcomes() -> None:
     with pytest.raises(UserError, match="^network: scans over 4 steps, where a set has two outcomes"):
         ScanPolicy(ScanNetwork(4, PositionTable(3, 2)))
+
+
+def test_traces_hold_how_far_back_each_step_was_chosen() -> None:
+    """By hand: what the scan reads at every position is the discounted sum of the steps before it."""
+    network = ScanNetwork(2, PositionTable(4, 1), rates=(0.0, 0.5))
+    read: list[Tensor] = []
+    network.cell.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    steps = torch.tensor([[1, 0, 1, 1]])
+    network(torch.zeros(1, 4, 1), steps, torch.ones(1, 4, dtype=torch.bool))
+    start, zero, one = (F.one_hot(torch.tensor(i), 3).float() for i in range(3))
+    last = torch.stack([start, one, zero, one])
+    trace = torch.stack([start, start / 2 + one, start / 4 + one / 2 + zero, start / 8 + one / 4 + zero / 2 + one])
+    assert read[0][0, :, :-1].equal(torch.cat([last, trace], -1))
+
+
+def test_a_draw_follows_what_the_scan_with_traces_says() -> None:
+    """Draws of 4,000 orders against the probabilities of all 16; |z| below 5."""
+    torch.manual_seed(3)
+    network = ScanNetwork(2, PositionTable(4, 1), width=4, rates=(0.0, 0.5, 0.9)).requires_grad_(False)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter)
+    orders = torch.cartesian_prod(*[torch.arange(2)] * 4)  # [16, 4]
+    context, there = torch.randn(1, 4, 1), torch.ones(16, 4, dtype=torch.bool)
+    logits = network(context.expand(16, -1, -1), orders, there)
+    probs = logits.log_softmax(-1).gather(-1, orders[..., None]).sum((1, 2)).exp()
+    assert probs.sum() == pytest.approx(1.0, abs=1e-5)
+    count = 4000
+    drawn = network.draw(context.expand(count, -1, -1), torch.rand(count, 4), there[:1].expand(count, -1))
+    found = torch.bincount((drawn * torch.tensor([8, 4, 2, 1])).sum(-1), minlength=16)
+    z = (found - count * probs) / (count * probs * (1 - probs)).sqrt()
+    assert float(z.abs().max()) < 5
+
+
+@pytest.mark.parametrize("rates", [(), (1.0,), (0.5, -0.1)])
+def test_rates_of_traces_are_shares(rates: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match="^rates: .* are not shares from 0 to below 1; give at least one"):
+        ScanNetwork(3, PositionTable(3, 2), rates=rates)
