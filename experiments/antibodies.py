@@ -20,7 +20,7 @@ import torch
 from antibody_judge import AntibodyJudge
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders
-from plan_fits import learn_plan
+from plan_fits import learn_plans
 from rich.console import Console
 from torch import Tensor
 
@@ -78,6 +78,7 @@ def main(
     rows: int = 60_000,
     lr: float = 0.2,
     bonus: float = 0.03,
+    halved: bool = False,
     judged: int = 0,
     out: Path = Path("runs/antibodies"),
 ) -> None:
@@ -94,6 +95,7 @@ def main(
         rows: denoiser rows that a fit may spend.
         lr: learning rate.
         bonus: weight of the entropy bonus at the start; it fades.
+        halved: learn for half as many steps, each of which is then played in two.
         judged: held-out domains that are also written freely and judged by an independent model (antiberty, 97 MB).
         out: folder of run and results.
     """
@@ -101,16 +103,14 @@ def main(
     source = draw_sequences(denoiser, out / "drawn.fasta", chain == "L") if train is None else train
     data = Antibodies(str(source), regions=regions, names=names, seed=split)
     splits = data.splits(denoiser.tokenizer)
-    plans: dict[int, Plan] = {}
-    for seed in range(split, split + seeds):
-        plans[seed] = Plan(PositionTable(data.length, steps, split=LEFT[chain], counts="attended"))
-        folder, budget = out / ("order" if seed == split else f"order-{seed}"), {"rows": rows, "lr": lr, "bonus": bonus}
-        learn_plan(plans[seed], denoiser, splits["train"], steps, seed=seed, out=folder, **budget)  # type: ignore[arg-type]
-
+    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "halved": halved}
+    training = denoiser, splits["train"], steps, range(split, split + seeds), out
+    plans = learn_plans(
+        lambda count: Plan(PositionTable(data.length, count, split=LEFT[chain], counts="attended")), *training, **budget
+    )
     test, plan = splits["test"], plans[split]
     spaced = best_of(spaced_orders(steps), denoiser, splits["train"].take(64))
     records = compare(plans, denoiser, test, steps, spaced=spaced, out=out, title=regions or "Antibodies")
-
     parts = [antibody_regions(domain) for domain in domains(test)]
     known = test.rows(torch.tensor([row for row, found in enumerate(parts) if found is not None]))
     found = [part for part in parts if part is not None]
@@ -134,7 +134,7 @@ def main(
         Console().print(results_table(opinions, rows=("arm", "region"), columns=("metric",), title="Written freely"))
         means = pd.concat([means, pd.DataFrame(opinions)])
     labels = {"task": "antibodies", "sequences": "file" if train else "drawn", "chain": chain, "rows": rows}
-    config = {**labels, "steps": steps, "regions": regions, "names": names, "seeds": seeds, "lr": lr, "bonus": bonus}
+    config = {**labels, **budget, "steps": steps, "regions": regions, "names": names, "seeds": seeds}
     write_results(out, "antibodies", config, pd.concat([records, means.assign(steps=steps)]).assign(**labels))
 
 

@@ -10,6 +10,7 @@ The figure shows one text in two orders. What is finished is kept: repeat the co
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from math import log
 from pathlib import Path
@@ -17,17 +18,16 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import pyro
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders, spaced_rules
-from plan_fits import learn_plan
+from plan_fits import learn_plans
 
 from orderppl import Policy, load_run
 from orderppl.config import build
 from orderppl.evaluation.results import write_results
 from orderppl.figures import COLOURS, GREY, INK, STYLE, WIDTH, save_figure
 from orderppl.models import OpeningPlan, PolicyNetwork, ScanNetwork
-from orderppl.policies import Halved, Plan, Ranked, ScanPlan, ScanPolicy
+from orderppl.policies import Plan, Ranked, ScanPlan, ScanPolicy
 
 from molecules import compare, mean_by_group, revealed_steps, side_by_side
 
@@ -87,15 +87,10 @@ def main(
     run = load_run(denoiser)
     data, network = run.config["data"], run.denoiser
     splits = build({**data, "init_args": {**data["init_args"], "hides": hides}}).splits(run.tokenizer)
-    plans: dict[int, Policy] = {}
     budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "lr": lr}
-    budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0}
-    learned = (steps + 1) // 2 if family == "halved" else steps
-    for seed in range(seeds):
-        pyro.set_rng_seed(seed)
-        plan = make_policy(learned, family, network.vocab_size, given=hides is not None)
-        learn_plan(plan, network, splits["train"], learned, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
-        plans[seed] = Halved(plan) if family == "halved" else plan
+    budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0, "halved": family == "halved"}
+    make = partial(make_policy, family=family, vocab_size=network.vocab_size, given=hides is not None)
+    plans = learn_plans(make, network, splits["train"], steps, range(seeds), out, **budget)
     spaced = best_of([*spaced_orders(steps, hides is not None), *spaced_rules(steps)], network, splits["validation"])
     test = splits["test"].take(tested)
     batch = test.batch

@@ -1,5 +1,6 @@
 """How the experiments fit a plan, or another policy."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from orderppl.data import Examples
 from orderppl.guides import PolicyGuide
 from orderppl.inference import Anneal, RevealTraceGraph_ELBO
 from orderppl.models import UnmaskingModel
-from orderppl.policies import RandomSteps
+from orderppl.policies import Halved, RandomSteps
 
 
 def fit_plan(
@@ -95,3 +96,36 @@ def learn_plan(
         **settings,
     )
     return updates
+
+
+def learn_plans(
+    make: Callable[[int], Any],
+    denoiser: Denoiser,
+    train: Examples,
+    steps: int,
+    seeds: Iterable[int],
+    out: Path,
+    *,
+    halved: bool = False,
+    **budget: Any,
+) -> dict[int, Any]:
+    """Make and fit a plan on every seed; what is finished in `out` is read. See `learn_plan`.
+
+    Args:
+        make: number of steps -> a plan, or another policy.
+        denoiser: see `orderppl.Denoiser`.
+        train: rows to learn from.
+        steps: step budget T.
+        seeds: training seeds.
+        out: folder of the runs.
+        halved: learn for half as many steps, each of which is then played in two.
+        budget: further arguments of `learn_plan`.
+    """
+    learned = (steps + 1) // 2 if halved else steps
+    plans: dict[int, Any] = {}
+    for seed in seeds:
+        pyro.set_rng_seed(seed)
+        plan = make(learned)
+        learn_plan(plan, denoiser, train, learned, seed=seed, out=out / f"seed-{seed}", resume=True, **budget)
+        plans[seed] = Halved(plan) if halved else plan
+    return plans

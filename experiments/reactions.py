@@ -9,14 +9,14 @@ token along each arm's own order with the same number of steps. What the arms wr
 `exact` products. The figure shows what was learned, token by token.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import pyro
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders, spaced_rules
-from plan_fits import learn_plan
+from plan_fits import learn_plans
 from rich.console import Console
 
 from orderppl import Denoiser, Policy, decode
@@ -26,7 +26,7 @@ from orderppl.evaluation.results import results_table, write_results
 from orderppl.figures import save_figure
 from orderppl.models import GroupedNetwork, OpeningPlan, ScanNetwork
 from orderppl.models.denoisers import ReactionDenoiser
-from orderppl.policies import Halved, Plan, Ranked, ScanPlan
+from orderppl.policies import Plan, Ranked, ScanPlan
 from orderppl.policies.plans import Planned
 
 from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
@@ -104,15 +104,10 @@ def main(
     denoiser = ReactionDenoiser()
     data = Reactions(str(train), seed=split)
     splits = data.splits(denoiser.tokenizer)
-    plans: dict[int, Planned] = {}
-    learned = (steps + 1) // 2 if family == "halved" else steps
     budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "schedule": schedule, "bfloat16": bfloat16}
-    budget |= {"group": 8, "grad_clip": 1.0}
-    for seed in range(seeds):
-        pyro.set_rng_seed(seed)
-        plan = make_plan(learned, family, denoiser.vocab_size, groups)
-        learn_plan(plan, denoiser, splits["train"], learned, **budget, seed=seed, out=out / f"seed-{seed}", resume=True)
-        plans[seed] = Halved(plan) if family == "halved" else plan
+    budget |= {"halved": family == "halved", "group": 8, "grad_clip": 1.0}
+    make = partial(make_plan, family=family, vocab_size=denoiser.vocab_size, groups=groups)
+    plans = learn_plans(make, denoiser, splits["train"], steps, range(seeds), out, **budget)
     test = splits["test"]
     spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], denoiser, splits["validation"].take(48))
     records = compare(plans, denoiser, test, steps, spaced=spaced, out=out, title="Reactions")

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyro
 import torch
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders
-from plan_fits import learn_plan
+from plan_fits import learn_plans
 
 from orderppl import Batch, decode
 from orderppl.data import Examples
@@ -24,7 +23,6 @@ from orderppl.figures import save_figure
 from orderppl.models import OpeningPlan, ScanNetwork
 from orderppl.models.denoisers.receptor import ReceptorDenoiser
 from orderppl.policies import Ranked, ScanPlan
-from orderppl.policies.plans import Planned
 
 from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
 
@@ -67,14 +65,13 @@ def main(
     denoiser = ReceptorDenoiser()
     drawn = draw_receptors(denoiser, count)
     test, validation, train = drawn.take(200), drawn.rows(slice(200, 300)), drawn.rows(slice(300, None))
-    plans: dict[int, Planned] = {}
-    for seed in range(seeds):
-        pyro.set_rng_seed(seed)
-        plans[seed] = ScanPlan(ScanNetwork(steps, OpeningPlan(16, denoiser.vocab_size)))
-        budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 8}
-        learn_plan(plans[seed], denoiser, train, steps, seed=seed, out=out / f"seed-{seed}", **budget)
+    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 8}
+    training = denoiser, train, steps, range(seeds), out
+    plans = learn_plans(
+        lambda count: ScanPlan(ScanNetwork(count, OpeningPlan(16, denoiser.vocab_size))), *training, **budget
+    )
     spaced = best_of(spaced_orders(steps), denoiser, validation)
-    records = compare(dict(plans), denoiser, test, steps, spaced=spaced, out=out, title="Receptors")
+    records = compare(plans, denoiser, test, steps, spaced=spaced, out=out, title="Receptors")
 
     batch = test.batch.rows(slice(1))
     chains = [text.split(":") for text in test.texts(test.batch.tokens)]
