@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pandas as pd
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders, spaced_rules
-from plan_fits import learn_plans
+from plan_fits import learn_plans, make_plan
 from rich.console import Console
 
 from orderppl import Denoiser, Policy, decode
@@ -24,14 +24,10 @@ from orderppl.data import Examples, Reactions
 from orderppl.data.smiles import smiles_problem
 from orderppl.evaluation.results import results_table, write_results
 from orderppl.figures import save_figure
-from orderppl.models import GroupedNetwork, OpeningPlan, ScanNetwork
 from orderppl.models.denoisers import ReactionDenoiser
-from orderppl.policies import Plan, Ranked, ScanPlan
-from orderppl.policies.plans import Planned
+from orderppl.policies import Ranked
 
 from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
-
-RATES = (0.0, 0.5, 0.75, 0.9)  # of the traces of a scan
 
 
 def token_kind(token: str) -> str | None:
@@ -46,16 +42,6 @@ def token_kind(token: str) -> str | None:
         return "halogen"
     named = {"C": "aliphatic C", "c": "aromatic c"} | dict.fromkeys("NOSPBnosp", "N, O, S, P")
     return named.get(token, "bond" if token in "=#-/\\" else None)
-
-
-def make_plan(steps: int, family: str, vocab_size: int, groups: int) -> Planned:
-    """A plan that reads what is expected while everything is hidden."""
-    if family == "independent":
-        return Plan(OpeningPlan(steps, vocab_size))
-    opening = OpeningPlan(16, vocab_size)
-    if family == "groups":
-        return ScanPlan(GroupedNetwork(steps, opening, groups, width=48))
-    return ScanPlan(ScanNetwork(steps, opening, rates=RATES))
 
 
 def written(policy: Policy, denoiser: Denoiser, examples: Examples, steps: int, arm: str) -> list[dict[str, object]]:
