@@ -59,6 +59,8 @@ def compare(
         gain = {"metric": "advantage", "arm": "learned", "of": other, "training_seed": seed}
         gains.append(gain | {"value": -loss.value, "low": -loss.high, "high": -loss.low})
     records = pd.concat([records, pd.DataFrame(gains)]).assign(steps=steps)
+    if len(learned) == 1:  # other seeds may hold out other rows
+        records["training_seed"] = next(iter(learned))
     records["arm"] = records["arm"].str.replace(r" #\d+$", "", regex=True)
     Console().print(results_table(nats.head(10), title=f"{title}, {len(test)} held-out, {steps} steps"))
     rows = ("arm", "training_seed", "of")

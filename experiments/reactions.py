@@ -113,8 +113,8 @@ def main(
     rows_shown = zip(chosen.tokens, chosen.latent, strict=True)
     labels = [[test.spell(token) for token in tokens[latent].tolist()] for tokens, latent in rows_shown]
     save_figure(figure_of(seen, labels, means, "kind"), out / "order.svg")
-    label = {"task": "reactions", "rows": rows}
-    config = {**budget, **label, "family": family, "steps": steps, "groups": groups, "seeds": seeds}
+    label = {"task": "reactions", "rows": rows, "steps": steps}
+    config = {**budget, **label, "family": family, "groups": groups, "seeds": seeds}
     write_results(out, "reactions", config, pd.concat([records, pd.DataFrame(free), means]).assign(**label))
 
 

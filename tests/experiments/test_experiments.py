@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import english
+import equations
 import phones
 import posterior
 import pytest
@@ -99,6 +100,24 @@ def test_reactions(tmp_path: Path) -> None:
     reactions.main(train, steps=2, rows=30, rows_written=2, out=tmp_path / "out")
     metrics = {record["metric"] for record in read_results(tmp_path / "out")["records"]}
     assert {"path_nats", "valid", "exact", "mean_step"} <= metrics
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GSM8K.exists(), reason="the problems of ../shared/data are absent")
+@pytest.mark.parametrize(("family", "bfloat16"), [("scan", True), ("halved", False)])
+def test_equations(tmp_path: Path, family: Any, bfloat16: bool) -> None:
+    """A plan that reads the question, in either precision; what is finished is read, not learned again."""
+    for part in ("train.jsonl", "test.jsonl"):
+        few(GSM8K.with_name(part), 12, tmp_path / part)
+    denoiser = ROOT / "docs" / "results" / "frontier-equations" / "denoiser"
+    for _ in range(2):
+        equations.main(denoiser, tmp_path, 4, family, rows=500, bfloat16=bfloat16, out=tmp_path / "out")
+    steps = load_run(tmp_path / "out" / "seed-0").config["num_steps"]
+    assert steps == (2 if family == "halved" else 4)
+    records = read_results(tmp_path / "out")["records"]
+    assert {"path_nats", "advantage"} <= {record["metric"] for record in records}
+    opponents = {record["of"] for record in records if record["metric"] == "advantage"}
+    assert len(opponents) == 2 and any("periodic" in of or "spaced" in of or of == "dilated" for of in opponents)
 
 
 @pytest.mark.slow
