@@ -29,8 +29,7 @@ def main(
     denoiser: Path,
     source: Path,
     steps: int = 4,
-    family: Literal["scan", "halved", "groups", "independent"] = "scan",
-    groups: int = 4,
+    family: Literal["scan", "halved", "independent"] = "scan",
     seeds: int = 1,
     rows: int = 300_000,
     lr: float = 0.01,
@@ -46,8 +45,7 @@ def main(
         source: folder of GSM8K.
         steps: step budget T.
         family: steps that depend on each other in a scan, the same for half as many steps, each of which is then played
-            in two, steps that depend on each other in groups, or independent ones.
-        groups: interleaved groups.
+            in two, or independent ones.
         seeds: training seeds, from 0.
         rows: denoiser rows that a fit may spend.
         lr: learning rate.
@@ -60,12 +58,12 @@ def main(
     splits = Gsm8k(str(source), form="equations", min_count=20, **LONGEST).splits(network.tokenizer)
     budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "schedule": schedule, "bfloat16": bfloat16}
     budget |= {"halved": family == "halved", "batch_size": 16, "group": 20, "grad_clip": 1.0}
-    make = partial(make_plan, family=family, vocab_size=network.vocab_size, groups=groups)
+    make = partial(make_plan, family=family, vocab_size=network.vocab_size)
     plans = learn_plans(make, network, splits["train"], steps, range(seeds), out, **budget)
     spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], network, splits["validation"].take(400))
     records = compare(plans, network, splits["test"], steps, spaced=spaced, out=out, title="Equations")
     label = {"task": "equations", "rows": rows}
-    config = {**budget, **label, "family": family, "steps": steps, "groups": groups, "seeds": seeds}
+    config = {**budget, **label, "family": family, "steps": steps, "seeds": seeds}
     write_results(out, "equations", config, records.assign(**label))
 
 

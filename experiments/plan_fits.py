@@ -12,21 +12,18 @@ from orderppl import Denoiser, Policy, fit
 from orderppl.data import Examples
 from orderppl.guides import PolicyGuide
 from orderppl.inference import Anneal, RevealTraceGraph_ELBO
-from orderppl.models import GroupedNetwork, OpeningPlan, ScanNetwork, UnmaskingModel
+from orderppl.models import OpeningPlan, ScanNetwork, UnmaskingModel
 from orderppl.policies import Halved, Plan, RandomSteps, ScanPlan
 from orderppl.policies.plans import Planned
 
 RATES = (0.0, 0.5, 0.75, 0.9)  # of the traces of a scan
 
 
-def make_plan(steps: int, family: str, vocab_size: int, groups: int) -> Planned:
+def make_plan(steps: int, family: str, vocab_size: int) -> Planned:
     """A plan that reads what is expected while everything is hidden."""
     if family == "independent":
         return Plan(OpeningPlan(steps, vocab_size))
-    opening = OpeningPlan(16, vocab_size)
-    if family == "groups":
-        return ScanPlan(GroupedNetwork(steps, opening, groups, width=48))
-    return ScanPlan(ScanNetwork(steps, opening, rates=RATES))
+    return ScanPlan(ScanNetwork(steps, OpeningPlan(16, vocab_size), rates=RATES))
 
 
 def fit_plan(

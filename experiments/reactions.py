@@ -57,8 +57,7 @@ def written(policy: Policy, denoiser: Denoiser, examples: Examples, steps: int, 
 def main(
     train: Path,
     steps: int = 4,
-    family: Literal["scan", "halved", "groups", "independent"] = "scan",
-    groups: int = 4,
+    family: Literal["scan", "halved", "independent"] = "scan",
     seeds: int = 1,
     split: int = 0,
     rows: int = 60_000,
@@ -75,8 +74,7 @@ def main(
         train: CSV file with a column rxn.
         steps: step budget T.
         family: steps that depend on each other in a scan, the same for half as many steps, each of which is then played
-            in two, steps that depend on each other in groups, or independent ones.
-        groups: interleaved groups.
+            in two, or independent ones.
         seeds: training seeds, from 0.
         split: seed of what is held out.
         rows: denoiser rows that the fit may spend.
@@ -92,7 +90,7 @@ def main(
     splits = data.splits(denoiser.tokenizer)
     budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "schedule": schedule, "bfloat16": bfloat16}
     budget |= {"halved": family == "halved", "group": 8, "grad_clip": 1.0}
-    make = partial(make_plan, family=family, vocab_size=denoiser.vocab_size, groups=groups)
+    make = partial(make_plan, family=family, vocab_size=denoiser.vocab_size)
     plans = learn_plans(make, denoiser, splits["train"], steps, range(seeds), out, **budget)
     test = splits["test"]
     spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], denoiser, splits["validation"].take(48))
@@ -114,7 +112,7 @@ def main(
     labels = [[test.spell(token) for token in tokens[latent].tolist()] for tokens, latent in rows_shown]
     save_figure(figure_of(seen, labels, means, "kind"), out / "order.svg")
     label = {"task": "reactions", "rows": rows, "steps": steps}
-    config = {**budget, **label, "family": family, "groups": groups, "seeds": seeds}
+    config = {**budget, **label, "family": family, "seeds": seeds}
     write_results(out, "reactions", config, pd.concat([records, pd.DataFrame(free), means]).assign(**label))
 
 
