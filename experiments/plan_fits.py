@@ -23,7 +23,7 @@ def make_plan(steps: int, family: str, vocab_size: int) -> Planned:
     """A plan that reads what is expected while everything is hidden."""
     if family == "independent":
         return Plan(OpeningPlan(steps, vocab_size))
-    return ScanPlan(ScanNetwork(steps, OpeningPlan(16, vocab_size), rates=RATES))
+    return ScanPlan(ScanNetwork(steps, OpeningPlan(16, vocab_size), rates=RATES), beams=64)
 
 
 def fit_plan(

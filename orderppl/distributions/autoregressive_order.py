@@ -70,6 +70,25 @@ class Packed(NamedTuple):
         by_position = logits.log_softmax(-1).gather(-1, steps.unsqueeze(-1)).squeeze(-1)
         return by_position.masked_fill(~self.there, 0.0)
 
+    def likeliest(self, scan: Scan, beams: int) -> Tensor:
+        """The most probable steps that a beam search finds, int64 [N, L]: it keeps so many beginnings of a row."""
+        rows, length = self.there.shape
+        found = torch.zeros((rows, 1, length), dtype=torch.int64, device=self.there.device)
+        score = torch.zeros((rows, 1), device=self.there.device)
+        for place in scan.turns(length).argsort(stable=True).tolist():
+            width = found.shape[1]
+            context, there = (x.repeat_interleave(width, 0) for x in (self.context, self.there))
+            logits = scan(context, found.flatten(0, 1), there)[:, place].unflatten(0, (rows, width))  # [N, W, T]
+            log_p = logits.log_softmax(-1).float()
+            nothing = torch.full_like(log_p, -torch.inf)
+            nothing[..., 0] = 0.0  # where no position is, step 0 stands
+            total = score.unsqueeze(-1) + torch.where(self.there[:, place, None, None], log_p, nothing)
+            steps = total.shape[-1]
+            score, kept = total.flatten(1).topk(min(beams, width * steps), -1)  # [N, W]
+            found = found.gather(1, (kept // steps).unsqueeze(-1).expand(-1, -1, length))
+            found[..., place] = kept % steps
+        return found[:, 0]
+
     def take(self, values: Tensor) -> Tensor:
         """Their values, [lead, S] -> [N, L]."""
         return values.reshape(-1, values.shape[-1]).gather(-1, self.columns)
@@ -95,6 +114,7 @@ class AutoregressiveOrder(OrderDistribution):
         masked: bool [*, S].
         num_steps: T.
         source: what made it, such as a policy: orders of one source are the same distribution, whose KL is 0.
+        beams: width of the beam search for the mode; when left out the most probable of some draws stands for it.
     """
 
     has_steps = False
@@ -106,15 +126,16 @@ class AutoregressiveOrder(OrderDistribution):
         masked: Tensor,
         num_steps: int,
         source: object = None,
+        beams: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.scan, self.context, self.source = scan, context, source
+        self.scan, self.context, self.source, self.beams = scan, context, source, beams
         super().__init__(masked, num_steps, validate_args)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> AutoregressiveOrder:
         """Return the same distribution at a broader batch shape."""
         masked = self.masked.expand(torch.Size(batch_shape) + self.event_shape)
-        made = self.num_steps, self.source, self._validate_args
+        made = self.num_steps, self.source, self.beams, self._validate_args
         return AutoregressiveOrder(self.scan, self.context, masked, *made)._sharing_like(self)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -146,11 +167,12 @@ class AutoregressiveOrder(OrderDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """The most probable of some draws, always the same ones, int64 [*, S].
-
-        Not what is likeliest position by position: until draws have settled, that is no good order.
-        """
+        """The most probable order that the beam search finds, or of some draws, always the same ones: int64 [*, S]."""
         with torch.no_grad():
+            if self.beams is not None:
+                packed = Packed.of(self.context, self.masked, self.batch_shape)
+                found = packed.put(packed.likeliest(self.scan, self.beams), self.event_shape[0])
+                return found.reshape(self.masked.shape)
             drawn = self._drawn(fixed_noise(self.masked))
             return best_drawn(drawn, self.log_prob(drawn))
 

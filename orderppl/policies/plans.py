@@ -120,19 +120,25 @@ class ScanPlan(Planned):
 
         r_i ~ Categorical(softmax(network(context_i, r_{before i})))
 
-    Deploy its draws; the most probable of a few draws stands for its mode.
+    Deploy its mode, or its draws. Without a beam search the most probable of a few draws stands for the mode, which is
+    enough for a plan that has settled on one order.
 
     Args:
         network: a scan (see `orderppl.distributions.autoregressive_order.Scan`): `ScanNetwork` goes from position to
             position, `GroupedNetwork` from group to group.
         context: opening state -> float [B, S, W], what is known of every position; the network's own `context` when
             left out.
+        beams: beginnings of an order that the search for the mode keeps, such as 64; None looks at draws only.
+
+    Raises:
+        UserError: less than one of these.
     """
 
-    def __init__(self, network: nn.Module, context: nn.Module | None = None) -> None:
+    def __init__(self, network: nn.Module, context: nn.Module | None = None, beams: int | None = None) -> None:
         super().__init__()
-        self.network = network
-        self.context = context
+        if beams is not None and beams < 1:
+            raise UserError("beams", f"a search that keeps {beams}", "keep at least 1, or leave it out")
+        self.network, self.context, self.beams = network, context, beams
 
     def plan(self, opening: State) -> AutoregressiveOrder:
         """See `Planned`.
@@ -144,12 +150,12 @@ class ScanPlan(Planned):
         network: Any = self.network
         _check_room(opening, getattr(network, "num_steps", 0))
         context = (network.context if self.context is None else self.context)(opening)
-        return AutoregressiveOrder(network, context, opening.latent, opening.num_steps, source=self)
+        return AutoregressiveOrder(network, context, opening.latent, opening.num_steps, self, self.beams)
 
     def corrected(self, correction: nn.Module) -> ScanPlan:
         """See `Policy`: what is known of the positions is corrected, float [B, S, W]."""
         context: Any = self.network.context if self.context is None else self.context
-        return ScanPlan(self.network, Corrected(context, correction))
+        return ScanPlan(self.network, Corrected(context, correction), self.beams)
 
 
 class Halved(Planned):

@@ -283,14 +283,14 @@ BLIND = LearnedPolicy(of_network(features=(), reads_tokens=False), Threshold(0.4
 OPENING = opening_plan()
 
 
-def scan_plan(steps: int = 4) -> ScanPlan:
+def scan_plan(steps: int = 4, beams: int | None = None) -> ScanPlan:
     torch.manual_seed(7)
-    return ScanPlan(ScanNetwork(steps, PositionTable(8, 3, noise=2.0), width=8).double())
+    return ScanPlan(ScanNetwork(steps, PositionTable(8, 3, noise=2.0), width=8).double(), beams=beams)
 
 
 SCAN = scan_plan()
-HALVED = Halved(scan_plan(2))
-GROUPED = ScanPlan(GroupedNetwork(4, PositionTable(8, 3, noise=2.0), groups=3, width=8).double())
+HALVED = Halved(scan_plan(2, beams=8))
+GROUPED = ScanPlan(GroupedNetwork(4, PositionTable(8, 3, noise=2.0), groups=3, width=8).double(), beams=4)
 
 
 def scan_policy(make: Callable[[PolicyNetwork], ScanNetwork | GroupedNetwork], non_empty: bool = True) -> ScanPolicy:

@@ -15,7 +15,7 @@ from orderppl.config import build, describe
 from orderppl.distributions import StepwiseOrder
 from orderppl.distributions.ranked_order import RankedOrder
 from orderppl.models import PositionTable
-from orderppl.models.networks import ScanNetwork
+from orderppl.models.networks import GroupedNetwork, ScanNetwork
 from orderppl.policies import Dilated, FixedOrder, Plan, RandomSteps, ScanPlan, ScanPolicy
 from orderppl.policies.plans import Planned
 
@@ -254,3 +254,35 @@ def test_a_draw_follows_what_the_scan_with_traces_says() -> None:
 def test_rates_of_traces_are_shares(rates: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match="^rates: .* are not shares from 0 to below 1; give at least one"):
         ScanNetwork(3, PositionTable(3, 2), rates=rates)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_wide_beam_finds_the_most_probable_order_of_all(grouped: bool) -> None:
+    """Against all 81 orders of a row; given positions and padding have no step."""
+    torch.manual_seed(5)
+    table = PositionTable(6, 3, noise=2.0)
+    network = GroupedNetwork(3, table, groups=2, width=6) if grouped else ScanNetwork(3, table, width=6, rates=(0, 0.5))
+    for parameter in network.requires_grad_(False).parameters():
+        torch.nn.init.normal_(parameter)
+    attended = torch.tensor([[True] * 6, [True] * 5 + [False]])
+    given = torch.tensor([[False, True, False, True, False, False], [True, False, True, False, False, False]])
+    batch = Batch(torch.zeros((2, 6), dtype=torch.int64), attended, given)
+    same = TableDenoiser()
+    order = ScanPlan(network, beams=81).order(batch, same, 3)
+    found = order.expand(torch.Size((2,))).mode
+    for row in range(2):
+        places = batch.latent[row].nonzero()[:, 0]
+        every = torch.cartesian_prod(*[torch.arange(3)] * len(places))
+        orders = torch.full((len(every), 6), -1)
+        orders[:, places] = every
+        one = ScanPlan(network).order(batch.rows(slice(row, row + 1)), same, 3)
+        log_prob = one.log_prob(orders[:, None])[:, 0]
+        assert log_prob.exp().sum() == pytest.approx(1.0, abs=1e-5)
+        assert found[row].equal(orders[log_prob.argmax()])
+    narrow = ScanPlan(network, beams=1).order(batch, same, 3)
+    assert (narrow.log_prob(narrow.mode) <= order.log_prob(found) + 1e-6).all()
+
+
+def test_a_beam_keeps_something() -> None:
+    with pytest.raises(UserError, match="^beams: a search that keeps 0; keep at least 1"):
+        ScanPlan(ScanNetwork(3, PositionTable(3, 2)), beams=0)
