@@ -73,7 +73,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         ),
         PAIRED._replace(rows="written steps training_seed", where={"of": APART}),
     ],
-    "equations-scan": [Curves(), PAIRED._replace(rows="arm target_nfe", where={"target_nfe": (3.0, 4.0)})],
+    "equations-scan": [FIRST._replace(where={**SEED_0, **ORDERS}), PAIRED],
     "frontier-equations": [Curves()],
     "frontier-programs-wide": [Curves("accuracy", {"n": (597,)}), *TIMED],
     "gpu": [UPDATED._replace(where={"benchmark": ("speed",), **UPDATED.where}), DECODED],
