@@ -55,7 +55,8 @@ WRITTEN = ("words", "last", "all")
 # what spaces out a step
 APART = ("periodic (1, 0)", "periodic (1, 2, 3, 0)", "periodic (0, 7, 6, 5, 4, 3, 2, 1)", "periodic (0, 1, 2, 3)")
 APART += ("periodic on rows (1, 0)", "periodic (1, 0, 3, 2)", "random uniform spaced spread=4 T=8")
-APART += ("threshold T=8 spaced spread=8 tau=0.02",)
+APART += ("threshold T=8 spaced spread=8 tau=0.02", "margin uniform spaced spread=8 T=8", "periodic (0, 3, 1, 3, 2, 3)")
+APART += ("fixed_order periodic=True steps=[2, 1, 2, 0] T=3",)
 LAYOUTS: dict[str, list[Curves | Dots]] = {
     "antibodies": [FIRST, Dots("mean step of a region, from 0 (of 4)", "mean_step", "region", "run", REGION)],
     "antibodies-human": [FIRST, Dots("mean step of a region, from 0", "mean_step", "region", "steps")],
@@ -73,7 +74,10 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         ),
         PAIRED._replace(rows="written steps training_seed", where={"of": APART}),
     ],
-    "equations-scan": [FIRST._replace(where={**SEED_0, **ORDERS}), PAIRED],
+    "equations-scan": [
+        FIRST._replace(where={**SEED_0, **ORDERS}),
+        PAIRED._replace(rows="steps training_seed", where={"of": APART}),
+    ],
     "frontier-equations": [Curves()],
     "frontier-programs-wide": [Curves("accuracy", {"n": (597,)}), *TIMED],
     "gpu": [UPDATED._replace(where={"benchmark": ("speed",), **UPDATED.where}), DECODED],
@@ -100,7 +104,10 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         Dots("gap to the log evidence, nats per sequence", "gap_nats", "arm", where={"arm": AT_RANDOM}),
         Dots("antibodies: mean step of a region, from 0", "mean_step", "region"),
     ],
-    "reactions": [FIRST, Dots("mean step of a kind of token, from 0", "mean_step", "kind", "steps")],
+    "reactions": [
+        FIRST._replace(where={**SEED_0, **ORDERS}),
+        Dots("mean step of a kind of token, from 0", "mean_step", "kind", "steps"),
+    ],
     "receptors": [FIRST._replace(where={**SEED_0, **ORDERS}), PAIRED],
     "sudoku": [Curves("accuracy path_nats")],
     "sudoku-unique": [Curves("accuracy path_nats")],
