@@ -10,12 +10,12 @@ share of the way from random sets.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import pyro
 from jsonargparse import auto_cli
 from opponents import best_of, opponents, spaced_orders
-from plan_fits import learn_plan
+from plan_fits import learn_plans
 from rich.console import Console
 
 from orderppl import evaluate
@@ -53,11 +53,12 @@ def main(
     denoiser = PhoneDenoiser()
     splits = Pronunciations(length=length, test_share=0.3).splits(denoiser.tokenizer)
     arms = [*opponents(steps), best_of(spaced_orders(steps), denoiser, splits["validation"])]
-    for seed in range(seeds):
-        pyro.set_rng_seed(seed)
-        plan = ScanPlan(ScanNetwork(steps, PositionTable(length, 8, noise=0.3)))
-        budget = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 16, "particles": 8}
-        learn_plan(plan, denoiser, splits["train"], steps, seed=seed, out=out / f"seed-{seed}", **budget)  # type: ignore[arg-type]
+    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 16, "particles": 8}
+    training = denoiser, splits["train"], steps, range(seeds), out
+    plans = learn_plans(
+        lambda count: ScanPlan(ScanNetwork(count, PositionTable(length, 8, noise=0.3))), *training, **budget
+    )
+    for seed, plan in plans.items():
         arms.append(Arm(f"learned #{seed}", plan, steps, family="learned", mode=True, training_seed=seed))
         order = plan.order(splits["test"].batch.rows(slice(1)), denoiser, steps).mode[0]
         found = refine_plan(denoiser, splits["train"].batch.rows(slice(1000)), order, steps, restarts=restarts)
