@@ -5,76 +5,44 @@
 All arms have the same prior, a policy that reads the denoiser's view of the state, and differ in guide and objective:
 
     learned                     the policy is its own guide: the KL is 0
-    paper                       renormalised scores of the tokens (arXiv 2602.23968), which know nothing of the prior
+    paper                       renormalised scores of the tokens (arXiv 2602.23968), which know nothing of the prior,
+                                at temperature 0.1; `paper, 0.05` at half of it
     paper, from the prior       the same form, whose scores are the prior's and a correction that starts at zero
     paper, as the prior         the prior's own form, corrected likewise: the KL starts at 0
     paper, importance-weighted  the same, by the importance-weighted bound
 
-`bound_nats` is the negative bound on held-out problems, nats per problem; the policies decode without their guide. What
-is finished is kept: repeat the command to go on.
+`bound_nats` is the negative bound on held-out problems, nats per problem; the policies decode without their guide, and
+are compared with the paper's heuristics at their own mean number of forwards and at T. What is finished is kept: repeat
+the command to go on.
 """
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyro
 import torch
 from jsonargparse import auto_cli
+from pair_fits import ARMS, BATCH_SIZE, PARTICLES, learn
 from rich.console import Console
 
-from orderppl import Denoiser, evaluate, fit
-from orderppl.data import Examples, Gsm8k
+from orderppl import evaluate
+from orderppl.data import Gsm8k
 from orderppl.diagnostics import draw_orders
-from orderppl.evaluation import Arm, paired_difference, summary, sweep
+from orderppl.evaluation import Arm, advantages, paired_difference, summary, sweep
 from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.evaluation.results import results_table, write_results
-from orderppl.guides import Guide, PolicyGuide, PosteriorGuide, RenormalisedScoreGuide
-from orderppl.inference import ImportanceWeightedELBO, RevealTraceGraph_ELBO
-from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
 from orderppl.models.denoisers import load_denoiser
 
-PARTICLES, BATCH_SIZE = 8, 8
-Make = Callable[[LearnedPolicy, Denoiser, int], Guide]
+BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # steps of the heuristics, as far as T; between them they are mixed
+HEURISTICS = ("random", "top_prob", "margin")
 
 
-def paper(policy: LearnedPolicy, denoiser: Denoiser, steps: int) -> Guide:
-    """Scores of the tokens alone."""
-    return RenormalisedScoreGuide(SequenceEncoder(denoiser.vocab_size, width=48), steps, temperature=0.1)
-
-
-def corrected(policy: LearnedPolicy, denoiser: Denoiser, steps: int, temperature: float | None = None) -> Guide:
-    """The prior, corrected by what the tokens say."""
-    features = ("confidence", "margin", "entropy", "likelihood")
-    network = PolicyNetwork(denoiser.vocab_size, 48, features=features, sees_truth=True, zero_init=True)
-    return PosteriorGuide(policy, denoiser, steps, network, temperature=temperature)
-
-
-ARMS: dict[str, tuple[Make, type[RevealTraceGraph_ELBO] | type[ImportanceWeightedELBO]]] = {
-    "learned": (lambda policy, denoiser, steps: PolicyGuide(policy, denoiser, steps), RevealTraceGraph_ELBO),
-    "paper": (paper, RevealTraceGraph_ELBO),
-    "paper, from the prior": (partial(corrected, temperature=1.0), RevealTraceGraph_ELBO),
-    "paper, as the prior": (corrected, RevealTraceGraph_ELBO),
-    "paper, importance-weighted": (corrected, ImportanceWeightedELBO),
-}
-
-
-def learn(
-    arm: str, denoiser: Denoiser, data: Examples, steps: int, updates: int, lr: float, seed: int, out: Path
-) -> tuple[UnmaskingModel, Guide]:
-    """Fit one pair; what a guide has of its own learns with `lr`, the prior with a third of it."""
-    pyro.set_rng_seed(seed)
-    policy = LearnedPolicy(PolicyNetwork(denoiser.vocab_size, 48, bias=-1.0))
-    make, objective = ARMS[arm]
-    model, guide = UnmaskingModel(denoiser, policy, steps), make(policy, denoiser, steps)
-    own = "guide" if arm == "paper" else "correction"
-    rates: Any = lr if arm == "learned" else {"model.policy": lr / 3, own: lr}
-    settings: dict[str, Any] = {"updates": updates, "batch_size": BATCH_SIZE, "group": 20, "grad_clip": 1.0}
-    settings |= {"schedule": "cosine", "warmup": 10, "seed": seed, "out": out, "resume": True}
-    fit(model, guide, data, objective=objective(PARTICLES), optimizer=torch.optim.Adam, lr=rates, **settings)
-    return model, guide
+def better(table: pd.DataFrame, metric: str, arm: str, other: str) -> dict[str, Any]:
+    """How much better an arm is than another, paired: a record."""
+    found = paired_difference(table, arm, other, metric)
+    sign = 1 if metric == "accuracy" else -1
+    low, high = sorted((sign * found.low, sign * found.high))
+    return {"metric": "advantage", "arm": arm, "of": other, "value": sign * found.value, "low": low, "high": high}
 
 
 def main(
@@ -106,9 +74,10 @@ def main(
     splits = data.splits(network.tokenizer)
     test = splits["test"].take(rows)
     records: list[dict[str, Any]] = []
-    arms = sweep([{"policy": "Ranked", "score": ["random", "top_prob", "margin"], "budgets": [steps]}], seeds=(0, 1, 2))
-    heuristics = [arm.name for arm in arms]
+    budgets = sorted({*(budget for budget in BUDGETS if budget < steps), steps})
+    arms = sweep([{"policy": "Ranked", "score": list(HEURISTICS), "budgets": budgets}], seeds=(0, 1, 2))
     spent = updates * BATCH_SIZE * (1 + (steps - 1) * PARTICLES)
+    bounds: dict[str, Any] = dict.fromkeys(ARMS, 0.0)  # mean over the seeds, float64 [N]
     for seed in range(seeds):
         for name in ARMS:
             folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
@@ -116,22 +85,33 @@ def main(
             with torch.no_grad():
                 weights = draw_orders(model, guide, test.batch, draws).log_weight.double()  # [draws, N]
             bound = bootstrap_mean(-weights.mean(0), seed=seed)
+            bounds[name] += weights.mean(0) / seeds
             record = {"metric": "bound_nats", "arm": name, "training_seed": seed, "draws": draws, "rows": spent}
             records.append(record | {"value": bound.value, "low": bound.low, "high": bound.high})
-            several = {"seeds": tuple(range(draws))}
-            for play, how in (("", several), (", mode", {"mode": True})):
-                label, family = f"{name}{play} #{seed}", f"{name}{play}"
-                arms.append(Arm(label, model.policy, steps, family=family, training_seed=seed, **how))  # type: ignore[arg-type]
+            plays: dict[str, dict[str, Any]] = {"": {"seeds": tuple(range(draws))}, ", mode": {"mode": True}}
+            for play, how in plays.items():
+                how |= {"family": f"{name}{play}", "training_seed": seed, "setting": {"played": play or "drawn"}}
+                arms.append(Arm(f"{name}{play} #{seed}", model.policy, steps, **how))
     table = evaluate(arms, network, test, metrics=["accuracy", "path_nats"], out=out)
-    records += summary(table, ["accuracy", "path_nats", "marginal_nats", "nfe"]).to_dict("records")
+    whole = table[table["steps"] == steps]  # without the smaller budgets of the heuristics
+    records += summary(whole, ["accuracy", "path_nats", "marginal_nats", "nfe"]).to_dict("records")
     for metric, played in (("accuracy", ", mode"), ("path_nats", "")):
-        own = f"learned{played}"
-        for other in [*(f"{name}{played}" for name in ARMS if name != "learned"), *heuristics]:
-            found = paired_difference(table, own, other, metric)
-            sign = 1 if metric == "accuracy" else -1
-            ends = sorted((sign * found.low, sign * found.high))
-            gain = {"metric": "advantage", "measured": metric, "arm": own, "of": other, "value": sign * found.value}
-            records.append(gain | {"low": ends[0], "high": ends[1], "n_seeds": seeds, "rows": spent})
+        families = [f"{name}{played}" for name in ARMS]
+        for family in families:
+            gains = [better(table, metric, families[0], family)] if family != families[0] else []
+            for rule in HEURISTICS:
+                gains.append(better(table, metric, family, f"{rule} T={steps}"))
+                two = table[table["family"].isin([rule, family])]
+                found = advantages(two, metrics=[metric], opponents=[rule]).query("metric == 'advantage'")
+                gain = found[["value", "low", "high"]].iloc[0].to_dict()
+                gains.append({"metric": "advantage", "arm": family, "of": f"{rule}, equal forwards", **gain})
+            records += [{"measured": metric, "n_seeds": seeds, "rows": spent, **gain} for gain in gains]
+    for name in list(ARMS)[1:]:
+        gain = vars(bootstrap_mean(bounds[name] - bounds["learned"]))
+        common = {"metric": "advantage", "measured": "bound", "arm": name, "of": "learned"}
+        records.append(
+            common | {key: gain[key] for key in ("value", "low", "high")} | {"n_seeds": seeds, "rows": spent}
+        )
     labels = {"task": "programs", "steps": steps}
     config = {**labels, "seeds": seeds, "updates": updates, "lr": lr, "draws": draws, "test_rows": len(test)}
     write_results(out, "paper", config, pd.DataFrame(records).assign(**labels))
