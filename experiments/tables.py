@@ -90,7 +90,8 @@ LAYOUTS: dict[str, list[Layout]] = {
     "benchmark-estimators": [
         Layout("Standard deviation of a gradient", "gradient_sd", "task state", "estimator"),
         Layout("The same over that of the default", "relative_sd", "task state", "estimator"),
-        Layout("Learned at equal denoiser rows, nats per token", "path_nats", "task training_seed rows", "estimator"),
+        Layout("Learned after so many denoiser rows, nats per token", "path_nats", "task rows", "estimator"),
+        Layout("Share of another's rows that the default needs", "rows_ratio", "task", "estimator"),
         Layout("Largest |z| of the mean gradient against the exact one", "bias_z", "task", "estimator"),
     ],
 }

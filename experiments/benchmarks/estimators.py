@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import pandas as pd
 import pyro
 import torch
 from gradients import DEFAULT, TASKS, Files, Pair, Task, estimators
@@ -24,6 +26,7 @@ from orderppl.policies import Plan
 
 from timing import Records, command, finish
 
+POINTS = 8  # of a fit, at which its likelihood is measured
 KL_WEIGHT = 0.05  # a plan's entropy bonus, small at the end
 Name = Literal["chain", "antibodies", "reactions", "programs", "sudoku"]
 
@@ -49,8 +52,9 @@ def main(
     sequence) over all parameters of the order, `relative_sd` the same over that of the default: at the start of a fit,
     after a quarter of it and at its end. On the tiny tasks `bias_z` is the largest |z| over the coordinates of the mean
     gradient against the sum over all orders, `bias` the length of the error over that of the exact gradient.
-    `path_nats` is what each estimator has learned after the same number of denoiser rows: nats per token along drawn
-    orders of held-out sequences, from one start per seed.
+    `path_nats` is what each estimator has learned after the same number of denoiser rows, at eight points of a fit:
+    nats per token along drawn orders of held-out sequences, from one start per seed. `rows_ratio` is the share of
+    another's rows that the default needs to what the other has at the end.
 
     Args:
         out: folder for results.json.
@@ -76,12 +80,14 @@ def main(
             tqdm.write(f"{name} is left out: {error}")
             continue
         records += measure(name, task, draws, particles, updates) if draws else []
-        records += [record for fit in range(fits) for record in likelihoods(name, files, particles, updates, fit)]
+        learned = [record for fit in range(fits) for record in likelihoods(name, files, particles, updates, fit)]
+        records += learned + (rows_ratios(name, learned) if learned else [])
     noise: dict[str, Any] = {"rows": ("task", "state"), "columns": ("estimator",)}
     tables = [noise | {"metrics": (metric,), "title": metric} for metric in ("gradient_sd", "relative_sd")]
     biases = {"rows": ("task", "estimator"), "columns": ("metric",), "metrics": ("bias_z", "bias"), "title": "Bias"}
-    learned = {"rows": ("task", "training_seed"), "columns": ("estimator",), "metrics": ("path_nats",)}
-    finish(out, "estimators", config, records, [*tables, biases, learned | {"title": "Learned, nats per token"}])
+    tables.append(noise | {"metrics": ("path_nats",), "title": "Learned, nats per token", "rows": ("task", "rows")})
+    tables.append(noise | {"metrics": ("rows_ratio",), "title": "Rows of the default over theirs", "rows": ("task",)})
+    finish(out, "estimators", config, records, [*tables, biases])
 
 
 def measure(name: str, task: Task, draws: int, particles: int, updates: int) -> Records:
@@ -107,10 +113,37 @@ def likelihoods(name: str, files: Files, particles: int, updates: int, seed: int
     for kind, objective in estimators(particles, KL_WEIGHT).items():
         pyro.set_rng_seed(seed)
         task = TASKS[name](files)
-        rows = task.fit(objective, max(int(task.effort * updates), 1), seed)
-        labels = {"task": name, "estimator": kind, "training_seed": seed, "rows": rows}
-        records.append({"metric": "path_nats", **vars(task.nats()), **labels})
+        total = max(int(task.effort * updates), POINTS)
+        with TemporaryDirectory() as folder:
+            for point in range(1, POINTS + 1):
+                rows = task.fit(objective, total * point // POINTS, seed, Path(folder))
+                labels = {"task": name, "estimator": kind, "training_seed": seed, "rows": rows}
+                records.append({"metric": "path_nats", **vars(task.nats()), **labels})
     return records
+
+
+def rows_ratios(name: str, learned: Records) -> Records:
+    """Rows that the default needs to what another estimator has at the end, over that one's; above 1: the other way."""
+    curves = pd.DataFrame(learned).groupby(["estimator", "rows"])["value"].mean().unstack(0)  # means over the seeds
+    records: Records = []
+    for kind in curves.columns.drop(DEFAULT):
+        own, other = curves[DEFAULT], curves[kind]
+        needed = rows_to(own, other.iloc[-1])
+        ratio = needed if math.isfinite(needed) else 1 / rows_to(other, own.iloc[-1])
+        records.append({"metric": "rows_ratio", "value": ratio, "task": name, "estimator": kind, "of": DEFAULT})
+    return records
+
+
+def rows_to(curve: pd.Series, goal: float) -> float:
+    """Share of the rows at which a curve, nats by rows, first has a goal; infinite where it does not get there."""
+    reached = (curve <= goal).to_numpy().nonzero()[0]
+    if len(reached) == 0:
+        return math.inf
+    end = int(reached[0])
+    rows, nats = curve.index.to_numpy(float), curve.to_numpy()
+    part = 1.0 if end == 0 else (nats[end - 1] - goal) / (nats[end - 1] - nats[end])
+    before = 0.0 if end == 0 else rows[end - 1]
+    return (before + part * (rows[end] - before)) / rows[-1]
 
 
 def root(squares: Tensor, of: Tensor | None = None) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -147,11 +148,12 @@ class Task:
     lr: float
     effort: float = 1.0
 
-    def fit(self, objective: RevealTraceGraph_ELBO, updates: int, seed: int = 0) -> int:
-        """Learn for a while; returns the denoiser rows that it took."""
+    def fit(self, objective: RevealTraceGraph_ELBO, updates: int, seed: int = 0, out: Path | None = None) -> int:
+        """Learn for a while, or go on from what is in `out`; returns the denoiser rows that it all took."""
         model, guide = self.pair.programs
         optimizer = partial(torch.optim.Adam, lr=self.lr)
         settings: dict[str, Any] = {"batch_size": self.batch_size, "progress": False, "seed": seed}
+        settings |= {} if out is None else {"out": out, "resume": True}
         fit(model, guide, self.data["train"], objective=objective, optimizer=optimizer, updates=updates, **settings)
         return updates * self.batch_size * (1 + (self.pair.num_steps - 1) * objective.num_particles)
 

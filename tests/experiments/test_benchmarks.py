@@ -325,15 +325,32 @@ def test_spread_of_draws() -> None:
     assert estimators.root(4 * squares, squares)["value"] == pytest.approx(2)
 
 
+def test_rows_that_the_default_needs() -> None:
+    """By hand: 2, 1 and 0.8 nats at 10, 20 and 40 rows against 3, 1.5 and 0.9, and against one that is ahead."""
+    curves = {"default": (2.0, 1.0, 0.8), "gain": (3.0, 1.5, 0.9), "stock": (1.0, 0.6, 0.5)}
+    learned = [
+        {"estimator": name, "rows": rows, "value": nats + shift}
+        for name, curve in curves.items()
+        for shift in (-0.01, 0.01)  # two seeds
+        for rows, nats in zip((10, 20, 40), curve, strict=True)
+    ]
+    found = {r["estimator"]: r["value"] for r in estimators.rows_ratios("chain", learned)}
+    assert found == {"gain": pytest.approx(30 / 40), "stock": pytest.approx(40 / 15)}
+
+
 def test_estimators_on_the_chain_and_without_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = gradients.Files(programs=str(tmp_path / "no denoiser"), sudoku=str(tmp_path / "none"), antibodies="no.csv")
     tasks = ("chain", "antibodies", "programs", "sudoku")
-    estimators.main(tmp_path, tasks, draws=3, particles=3, updates=4, bias_draws=0, files=files)
+    estimators.main(tmp_path, tasks, draws=3, particles=3, updates=4, bias_draws=0, fits=1, files=files)
     records = read_results(tmp_path)["records"]
     names = ("default", "leave-one-out", "gain", "expected", "stock")
     wanted = {("chain", state, name) for state in ("start", "half", "learned") for name in names}
     assert {(r["task"], r["state"], r["estimator"]) for r in chosen(records, "gradient_sd")} == wanted
-    assert all(0 < r["low"] <= r["value"] <= r["high"] for r in records)
+    assert all(0 < r["low"] <= r["value"] <= r["high"] for r in records if "low" in r)
+    learned, orders = chosen(records, "path_nats"), 1 + 3 * 3
+    assert len(learned) == len(names) * 8
+    assert {r["rows"] for r in learned} == {updates * 8 * orders for updates in range(1, 9)}
+    assert {r["estimator"] for r in chosen(records, "rows_ratio")} == set(names[1:])
     shown = capsys.readouterr()
     for task in tasks[1:]:
         assert f"{task} is left out: " in shown.out + shown.err
