@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 from jsonargparse import auto_cli
-from pair_fits import ARMS, BATCH_SIZE, PARTICLES, learn
+from pair_fits import ARMS, BATCH_SIZE, PARTICLES, Name, learn
 from rich.console import Console
 
 from orderppl import evaluate
@@ -49,6 +49,7 @@ def main(
     denoiser: Path,
     gsm8k: Path,
     steps: int = 5,
+    pairs: tuple[Name, ...] = tuple(ARMS),
     seeds: int = 3,
     updates: int = 250,
     lr: float = 0.003,
@@ -62,6 +63,7 @@ def main(
         denoiser: run folder of train-denoiser.
         gsm8k: folder of the data set.
         steps: step budget T.
+        pairs: what is fitted, `learned` first.
         seeds: training seeds, from 0.
         updates: SVI updates of a fit.
         lr: learning rate of a guide; a prior beside one has a third of it.
@@ -77,9 +79,9 @@ def main(
     budgets = sorted({*(budget for budget in BUDGETS if budget < steps), steps})
     arms = sweep([{"policy": "Ranked", "score": list(HEURISTICS), "budgets": budgets}], seeds=(0, 1, 2))
     spent = updates * BATCH_SIZE * (1 + (steps - 1) * PARTICLES)
-    bounds: dict[str, Any] = dict.fromkeys(ARMS, 0.0)  # mean over the seeds, float64 [N]
+    bounds: dict[str, Any] = dict.fromkeys(pairs, 0.0)  # mean over the seeds, float64 [N]
     for seed in range(seeds):
-        for name in ARMS:
+        for name in pairs:
             folder = out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             model, guide = learn(name, network, splits["train"], steps, updates, lr, seed, folder)
             with torch.no_grad():
@@ -96,7 +98,7 @@ def main(
     whole = table[table["steps"] == steps]  # without the smaller budgets of the heuristics
     records += summary(whole, ["accuracy", "path_nats", "marginal_nats", "nfe"]).to_dict("records")
     for metric, played in (("accuracy", ", mode"), ("path_nats", "")):
-        families = [f"{name}{played}" for name in ARMS]
+        families = [f"{name}{played}" for name in pairs]
         for family in families:
             gains = [better(table, metric, families[0], family)] if family != families[0] else []
             for rule in HEURISTICS:
@@ -106,7 +108,7 @@ def main(
                 gain = found[["value", "low", "high"]].iloc[0].to_dict()
                 gains.append({"metric": "advantage", "arm": family, "of": f"{rule}, equal forwards", **gain})
             records += [{"measured": metric, "n_seeds": seeds, "rows": spent, **gain} for gain in gains]
-    for name in list(ARMS)[1:]:
+    for name in pairs[1:]:
         gain = vars(bootstrap_mean(bounds[name] - bounds["learned"]))
         common = {"metric": "advantage", "measured": "bound", "arm": name, "of": "learned"}
         records.append(

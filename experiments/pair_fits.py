@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -15,6 +15,9 @@ from orderppl.inference import ImportanceWeightedELBO, RevealTraceGraph_ELBO
 from orderppl.models import LearnedPolicy, PolicyNetwork, SequenceEncoder, UnmaskingModel
 
 PARTICLES, BATCH_SIZE = 8, 8
+Name = Literal[
+    "learned", "paper", "paper, 0.05", "paper, from the prior", "paper, as the prior", "paper, importance-weighted"
+]
 Make = Callable[[LearnedPolicy, Denoiser, int], Guide]
 
 
@@ -30,7 +33,7 @@ def corrected(policy: LearnedPolicy, denoiser: Denoiser, steps: int, temperature
     return PosteriorGuide(policy, denoiser, steps, network, temperature=temperature)
 
 
-ARMS: dict[str, tuple[Make, type[RevealTraceGraph_ELBO] | type[ImportanceWeightedELBO]]] = {
+ARMS: dict[Name, tuple[Make, type[RevealTraceGraph_ELBO] | type[ImportanceWeightedELBO]]] = {
     "learned": (lambda policy, denoiser, steps: PolicyGuide(policy, denoiser, steps), RevealTraceGraph_ELBO),
     "paper": (paper, RevealTraceGraph_ELBO),
     "paper, 0.05": (partial(paper, temperature=0.05), RevealTraceGraph_ELBO),
@@ -41,7 +44,7 @@ ARMS: dict[str, tuple[Make, type[RevealTraceGraph_ELBO] | type[ImportanceWeighte
 
 
 def learn(
-    arm: str, denoiser: Denoiser, data: Examples, steps: int, updates: int, lr: float, seed: int, out: Path
+    arm: Name, denoiser: Denoiser, data: Examples, steps: int, updates: int, lr: float, seed: int, out: Path
 ) -> tuple[UnmaskingModel, Guide]:
     """Fit one pair; what a guide has of its own learns with `lr`, the prior with a third of it."""
     pyro.set_rng_seed(seed)
