@@ -13,26 +13,6 @@ from orderppl.errors import UserError
 from orderppl.models.denoisers.chain_orders import OPEN, GapPolicy, GapSearch, entropy, nearest_revealed
 
 
-def _nearest(revealed: Tensor) -> Tensor:
-    """Distribution of the distance to the nearest revealed position on the left, 0 for none.
-
-    Args:
-        revealed: float [B, L, T], independent probabilities.
-
-    Returns:
-        float [B, L, L, T]; the third dimension is the distance.
-    """
-    length = revealed.shape[1]
-    shifted = revealed
-    hidden_between = torch.ones_like(revealed)
-    by_distance = []
-    for _ in range(1, length):
-        shifted = torch.cat([torch.zeros_like(shifted[:, :1]), shifted[:, :-1]], 1)  # outside: never revealed
-        by_distance.append(hidden_between * shifted)
-        hidden_between = hidden_between * (1 - shifted)
-    return torch.stack([hidden_between, *by_distance], 2)
-
-
 class MarkovChainDenoiser(Configurable, nn.Module):
     """Exact conditionals p(x_i | the other revealed tokens) of a symmetric chain.
 
@@ -112,36 +92,6 @@ class MarkovChainDenoiser(Configurable, nn.Module):
         step = self.log_power[1][tokens[..., :-1], tokens[..., 1:]]  # [*, L - 1]
         first = -math.log(self.num_states) * mask[..., 0].double()
         return first + (step * mask[..., 1:]).sum(-1)
-
-    def plan_log_likelihood(self, tokens: Tensor, step_probs: Tensor) -> Tensor:
-        """Expected path log-likelihood of a mean-field plan, exact and differentiable at any length.
-
-            E_q[ sum_i l_i(s_{r_i}) ] = sum_i sum_t q_i(t) sum_{j < i < k} N_t(j | i) N_t(k | i) log p(x_i | x_j, x_k)
-
-        where N_t(j | i) = Q_j(t) prod_{m between} (1 - Q_m(t)) is the probability that j is the nearest neighbour
-        revealed before t on its side (or that there is none), Q_j(t) = P(r_j < t). O(T L^3).
-
-        Args:
-            tokens: int64 [B, L].
-            step_probs: float [L, T] or [B, L, T], P(r_i = t).
-
-        Returns:
-            float64 [B], nats.
-        """
-        size, length = tokens.shape
-        probs = step_probs.double().expand(size, length, -1)  # [B, L, T]
-        revealed = probs.cumsum(-1) - probs  # Q, [B, L, T]
-        nearest = _nearest(revealed), _nearest(revealed.flip(1)).flip(1)  # [B, L, D, T], D = distance, 0 for none
-        distance = torch.arange(length, device=tokens.device)
-        position = distance.unsqueeze(-1)
-        said = []
-        for toward in (position - distance, position + distance):  # [L, D]
-            neighbour = tokens[:, toward.clamp(0, length - 1)]  # [B, L, D]
-            said.append(self.log_power[distance, neighbour])  # distance 0 says nothing, [B, L, D, K]
-        joint = said[0].unsqueeze(3) + said[1].unsqueeze(2)  # [B, L, D, D, K]
-        index = tokens[:, :, None, None, None].expand(joint.shape[:-1] + (1,))
-        log_prob = joint.log_softmax(-1).gather(-1, index).squeeze(-1)  # [B, L, D, D]
-        return torch.einsum("blt,bldt,blet,blde->b", probs, *nearest, log_prob)
 
     def best_order(self, num_steps: int, length: int | None = None) -> tuple[Tensor, float]:
         """The fixed reveal steps with the smallest expected loss; see `GapSearch`.

@@ -134,23 +134,6 @@ def test_refuses_longer_canvases_and_no_steps() -> None:
         denoiser.best_order(2, length=5)
 
 
-def test_plan_log_likelihood_is_the_sum_over_all_orders() -> None:
-    """Every order of 5 positions in 3 steps, weighed by its probability under the plan."""
-    torch.manual_seed(0)
-    denoiser = MarkovChainDenoiser(3, 0.7, 5)
-    tokens, attended = torch.randint(0, 3, (4, 5)), torch.ones(4, 5, dtype=torch.bool)
-    plan = torch.randn(5, 3, dtype=torch.float64).softmax(-1)
-    expected = torch.zeros(4, dtype=torch.float64)
-    for order in enumerate_partitions(5, 3):
-        log_likelihood = torch.zeros(4, dtype=torch.float64)
-        for t in range(3):
-            state = torch.where(order >= t, denoiser.mask_index, tokens)
-            log_probs = denoiser(state, attended).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-            log_likelihood += (log_probs * (order == t)).sum(-1)
-        expected += plan[torch.arange(5), order].prod() * log_likelihood
-    torch.testing.assert_close(denoiser.plan_log_likelihood(tokens, plan), expected, rtol=0, atol=1e-4)
-
-
 def test_is_described_frozen_and_in_evaluation_mode() -> None:
     denoiser = MarkovChainDenoiser(3, 0.7, length=5)
     arguments = {"num_states": 3, "stay": 0.7, "length": 5}
