@@ -102,11 +102,11 @@ def main(
         for family in families:
             gains = [better(table, metric, families[0], family)] if family != families[0] else []
             for rule in HEURISTICS:
-                gains.append(better(table, metric, family, f"{rule} T={steps}"))
+                gains.append(better(table, metric, family, f"{rule} T={steps}") | {"of": rule, "forwards": "T"})
                 two = table[table["family"].isin([rule, family])]
                 found = advantages(two, metrics=[metric], opponents=[rule]).query("metric == 'advantage'")
-                gain = found[["value", "low", "high"]].iloc[0].to_dict()
-                gains.append({"metric": "advantage", "arm": family, "of": f"{rule}, equal forwards", **gain})
+                gain = found[["metric", "value", "low", "high"]].iloc[0].to_dict()
+                gains.append({**gain, "arm": family, "of": rule, "forwards": "equal"})
             records += [{"measured": metric, "n_seeds": seeds, "rows": spent, **gain} for gain in gains]
     for name in pairs[1:]:
         gain = vars(bootstrap_mean(bounds[name] - bounds["learned"]))
@@ -117,8 +117,8 @@ def main(
     labels = {"task": "programs", "steps": steps}
     config = {**labels, "seeds": seeds, "updates": updates, "lr": lr, "draws": draws, "test_rows": len(test)}
     write_results(out, "paper", config, pd.DataFrame(records).assign(**labels))
-    Console().print(results_table([r for r in records if r["metric"] == "bound_nats"], rows=("arm", "training_seed")))
-    Console().print(results_table([r for r in records if r["metric"] == "advantage"], rows=("measured", "arm", "of")))
+    for metric, by in (("bound_nats", ("arm", "training_seed")), ("advantage", ("measured", "arm", "of", "forwards"))):
+        Console().print(results_table([record for record in records if record["metric"] == metric], rows=by))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ TIMED = [
 UPDATED = Dots(
     "time of an update, library / by hand", "time_ratio", "denoiser mode", "steps", {"axis": ("steps",)}, 1.0
 )
+PAIRS = tuple(f"{name}, mode" for name in ("learned", "paper", "paper, from the prior", "paper, importance-weighted"))
 WRITTEN = ("words", "last", "all")
 # what spaces out a step
 APART = ("periodic (1, 0)", "periodic (1, 2, 3, 0)", "periodic (0, 7, 6, 5, 4, 3, 2, 1)", "periodic (0, 1, 2, 3)")
@@ -95,8 +96,8 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
     "lists": [Curves("accuracy"), Dots("forwards per row", "forwards", "difficulty", "arm")],
     "loops": [FIRST, Dots("mean step of a loop, from 0", "mean_step", "region", "run")],
     "paper": [
-        Dots("negative bound, nats per problem", "bound_nats", "arm", "training_seed"),
-        Dots("accuracy of the policy alone", "accuracy", "family", "training_seed"),
+        Dots("negative bound, nats per problem", "bound_nats", "steps arm", "training_seed"),
+        Dots("accuracy of the policy alone", "accuracy", "steps family", "training_seed", {"family": PAIRS}),
     ],
     "phones": [Curves(xlabel=STEPS), PAIRED._replace(rows="steps training_seed")],
     "posterior": [Dots("gap to the log evidence, nats per sequence", "gap_nats", "arm", "training_seed")],
