@@ -58,11 +58,14 @@ class Block(nn.Module):
             q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
         return q, k, v
 
-    def mix(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Transform float [N, S, W] by its queries to K keys and values, under an attention bias float [N, 1, S, K]."""
+    def attend(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Add to float [N, S, W] what its queries find in K keys and values, under a bias float [N, 1, S, K]."""
         n, s, width = hidden.shape
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # [N, H, S, W/H]
-        hidden = hidden + self.out(mixed.transpose(1, 2).reshape(n, s, width))
+        return hidden + self.out(mixed.transpose(1, 2).reshape(n, s, width))
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """Add the GELU network, which works at each position by itself: float [.., W] -> [.., W]."""
         return hidden + self.mlp(self.norm_mlp(hidden))
 
 
@@ -124,7 +127,30 @@ class Backbone(nn.Module):
         before: tuple[Tensor, Tensor] | None = None,
         start: int = 0,
     ) -> Tensor:
-        """Mix embedded tokens.
+        """Mix embedded tokens: `finish` after `mix`, which has the arguments.
+
+        Returns:
+            float [N, S - start, W], normalised; finite but meaningless at padding.
+        """
+        return self.finish(self.mix(hidden, attention_mask, position, is_prompt, before, start))
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """All that follows the last attention, at each position by itself: float [.., W] -> [.., W], normalised."""
+        if len(self.blocks):
+            mixed = cast(Block, self.blocks[-1]).transform(mixed)
+        normed: Tensor = self.norm(mixed)
+        return normed
+
+    def mix(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        position: Tensor | None = None,
+        is_prompt: Tensor | None = None,
+        before: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """All in which positions read one another.
 
         Args:
             hidden: float [N, S, W].
@@ -136,7 +162,7 @@ class Backbone(nn.Module):
             start: the last block leaves out the positions before this one.
 
         Returns:
-            float [N, S - start, W], normalised; finite but meaningless at padding.
+            float [N, S - start, W], the residual stream behind the last attention.
         """
         hidden, rotary = self._enter(hidden, attention_mask, position)
         past, keys = None, attention_mask
@@ -149,11 +175,13 @@ class Backbone(nn.Module):
             q, k, v = block.project(hidden, rotary)
             if past is not None:
                 k, v = torch.cat([past[:, layer, 0], k], 2), torch.cat([past[:, layer, 1], v], 2)
-            if start and layer == len(self.blocks) - 1:
+            is_last = layer == len(self.blocks) - 1
+            if start and is_last:
                 hidden, q, bias = hidden[:, start:], q[:, :, start:], bias[:, :, start:]
-            hidden = block.mix(hidden, q, k, v, bias)
-        normed: Tensor = self.norm(hidden)
-        return normed
+            hidden = block.attend(hidden, q, k, v, bias)
+            if not is_last:
+                hidden = block.transform(hidden)
+        return hidden
 
     def keys_values(self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None = None) -> Tensor:
         """Keys and values of every block, for tokens that come after: float [N, layers, 2, H, S, W/H]."""
@@ -163,7 +191,7 @@ class Backbone(nn.Module):
         for block in self._blocks():
             q, k, v = block.project(hidden, rotary)
             kept.append(torch.stack([k, v], 1))
-            hidden = block.mix(hidden, q, k, v, bias)
+            hidden = block.transform(block.attend(hidden, q, k, v, bias))
         return torch.stack(kept, 1)
 
     def _blocks(self) -> Iterator[Block]:

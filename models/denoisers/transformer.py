@@ -126,11 +126,23 @@ class TransformerDenoiser(Configurable, nn.Module):
 
     def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """Everything before the output head, float [N, S, W]; see `orderppl.unmasking.SplitDenoiser`."""
-        return self._read(self.embed(state), state, attention_mask)
+        return self.finish(self.mixed_states(state, attention_mask, 0))
 
-    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        """Hidden states from `start` on, float [N, S - start, W]; see `orderppl.unmasking.TailDenoiser`."""
-        return self._read(self.embed(state), state, attention_mask, start)
+    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
+        """Everything up to the last attention, float [N, S - start, W]; see `orderppl.unmasking.TailDenoiser`."""
+        self._check_length(state.shape[-1])
+        attention_mask = attention_mask.bool()
+        hidden, position, is_prompt = self.embed(state), None, None
+        if self.response is not None:
+            position, is_response = self._segments(state, attention_mask)
+            hidden = hidden + is_response[..., None] * self.response
+            if not self.prompt_reads_response:
+                is_prompt = attention_mask & ~is_response
+        return self.backbone.mix(hidden, attention_mask, position, is_prompt, start=start)
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """What follows the last attention, position by position; see `orderppl.unmasking.TailDenoiser`."""
+        return self.backbone.finish(mixed)
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         """The output head, which shares the embedding: float [.., W] -> [.., V]."""
@@ -152,26 +164,13 @@ class TransformerDenoiser(Configurable, nn.Module):
             return None
         return self.backbone.keys_values(self.embed(prompt), attended, position)
 
-    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Hidden states of responses, float [N, L, W]; see `orderppl.unmasking.PromptDenoiser`."""
+    def mixed_responses(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+        """`mixed_states` of responses, float [N, L, W]; see `orderppl.unmasking.PromptDenoiser`."""
         self._check_length(prompt_mask.shape[-1] + tokens.shape[-1])
         attention_mask = attention_mask.bool()
         position = attended_positions(attention_mask) + self.prompt_room
         hidden = self.embed(tokens) + self.response
-        return self.backbone(hidden, attention_mask, position, before=(prompt, prompt_mask.bool()))
-
-    def _read(self, hidden: Tensor, state: Tensor, attention_mask: Tensor, start: int = 0) -> Tensor:
-        """Hidden states float [N, S - start, W] from embeddings float [N, S, W]."""
-        self._check_length(state.shape[-1])
-        attention_mask = attention_mask.bool()
-        position = is_prompt = None
-        if self.response is not None:
-            position, is_response = self._segments(state, attention_mask)
-            hidden = hidden + is_response[..., None] * self.response
-            if not self.prompt_reads_response:
-                is_prompt = attention_mask & ~is_response
-        mixed: Tensor = self.backbone(hidden, attention_mask, position, is_prompt, start=start)
-        return mixed
+        return self.backbone.mix(hidden, attention_mask, position, before=(prompt, prompt_mask.bool()))
 
     def _check_length(self, size: int) -> None:
         if size > self.max_length:

@@ -57,15 +57,22 @@ class SplitDenoiser(Denoiser, Protocol):
 
 @runtime_checkable
 class TailDenoiser(SplitDenoiser, Protocol):
-    """A denoiser that does not work out the hidden states of leading positions, which nobody reads."""
+    """A denoiser that does not work out what nobody reads once its positions have read one another for the last time.
 
-    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        """`hidden_states` of the positions from `start` on: float [N, S - start, W]."""
+    `hidden_states(state, attention_mask)[:, start:]` equals `finish(mixed_states(state, attention_mask, start))`.
+    """
+
+    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
+        """Everything in which positions read one another, of those from `start` on: float [N, S - start, W]."""
+        ...
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """What is left before the output head, at each position by itself: float [.., W] -> [.., W]."""
         ...
 
 
 @runtime_checkable
-class PromptDenoiser(SplitDenoiser, Protocol):
+class PromptDenoiser(TailDenoiser, Protocol):
     """A denoiser whose prompt does not attend to the response, so that decoding reads the prompt once."""
 
     def encode_prompt(self, context: Tensor, context_mask: Tensor) -> Tensor | None:
@@ -80,8 +87,8 @@ class PromptDenoiser(SplitDenoiser, Protocol):
         """
         ...
 
-    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
-        """The hidden states of responses behind an encoded prompt, as `hidden_states` of the whole rows gives them.
+    def mixed_responses(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
+        """What `mixed_states` gives of whole rows, of their responses behind an encoded prompt.
 
         Args:
             tokens: int64 [N, L], MASK at hidden positions.
@@ -98,8 +105,8 @@ class PromptDenoiser(SplitDenoiser, Protocol):
 _CALL, _HEAD, _TAIL, _PROMPT = (
     ("forward", "__call__"),
     ("hidden_states", "output_logits"),
-    ("tail_states",),
-    ("encode_prompt", "response_states"),
+    ("mixed_states", "finish"),
+    ("encode_prompt", "mixed_responses"),
 )
 
 
@@ -169,8 +176,7 @@ class Reader:
         self._is_split = _offers(denoiser, _HEAD, _CALL)
         # What `Module.compile` makes faster is the call, not its parts.
         is_compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
-        has_tail = self._is_split and self.start > 0 and not is_compiled
-        self._has_tail = has_tail and _offers(denoiser, _TAIL, _HEAD + _CALL)
+        self._has_tail = self._is_split and not is_compiled and _offers(denoiser, _TAIL, _HEAD + _CALL)
         self._prompt: Tensor | None = None
 
     def rows(self, index: Tensor) -> Reader:
@@ -199,28 +205,38 @@ class Reader:
         Raises:
             UserError: the denoiser returns something of another shape.
         """
-        tokens = detach_provenance(tokens)
         if tokens.dim() == 2:
-            return self._read(tokens, self.batch.attention_mask)
+            return self.finish(self.mix(tokens))
+        tokens = detach_provenance(tokens)
         rows = tokens.reshape(-1, tokens.shape[-1])
         attention = self.batch.attention_mask.expand(tokens.shape).reshape(rows.shape)
         distinct = distinct_rows(rows, tokens.shape[-2])
         if distinct is None:
-            found = self._read(rows, attention)
+            found = self.finish(self._mix(rows, attention))
         else:
             places, kind = distinct
-            found = self._read(rows[places], attention[places])[kind]
+            found = self.finish(self._mix(rows[places], attention[places]))[kind]
         return found.reshape(*tokens.shape[:-1], found.shape[-2], found.shape[-1])
 
-    def _read(self, rows: Tensor, attention: Tensor) -> Tensor:
+    def mix(self, tokens: Tensor) -> Tensor:
+        """The part of `read` in which positions read one another: float [B, S - start, W] from int64 [B, S]."""
+        return self._mix(detach_provenance(tokens), self.batch.attention_mask)
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """The part of `read` that is left, at each position by itself: float [.., W] -> [.., W]."""
+        if self._has_tail or self._prompt is not None:
+            return cast(TailDenoiser, self.denoiser).finish(mixed)
+        return mixed
+
+    def _mix(self, rows: Tensor, attention: Tensor) -> Tensor:
         """float [N, S - start, W] from int64 and bool [N, S]."""
         if self._prompt is not None:
             prompt_denoiser, start = cast(PromptDenoiser, self.denoiser), self.start
-            return prompt_denoiser.response_states(
+            return prompt_denoiser.mixed_responses(
                 rows[:, start:], attention[:, start:], self._prompt, attention[:, :start]
             )
         if self._has_tail:
-            return cast(TailDenoiser, self.denoiser).tail_states(rows, attention, self.start)
+            return cast(TailDenoiser, self.denoiser).mixed_states(rows, attention, self.start)
         read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
         found = read(rows, attention)
         is_tensor = isinstance(found, Tensor)

@@ -122,7 +122,9 @@ class Window(Predictions):
 
 
 class MaskedOnly(Predictions):
-    """At the masked positions only, for decoding; the call is made at once, the head runs where it is asked for.
+    """At the masked positions only, for decoding; the call is made at once.
+
+    What follows the last attention, the output head included, runs where it is asked for.
 
     Args:
         reader: of the rows still in the batch.
@@ -135,7 +137,7 @@ class MaskedOnly(Predictions):
 
     def __init__(self, reader: Reader, tokens: Tensor, masked: Tensor, count: int) -> None:
         self.reader, self.masked, self.count = reader, masked, count
-        self.states = reader.read(tokens)  # [B, S - start, W]
+        self.mixed = reader.mix(tokens)  # [B, S - start, W]
 
     @cached_property
     def places(self) -> Tensor:
@@ -144,13 +146,21 @@ class MaskedOnly(Predictions):
 
     def _at(self, places: Tensor) -> Tensor:
         """What the head reads at places int64 [N], which are in the window: float [N, W]."""
-        size = self.masked.shape[-1]
-        return self.states[places // size, places % size - self.reader.start]
+        start = self.reader.start
+        if start:  # numbered through the windows
+            row = places.div(self.masked.shape[-1], rounding_mode="floor") if len(self.masked) > 1 else 0
+            places = places - (row + 1) * start
+        return self.reader.finish(self.mixed.flatten(0, 1).index_select(0, places))
+
+    @cached_property
+    def states(self) -> Tensor:
+        """What the head reads at the masked positions, float [M, W]."""
+        return self._at(self.places)
 
     @cached_property
     def logits(self) -> Tensor:
         """At the masked positions, float [M, V]."""
-        return self.reader.logits(self._at(self.places))
+        return self.reader.logits(self.states)
 
     def logits_of(self, some: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """At `count` masked positions, bool [B, S]: their places int64 [N] and logits float [N, V]."""
@@ -176,7 +186,7 @@ class MaskedOnly(Predictions):
 
     def hidden(self, function: Function) -> Tensor:
         """See `Predictions`."""
-        return self._unpack(function(self._at(self.places)))
+        return self._unpack(function(self.states))
 
     def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """See `Predictions`."""

@@ -62,7 +62,9 @@ class Passing:
 
 
 class Counting(TransformerDenoiser):
-    """Counts the sequences through the backbone, the positions through the head, and the prompts encoded."""
+    """Counts the sequences through the backbone, the positions behind its last attention and through the head, and the
+    prompts encoded.
+    """
 
     def __init__(self, **options: Any) -> None:
         torch.manual_seed(3)
@@ -72,19 +74,23 @@ class Counting(TransformerDenoiser):
         self.forget()
 
     def forget(self) -> None:
-        self.sequences, self.positions, self.prompts = [], [], []
+        self.sequences, self.finished, self.positions, self.prompts = [], [], [], []
 
     def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         self.sequences.append(len(state))
         return super().hidden_states(state, attention_mask)
 
-    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
+    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
         self.sequences.append(len(state))
-        return super().tail_states(state, attention_mask, start)
+        return super().mixed_states(state, attention_mask, start)
 
-    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+    def mixed_responses(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
         self.sequences.append(len(tokens))
-        return super().response_states(tokens, attention_mask, prompt, prompt_mask)
+        return super().mixed_responses(tokens, attention_mask, prompt, prompt_mask)
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        self.finished.append(mixed[..., 0].numel())
+        return super().finish(mixed)
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         self.positions.append(hidden[..., 0].numel())
@@ -164,6 +170,7 @@ def test_the_head_runs_where_it_is_needed(kind: str):
         else:  # the last step reveals all that is left, whoever decides
             assert denoiser.positions == masked, name
             assert sum(masked) < sum(rows) * batch.tokens.shape[1]
+        assert denoiser.finished == denoiser.positions, name  # nor does what comes between attention and head
 
 
 def test_prompts_are_read_once():
@@ -193,14 +200,14 @@ def test_a_prompt_that_does_not_read_its_response(positions: str):
     torch.testing.assert_close(whole[0][:, :PROMPT][mask], whole[1][:, :PROMPT][mask])
     encoded = denoiser.encode_prompt(prompt, mask)
     for tokens, hidden in zip(responses, whole, strict=True):
-        behind = denoiser.response_states(tokens, attention[:, PROMPT:], encoded, mask)
+        behind = denoiser.finish(denoiser.mixed_responses(tokens, attention[:, PROMPT:], encoded, mask))
         torch.testing.assert_close(behind[attention[:, PROMPT:]], hidden[:, PROMPT:][attention[:, PROMPT:]])
     open_prompt = Counting(separator_index=SEPARATOR, positions=positions, prompt_room=8)
     open_prompt.load_state_dict(denoiser.state_dict())
     read = [open_prompt.hidden_states(torch.cat([prompt, tokens], -1), attention) for tokens in responses]
     assert not torch.allclose(read[0][:, :PROMPT][mask], read[1][:, :PROMPT][mask])
     with pytest.raises(UserError, match="max_length"):
-        denoiser.response_states(torch.zeros(4, 35, dtype=torch.int64), torch.ones(4, 35).bool(), encoded, mask)
+        denoiser.mixed_responses(torch.zeros(4, 35, dtype=torch.int64), torch.ones(4, 35).bool(), encoded, mask)
     with pytest.raises(UserError, match="separator_index"):
         TransformerDenoiser(VOCAB, MASK, width=16, layers=1, heads=2, prompt_reads_response=False)
 
@@ -237,6 +244,30 @@ def test_the_last_block_leaves_the_prefix_out(positions: str, layers: int):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "given", "infilling"])
+@pytest.mark.parametrize("options", [{}, {"positions": "learned"}, {"separator_index": 10}, {"layers": 1}])
+@pytest.mark.parametrize("classes", [VOCAB, 70])
+def test_places_that_are_asked_for_are_as_in_whole_rows(kind: str, options: dict[str, Any], classes: int):
+    """Hidden states and logits of some masked positions, of all rows and of one, whatever else stands there."""
+    torch.manual_seed(4)
+    settings: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2} | options
+    denoiser = TransformerDenoiser(classes, MASK, **settings).double().requires_grad_(False)
+    masked = problem(kind).latent & (torch.rand(4, 15) < 0.7)
+    for rows in (torch.arange(4), torch.tensor([2])):
+        batch, hidden = problem(kind).rows(rows), masked[rows]
+        tokens = torch.where(hidden, MASK, batch.tokens.masked_fill(batch.latent, 3))
+        whole = denoiser.hidden_states(tokens, batch.attention_mask)
+        packed = MaskedOnly(Reader(denoiser, batch), tokens, hidden, int(hidden.sum()))
+        torch.testing.assert_close(packed.states, whole[hidden])
+        some = hidden & (torch.rand(hidden.shape) < 0.5)
+        fresh = MaskedOnly(Reader(denoiser, batch), tokens, hidden, int(hidden.sum()))
+        places, logits = fresh.logits_of(some, int(some.sum()))
+        assert torch.equal(places, some.flatten().nonzero()[:, 0])
+        expected = denoiser.output_logits(whole[some])
+        expected[:, MASK] = -torch.inf
+        torch.testing.assert_close(logits, expected)
 
 
 def test_a_wrapper_is_called_itself():
