@@ -143,7 +143,7 @@ def _unmask(
         if not left:
             break
         if step == 0:
-            rows.reader.encode_prompt()
+            rows.reader.lay_out()
         predictions = MaskedOnly(rows.reader, rows.tokens, rows.masked, sum(left))  # the one forward of this step
         now = torch.full(rows.index.shape, step, device=device)
         canvas = rows.reader.batch

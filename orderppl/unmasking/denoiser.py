@@ -55,15 +55,45 @@ class SplitDenoiser(Denoiser, Protocol):
         ...
 
 
+class Layout(Protocol):
+    """What a denoiser keeps of N rows from step to step; whatever it needs."""
+
+    def rows(self, index: Tensor) -> Layout:
+        """That of the rows in `index`, int64 or bool [N], in their order."""
+        ...
+
+
 @runtime_checkable
 class TailDenoiser(SplitDenoiser, Protocol):
-    """A denoiser that does not work out what nobody reads once its positions have read one another for the last time.
+    """A denoiser that does not work out again what stays the same, nor at all what nobody reads.
 
-    `hidden_states(state, attention_mask)[:, start:]` equals `finish(mixed_states(state, attention_mask, start))`.
+    `hidden_states(state, attention_mask)[:, start:]` equals `finish(mixed_states(state, attention_mask, start))`, with
+    the layout of the rows and without.
     """
 
-    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        """Everything in which positions read one another, of those from `start` on: float [N, S - start, W]."""
+    def lay_out(self, state: Tensor, attention_mask: Tensor, start: int) -> Layout | None:
+        """What of rows stays the same while positions from `start` on are written; nothing else of `state` will change.
+
+        Args:
+            state: int64 [N, S].
+            attention_mask: bool [N, S], False at padding.
+            start: first column that may change.
+
+        Returns:
+            What `mixed_states` can make use of, such as keys and values of prompts that do not attend to what follows;
+            None where everything may change.
+        """
+        ...
+
+    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int, layout: Any = None) -> Tensor:
+        """Everything in which positions read one another, of those from `start` on: float [N, S - start, W].
+
+        Args:
+            state: int64 [N, S], MASK at hidden positions.
+            attention_mask: bool [N, S], False at padding.
+            start: columns that are not asked for.
+            layout: of `lay_out`, where there is one for these rows.
+        """
         ...
 
     def finish(self, mixed: Tensor) -> Tensor:
@@ -71,42 +101,10 @@ class TailDenoiser(SplitDenoiser, Protocol):
         ...
 
 
-@runtime_checkable
-class PromptDenoiser(TailDenoiser, Protocol):
-    """A denoiser whose prompt does not attend to the response, so that decoding reads the prompt once."""
-
-    def encode_prompt(self, context: Tensor, context_mask: Tensor) -> Tensor | None:
-        """What responses attend to.
-
-        Args:
-            context: int64 [N, C], prompts.
-            context_mask: bool [N, C], False at padding.
-
-        Returns:
-            float [N, ..], rows first; None when these prompts cannot be read without their responses.
-        """
-        ...
-
-    def mixed_responses(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
-        """What `mixed_states` gives of whole rows, of their responses behind an encoded prompt.
-
-        Args:
-            tokens: int64 [N, L], MASK at hidden positions.
-            attention_mask: bool [N, L], False at padding.
-            prompt: float [N, ..], of `encode_prompt`.
-            context_mask: bool [N, C], of the prompt.
-
-        Returns:
-            float [N, L, W].
-        """
-        ...
-
-
-_CALL, _HEAD, _TAIL, _PROMPT = (
+_CALL, _HEAD, _TAIL = (
     ("forward", "__call__"),
     ("hidden_states", "output_logits"),
-    ("mixed_states", "finish"),
-    ("encode_prompt", "mixed_responses"),
+    ("lay_out", "mixed_states", "finish"),
 )
 
 
@@ -177,21 +175,21 @@ class Reader:
         # What `Module.compile` makes faster is the call, not its parts.
         is_compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
         self._has_tail = self._is_split and not is_compiled and _offers(denoiser, _TAIL, _HEAD + _CALL)
-        self._prompt: Tensor | None = None
+        self._layout: Layout | None = None
 
     def rows(self, index: Tensor) -> Reader:
         """The same reader with the rows in `index` (int64 or bool [B]) only."""
         kept = Reader.__new__(Reader)
         kept.__dict__.update(self.__dict__)
         kept.batch = self.batch.rows(index)
-        kept._prompt = None if self._prompt is None else self._prompt[index]
+        kept._layout = None if self._layout is None else self._layout.rows(index)
         return kept
 
-    def encode_prompt(self) -> None:
-        """Read the common prefix once for all reads to come, where the denoiser allows it."""
-        if self.start and self._is_split and _offers(self.denoiser, _PROMPT, _HEAD + _CALL):
-            tokens, attention = self.batch.readable[:, : self.start], self.batch.attention_mask[:, : self.start]
-            self._prompt = cast(PromptDenoiser, self.denoiser).encode_prompt(tokens, attention)
+    def lay_out(self) -> None:
+        """Work out once for all reads to come what does not change from one to the next."""
+        if self._has_tail:
+            tokens, attention = self.batch.readable, self.batch.attention_mask
+            self._layout = cast(TailDenoiser, self.denoiser).lay_out(tokens, attention, self.start)
 
     def read(self, tokens: Tensor) -> Tensor:
         """Everything before the output head, in one denoiser call.
@@ -224,19 +222,12 @@ class Reader:
 
     def finish(self, mixed: Tensor) -> Tensor:
         """The part of `read` that is left, at each position by itself: float [.., W] -> [.., W]."""
-        if self._has_tail or self._prompt is not None:
-            return cast(TailDenoiser, self.denoiser).finish(mixed)
-        return mixed
+        return cast(TailDenoiser, self.denoiser).finish(mixed) if self._has_tail else mixed
 
     def _mix(self, rows: Tensor, attention: Tensor) -> Tensor:
         """float [N, S - start, W] from int64 and bool [N, S]."""
-        if self._prompt is not None:
-            prompt_denoiser, start = cast(PromptDenoiser, self.denoiser), self.start
-            return prompt_denoiser.mixed_responses(
-                rows[:, start:], attention[:, start:], self._prompt, attention[:, :start]
-            )
         if self._has_tail:
-            return cast(TailDenoiser, self.denoiser).mixed_states(rows, attention, self.start)
+            return cast(TailDenoiser, self.denoiser).mixed_states(rows, attention, self.start, self._layout)
         read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
         found = read(rows, attention)
         is_tensor = isinstance(found, Tensor)
