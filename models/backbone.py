@@ -33,7 +33,7 @@ def rotary_tables(position: Tensor, rate: Tensor) -> Rotary:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn queries or keys, float [N, H, S, size], by their positions."""
+    """Turn queries, keys or both, float [*, N, H, S, size], by their positions."""
     left, right = x.chunk(2, -1)
     return x * rotary[0] + torch.cat([-right, left], -1) * rotary[1]
 
@@ -54,10 +54,8 @@ class Block(nn.Module):
         """Queries, keys and values of float [N, S, W]: float [N, H, S, W/H] each."""
         n, s, _ = hidden.shape
         qkv = self.qkv(self.norm_attention(hidden)).view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # [N, H, S, W/H]
-        if rotary is not None:
-            q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
-        return q, k, v
+        turned = qkv[:2] if rotary is None else rotate(qkv[:2], rotary).to(qkv.dtype)
+        return turned[0], turned[1], qkv[2]  # [N, H, S, W/H]
 
     def attend(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Add to float [N, S, W] what its queries find in K keys and values, under a bias float [N, 1, S, K]."""
