@@ -151,7 +151,11 @@ class TransformerDenoiser(Configurable, nn.Module):
         Returns:
             Positions and attention; for prompts that do not read their response and end with their only separator
             their keys and values too. None where a row's first separator may be written yet.
+
+        Raises:
+            UserError: the canvas is longer than `max_length`.
         """
+        self._check_length(state.shape[-1])
         attended = attention_mask.bool()
         if self.separator_index is None:
             return self._whole(state, attended)
@@ -179,7 +183,8 @@ class TransformerDenoiser(Configurable, nn.Module):
         return self._marked(self.backbone.lay_out(attended, position, is_prompt), is_response)
 
     def _marked(self, layout: Layout, is_response: Tensor) -> Layout:
-        """Add what marks the response, at bool [N, S]."""
+        """Add what marks the response, at bool [N, S]; there is a separator."""
+        assert self.response is not None
         mark = is_response[..., None] * self.response
         layout.added = mark if layout.added is None else layout.added + mark
         return layout

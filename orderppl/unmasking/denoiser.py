@@ -72,10 +72,10 @@ class TailDenoiser(SplitDenoiser, Protocol):
     """
 
     def lay_out(self, state: Tensor, attention_mask: Tensor, start: int) -> Layout | None:
-        """What of rows stays the same while positions from `start` on are written; nothing else of `state` will change.
+        """What of rows stays the same while positions from `start` on are written.
 
         Args:
-            state: int64 [N, S].
+            state: int64 [N, S]; what stands from `start` on says nothing of what will stand there.
             attention_mask: bool [N, S], False at padding.
             start: first column that may change.
 

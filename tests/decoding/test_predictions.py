@@ -370,3 +370,15 @@ def test_tokens_are_looked_up_in_parts_where_all_logits_would_be_too_many(
         torch.testing.assert_close(window.token_log_prob(batch.tokens, temperature).detach(), once.detach())
         assert ("logits" in window.__dict__) == trained
         assert whole or (max(denoiser.positions) <= 4) != trained
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_canvas_that_is_too_long_is_refused(positions: str, reads: bool):
+    """In words, also where positions are looked up before anything is read."""
+    options = {"separator_index": SEPARATOR, "prompt_room": 8, "positions": positions, "prompt_reads_response": reads}
+    denoiser = Counting(**options)
+    tokens = torch.full((1, 41), MASK)
+    tokens[0, 0] = SEPARATOR
+    with pytest.raises(UserError, match="a canvas of 41 tokens exceeds 40"):
+        decode(denoiser, POLICIES["top_prob"], Batch(tokens, given=tokens != MASK), max_steps=2)
