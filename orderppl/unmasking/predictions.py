@@ -175,14 +175,14 @@ class MaskedOnly(Predictions):
     def _unpack(self, values: Tensor) -> Tensor:
         """[M, ..] -> [B, S, ..], 0 elsewhere."""
         whole = values.new_zeros(self.masked.numel(), *values.shape[1:])
-        return whole.index_copy_(0, self.places, values).unflatten(0, self.masked.shape)
+        return whole.index_copy_(0, self.places, values).view(self.masked.shape + values.shape[1:])
 
     def per_position(self, function: Function) -> Tensor:
         """See `Predictions`."""
         logits, size = self.logits, max(1, _CHUNK // self.logits.shape[-1])
-        chunks = logits.split(size) if logits.device.type == "cpu" else (logits,)
-        found = [function(chunk.log_softmax(-1)) for chunk in chunks]
-        return self._unpack(torch.cat(found) if len(found) > 1 else found[0])
+        if len(logits) <= size or logits.device.type != "cpu":
+            return self._unpack(function(logits.log_softmax(-1)))
+        return self._unpack(torch.cat([function(chunk.log_softmax(-1)) for chunk in logits.split(size)]))
 
     def hidden(self, function: Function) -> Tensor:
         """See `Predictions`."""
@@ -227,5 +227,5 @@ class Views(Predictions):
 def true_places(mask: Tensor, count: int) -> Tensor:
     """Indices of the `count` true entries of a bool [N]: int64 [count]; `nonzero` without waiting for the device."""
     if mask.device.type == "cpu":
-        return mask.nonzero()[:, 0]
+        return mask.nonzero().flatten()
     return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
