@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -32,7 +33,7 @@ def rotary_tables(position: Tensor, rate: Tensor) -> Rotary:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn queries or keys, float [N, H, S, size], by their positions."""
+    """Turn queries, keys or both, float [*, N, H, S, size], by their positions."""
     left, right = x.chunk(2, -1)
     return x * rotary[0] + torch.cat([-right, left], -1) * rotary[1]
 
@@ -53,17 +54,42 @@ class Block(nn.Module):
         """Queries, keys and values of float [N, S, W]: float [N, H, S, W/H] each."""
         n, s, _ = hidden.shape
         qkv = self.qkv(self.norm_attention(hidden)).view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # [N, H, S, W/H]
-        if rotary is not None:
-            q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
-        return q, k, v
+        turned = qkv[:2] if rotary is None else rotate(qkv[:2], rotary).to(qkv.dtype)
+        return turned[0], turned[1], qkv[2]  # [N, H, S, W/H]
 
-    def mix(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Transform float [N, S, W] by its queries to K keys and values, under an attention bias float [N, 1, S, K]."""
+    def attend(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Add to float [N, S, W] what its queries find in K keys and values, under a bias float [N, 1, S, K]."""
         n, s, width = hidden.shape
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))  # [N, H, S, W/H]
-        hidden = hidden + self.out(mixed.transpose(1, 2).reshape(n, s, width))
+        return hidden + self.out(mixed.transpose(1, 2).reshape(n, s, width))
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """Add the GELU network, which works at each position by itself: float [.., W] -> [.., W]."""
         return hidden + self.mlp(self.norm_mlp(hidden))
+
+
+@dataclass
+class Layout:
+    """What a backbone has to know of N rows beside their embedded tokens.
+
+    Attributes:
+        added: float [N, S, W], what is added to the embeddings; None where nothing is.
+        rotary: tables of the positions; None with learned positions.
+        bias: float [N, 1, 1 or S, K], of queries to keys.
+        past: float [N, layers, 2, H, C, W/H], keys and values of tokens that stand before the rows, which are the first
+            C of the K keys; None without such.
+    """
+
+    added: Tensor | None
+    rotary: Rotary | None
+    bias: Tensor
+    past: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Layout:
+        """That of the rows in `index`, int64 or bool."""
+        added = None if self.added is None else self.added[index]
+        rotary = None if self.rotary is None else (self.rotary[0][index], self.rotary[1][index])
+        return Layout(added, rotary, self.bias[index], None if self.past is None else self.past[index])
 
 
 class Backbone(nn.Module):
@@ -115,86 +141,109 @@ class Backbone(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        attention_mask: Tensor,
-        position: Tensor | None = None,
-        is_prompt: Tensor | None = None,
-        before: tuple[Tensor, Tensor] | None = None,
-        start: int = 0,
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Mix embedded tokens.
 
         Args:
             hidden: float [N, S, W].
             attention_mask: bool [N, S].
+
+        Returns:
+            float [N, S, W], normalised; finite but meaningless at padding.
+        """
+        return self.finish(self.mix(hidden, self.lay_out(attention_mask)))
+
+    def lay_out(
+        self, attention_mask: Tensor, position: Tensor | None = None, is_prompt: Tensor | None = None
+    ) -> Layout:
+        """Prepare for rows, whatever their tokens.
+
+        Args:
+            attention_mask: bool [N, S].
             position: int64 [N, S]; the index among attended tokens when left out.
             is_prompt: bool [N, S], attended tokens that attend to one another only.
-            before: `keys_values` float [N, layers, 2, H, C, W/H] of tokens that stand before these, and which of them
-                are attended, bool [N, C].
+        """
+        if position is None:
+            position = attended_positions(attention_mask)  # [N, S]
+        bias = self._bias(attention_mask)
+        if is_prompt is not None:
+            bias = bias.masked_fill((is_prompt[:, :, None] & ~is_prompt[:, None])[:, None], -torch.inf)
+        return Layout(*self._place(position), bias)
+
+    def lay_out_behind(self, past: Tensor, past_mask: Tensor, attention_mask: Tensor, position: Tensor) -> Layout:
+        """Prepare for rows behind others, of which `keys_values` (with their mask, bool [N, C]) are known."""
+        return Layout(*self._place(position), self._bias(torch.cat([past_mask, attention_mask], -1)), past)
+
+    def mix(self, hidden: Tensor, layout: Layout, start: int = 0) -> Tensor:
+        """Do all in which positions read one another.
+
+        Args:
+            hidden: float [N, S, W], embedded tokens.
+            layout: of the rows.
             start: the last block leaves out the positions before this one.
 
         Returns:
-            float [N, S - start, W], normalised; finite but meaningless at padding.
+            float [N, S - start, W], the residual stream behind the last attention.
         """
-        hidden, rotary = self._enter(hidden, attention_mask, position)
-        past, keys = None, attention_mask
-        if before is not None:
-            past, keys = before[0], torch.cat([before[1], attention_mask], -1)  # [N, K]
-        bias = self._bias(hidden, keys)
-        if is_prompt is not None:
-            bias = bias.masked_fill((is_prompt[:, :, None] & ~is_prompt[:, None])[:, None], -torch.inf)
+        hidden, bias = self._enter(hidden, layout)
         for layer, block in enumerate(self._blocks()):
-            q, k, v = block.project(hidden, rotary)
-            if past is not None:
-                k, v = torch.cat([past[:, layer, 0], k], 2), torch.cat([past[:, layer, 1], v], 2)
-            if start and layer == len(self.blocks) - 1:
+            q, k, v = block.project(hidden, layout.rotary)
+            if layout.past is not None:
+                k, v = torch.cat([layout.past[:, layer, 0], k], 2), torch.cat([layout.past[:, layer, 1], v], 2)
+            is_last = layer == len(self.blocks) - 1
+            if start and is_last:
                 hidden, q, bias = hidden[:, start:], q[:, :, start:], bias[:, :, start:]
-            hidden = block.mix(hidden, q, k, v, bias)
-        normed: Tensor = self.norm(hidden)
+            hidden = block.attend(hidden, q, k, v, bias)
+            if not is_last:
+                hidden = block.transform(hidden)
+        return hidden
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """Do what follows the last attention, at each position by itself: float [.., W] -> [.., W], normalised."""
+        if len(self.blocks):
+            mixed = cast(Block, self.blocks[-1]).transform(mixed)
+        normed: Tensor = self.norm(mixed)
         return normed
 
-    def keys_values(self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None = None) -> Tensor:
+    def keys_values(self, hidden: Tensor, layout: Layout) -> Tensor:
         """Keys and values of every block, for tokens that come after: float [N, layers, 2, H, S, W/H]."""
-        hidden, rotary = self._enter(hidden, attention_mask, position)
-        bias = self._bias(hidden, attention_mask)
+        hidden, bias = self._enter(hidden, layout)
         kept = []
         for block in self._blocks():
-            q, k, v = block.project(hidden, rotary)
+            q, k, v = block.project(hidden, layout.rotary)
             kept.append(torch.stack([k, v], 1))
-            hidden = block.mix(hidden, q, k, v, bias)
+            hidden = block.transform(block.attend(hidden, q, k, v, bias))
         return torch.stack(kept, 1)
 
     def _blocks(self) -> Iterator[Block]:
         return (cast(Block, block) for block in self.blocks)
 
-    def _enter(self, hidden: Tensor, attention_mask: Tensor, position: Tensor | None) -> tuple[Tensor, Rotary | None]:
-        """Start of the residual stream, and the tables of rotary positions if these are used."""
-        if position is None:
-            position = attended_positions(attention_mask)  # [N, S]
-        rotary = None
-        if self.embed_position is not None:
-            if hidden.shape[1] > self.embed_position.num_embeddings:
-                raise UserError(
-                    "max_length",
-                    f"a canvas of {hidden.shape[1]} exceeds the {self.embed_position.num_embeddings} learned positions",
-                    "shorten the sequences or build the network with a larger max_length",
-                )
-            hidden = hidden + self.embed_position(position)
-        else:
+    def _enter(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Start of the residual stream, float [N, S, W], and the bias of its queries, float [N, 1, S, K]."""
+        if layout.added is not None:
+            hidden = hidden + layout.added
+        return self.norm_input(hidden), layout.bias.expand(-1, -1, hidden.shape[1], -1)
+
+    def _place(self, position: Tensor) -> tuple[Tensor | None, Rotary | None]:
+        """What positions (int64 [N, S]) add to embeddings, and the tables of rotary ones: one of the two."""
+        if self.embed_position is None:
             size = self.width // self.heads
             exponent = -torch.arange(0, size, 2, device=position.device, dtype=torch.float32) / size
-            rotary = rotary_tables(position, 10_000.0**exponent)
-        return self.norm_input(hidden), rotary
+            return None, rotary_tables(position, 10_000.0**exponent)
+        if position.shape[1] > self.embed_position.num_embeddings:
+            raise UserError(
+                "max_length",
+                f"a canvas of {position.shape[1]} exceeds the {self.embed_position.num_embeddings} learned positions",
+                "shorten the sequences or build the network with a larger max_length",
+            )
+        return self.embed_position(position), None
 
-    @staticmethod
-    def _bias(hidden: Tensor, keys: Tensor) -> Tensor:
-        """Attention bias of S queries to K keys, float [N, 1, S, K] from which keys are attended, bool [N, K]."""
+    def _bias(self, keys: Tensor) -> Tensor:
+        """Attention bias of queries to K keys, float [N, 1, 1, K], from which keys are attended, bool [N, K]."""
         # A row without any attended key would give a softmax over nothing; let it look everywhere instead.
         keys = keys | ~keys.any(-1, keepdim=True)
-        bias = torch.zeros_like(keys, dtype=hidden.dtype).masked_fill(~keys, -torch.inf)[:, None, None]
-        return bias.expand(-1, 1, hidden.shape[1], -1)
+        bias = torch.zeros_like(keys, dtype=self.norm.weight.dtype)
+        return bias.masked_fill(~keys, -torch.inf)[:, None, None]
 
 
 class Neighbours(nn.ModuleList):

@@ -94,7 +94,7 @@ def row_noise(seed: int, row_ids: Tensor, step: Tensor, latent: Tensor, stream: 
         latent: bool [B, S]; a position is known by its rank among these.
         stream: `SELECTION` or `TOKENS`.
     """
-    place = (latent.long().cumsum(-1) - 1).clamp(min=0)
+    place = (latent.cumsum(-1) - 1).clamp(min=0)
     return uniform_noise(seed, row_ids, step, latent.shape[-1], stream).gather(-1, place)
 
 

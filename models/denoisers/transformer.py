@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from orderppl.config import Configurable
 from orderppl.data.tokenizers import Tokenizer
 from orderppl.errors import UserError
-from orderppl.models.backbone import Backbone, Positions, attended_positions
+from orderppl.models.backbone import Backbone, Layout, Positions, attended_positions
 
 
 def number_features(values: Tensor, width: int) -> Tensor:
@@ -57,7 +57,7 @@ class TransformerDenoiser(Configurable, nn.Module):
             prompt" is always equally far away. None counts prompt and response as one sequence.
         prompt_room: positions kept for prompts, the separator included; 64 when left out; with a separator only.
         prompt_reads_response: False lets prompts attend to themselves only, so that decoding reads them once
-            (`orderppl.unmasking.PromptDenoiser`); with a separator only.
+            (`orderppl.unmasking.TailDenoiser`); with a separator only.
 
     Raises:
         UserError: heads that do not fit the width, a tokeniser of another vocabulary, or prompts that do not read
@@ -126,52 +126,68 @@ class TransformerDenoiser(Configurable, nn.Module):
 
     def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
         """Everything before the output head, float [N, S, W]; see `orderppl.unmasking.SplitDenoiser`."""
-        return self._read(self.embed(state), state, attention_mask)
+        return self.finish(self.mixed_states(state, attention_mask, 0))
 
-    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        """Hidden states from `start` on, float [N, S - start, W]; see `orderppl.unmasking.TailDenoiser`."""
-        return self._read(self.embed(state), state, attention_mask, start)
+    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int, layout: Layout | None = None) -> Tensor:
+        """Everything up to the last attention, float [N, S - start, W]; see `orderppl.unmasking.TailDenoiser`."""
+        self._check_length(state.shape[-1])
+        if layout is None:
+            layout = self._whole(state, attention_mask.bool())
+        if layout.past is not None:
+            state, start = state[:, start:], 0
+        return self.backbone.mix(self.embed(state), layout, start)
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """What follows the last attention, position by position; see `orderppl.unmasking.TailDenoiser`."""
+        return self.backbone.finish(mixed)
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         """The output head, which shares the embedding: float [.., W] -> [.., V]."""
         return F.linear(hidden, self.embed.weight[: self.vocab_size], self.bias)
 
-    def encode_prompt(self, prompt: Tensor, attention_mask: Tensor) -> Tensor | None:
-        """Keys and values of prompts; see `orderppl.unmasking.PromptDenoiser`.
+    def lay_out(self, state: Tensor, attention_mask: Tensor, start: int) -> Layout | None:
+        """What does not change while responses are written; see `orderppl.unmasking.TailDenoiser`.
 
         Returns:
-            float [N, layers, 2, H, C, W/H]; None for prompts that read their response, or that do not end with their
-            only separator.
+            Positions and attention; for prompts that do not read their response and end with their only separator
+            their keys and values too. None where a row's first separator may be written yet.
+
+        Raises:
+            UserError: the canvas is longer than `max_length`.
         """
-        if self.prompt_reads_response:
-            return None
-        attended = attention_mask.bool()
-        position = attended_positions(attended)
-        is_end = attended & (position == attended.sum(-1, keepdim=True) - 1)
-        if not bool((((prompt == self.separator_index) & attended) == is_end).all()) or not is_end.any(-1).all():
-            return None
-        return self.backbone.keys_values(self.embed(prompt), attended, position)
-
-    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Hidden states of responses, float [N, L, W]; see `orderppl.unmasking.PromptDenoiser`."""
-        self._check_length(prompt_mask.shape[-1] + tokens.shape[-1])
-        attention_mask = attention_mask.bool()
-        position = attended_positions(attention_mask) + self.prompt_room
-        hidden = self.embed(tokens) + self.response
-        return self.backbone(hidden, attention_mask, position, before=(prompt, prompt_mask.bool()))
-
-    def _read(self, hidden: Tensor, state: Tensor, attention_mask: Tensor, start: int = 0) -> Tensor:
-        """Hidden states float [N, S - start, W] from embeddings float [N, S, W]."""
         self._check_length(state.shape[-1])
-        attention_mask = attention_mask.bool()
-        position = is_prompt = None
-        if self.response is not None:
-            position, is_response = self._segments(state, attention_mask)
-            hidden = hidden + is_response[..., None] * self.response
-            if not self.prompt_reads_response:
-                is_prompt = attention_mask & ~is_response
-        mixed: Tensor = self.backbone(hidden, attention_mask, position, is_prompt, start=start)
-        return mixed
+        attended = attention_mask.bool()
+        if self.separator_index is None:
+            return self._whole(state, attended)
+        prompt, prompt_mask = state[:, :start], attended[:, :start]
+        is_separator = (prompt == self.separator_index) & prompt_mask
+        if not bool(is_separator.any(-1).all()):
+            return None
+        if not self.prompt_reads_response:
+            position = attended_positions(prompt_mask)
+            is_end = prompt_mask & (position == prompt_mask.sum(-1, keepdim=True) - 1)
+            if bool((is_separator == is_end).all()):
+                past = self.backbone.keys_values(self.embed(prompt), self.backbone.lay_out(prompt_mask, position))
+                response = attended[:, start:]
+                position = attended_positions(response) + self.prompt_room
+                layout = self.backbone.lay_out_behind(past, prompt_mask, response, position)
+                return self._marked(layout, torch.ones_like(response))
+        return self._whole(state, attended)
+
+    def _whole(self, state: Tensor, attended: Tensor) -> Layout:
+        """Layout of whole rows, int64 and bool [N, S]; without a separator nothing is read of the tokens."""
+        if self.separator_index is None:
+            return self.backbone.lay_out(attended)
+        position, is_response = self._segments(state, attended)
+        is_prompt = None if self.prompt_reads_response else attended & ~is_response
+        return self._marked(self.backbone.lay_out(attended, position, is_prompt), is_response)
+
+    def _marked(self, layout: Layout, is_response: Tensor) -> Layout:
+        """Add what marks the response, at bool [N, S]; there is a separator."""
+        assert self.response is not None
+        mark = is_response[..., None] * self.response
+        layout.added = mark if layout.added is None else layout.added + mark
+        return layout
 
     def _check_length(self, size: int) -> None:
         if size > self.max_length:

@@ -123,7 +123,7 @@ def _unmask(
     cost = int(getattr(denoiser, "forwards_per_call", 1)) * policy.forwards_per_step  # guidance makes two per call
     start = torch.where(latent, denoiser.mask_index, batch.readable)
     output = DecodeOutput(
-        sequences=torch.where(latent, denoiser.mask_index, batch.tokens),
+        sequences=batch.tokens.clone(),
         latent=latent,
         nfe=torch.zeros(count, dtype=torch.int64, device=device),
         steps=num_steps,
@@ -132,18 +132,18 @@ def _unmask(
         fallback=torch.zeros(count, dtype=torch.int64, device=device),
     )
     index = torch.arange(count, device=device)
-    own = output.reveal_step, output.token_log_prob, output.fallback.clone()
+    own = output.reveal_step.clone(), output.token_log_prob.clone(), output.fallback.clone()
     rows = _Rows(index, start, latent, *own, None, Reader(denoiser, batch))
-    left = latent.sum(-1).tolist()  # masks of every row, known on the host
+    left = batch.num_latent.tolist()  # masks of every row, known on the host
     for step in range(num_steps):
+        if not any(left):
+            break
         if 0 in left:
             keep = [row for row, masks in enumerate(left) if masks]
             rows = rows.keep(torch.tensor(keep, dtype=torch.int64, device=device))
             left = [left[row] for row in keep]
-        if not left:
-            break
         if step == 0:
-            rows.reader.encode_prompt()
+            rows.reader.lay_out()
         predictions = MaskedOnly(rows.reader, rows.tokens, rows.masked, sum(left))  # the one forward of this step
         now = torch.full(rows.index.shape, step, device=device)
         canvas = rows.reader.batch
@@ -155,8 +155,8 @@ def _unmask(
         done = unmask(policy, state, left, write(rows.index), is_last=step == num_steps - 1)
         rows.tokens, rows.masked, rows.carry = done.tokens, done.masked, done.carry
         left = done.left
-        rows.reveal_step = rows.reveal_step.masked_fill(done.reveal, step)
-        rows.log_prob = rows.log_prob.flatten().index_copy(0, done.places, done.log_prob).view_as(rows.masked)
+        rows.reveal_step.masked_fill_(done.reveal, step)
+        rows.log_prob.view(-1).index_copy_(0, done.places, done.log_prob)
         rows.fallback = rows.fallback if done.fallback is None else rows.fallback + done.fallback
         if 0 in left:  # some leave; what is written of the others is written over
             _store(output, rows, (step + 1) * cost)
@@ -166,8 +166,8 @@ def _unmask(
 
 
 def _store(output: DecodeOutput, rows: _Rows, nfe: int) -> None:
-    latent = output.latent[rows.index]
-    output.sequences[rows.index] = torch.where(latent, rows.tokens, output.sequences[rows.index])
+    canvas = rows.reader.batch
+    output.sequences[rows.index] = torch.where(canvas.latent, rows.tokens, canvas.tokens)
     output.reveal_step[rows.index] = rows.reveal_step
     output.token_log_prob[rows.index], output.fallback[rows.index] = rows.log_prob, rows.fallback
     output.nfe[rows.index] = nfe
@@ -178,11 +178,12 @@ def _check_budget(num_steps: int, field: str) -> None:
         raise UserError(field, f"a budget of {num_steps} steps", "allow at least 1")
 
 
-def in_blocks(policy: Policy, block_size: int | None, longest: int, num_steps: int) -> Policy:
+def in_blocks(policy: Policy, block_size: int | None, batch: Batch, num_steps: int) -> Policy:
     """Wrap a policy into blocks; every block needs a step of its own."""
     if block_size is None:
         return policy
     wrapped = Blocks(policy, block_size)
+    longest = int(batch.num_latent.max()) if batch.latent.numel() else 0
     blocks = -(-longest // block_size)
     if blocks > num_steps:
         problem = f"{blocks} blocks of {block_size} in {num_steps} steps"
@@ -200,10 +201,6 @@ def _row_ids(row_ids: Tensor | None, batch: Batch) -> Tensor:
 
 def _noise(seed: int, ids: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda index, step, latent: row_noise(seed, ids[index], step, latent, SELECTION)
-
-
-def _longest(batch: Batch) -> int:
-    return int(batch.latent.sum(-1).max()) if batch.latent.numel() else 0
 
 
 @torch.no_grad()
@@ -254,11 +251,11 @@ def decode(
         if not bool(batch.latent.any()) and len(batch):
             problem = "no MASK among the tokens, so there is nothing to reveal"
             raise UserError("batch", problem, "put MASK where tokens are wanted, or say what is given")
-    policy = in_blocks(policy, block_size, _longest(batch), max_steps)
+    policy = in_blocks(policy, block_size, batch, max_steps)
     seed, ids = generator_seed(generator), _row_ids(row_ids, batch)
 
     def write(index: Tensor) -> Write:
-        return token_writer(temperature, seed, ids[index])
+        return token_writer(temperature, seed, ids, index)
 
     with evaluation_mode(denoiser, policy):
         noise = None if mode else _noise(seed, ids)
@@ -306,7 +303,7 @@ def follow(
     batch = Batch.of(batch)
     if bool(((batch.tokens == denoiser.mask_index) & batch.latent).any()):
         raise UserError("tokens", "the MASK token among the true tokens", "give clean sequences")
-    policy = in_blocks(policy, block_size, _longest(batch), num_steps)
+    policy = in_blocks(policy, block_size, batch, num_steps)
     readable, seed, ids = batch.readable, generator_seed(generator), _row_ids(row_ids, batch)
 
     def write(index: Tensor) -> Write:

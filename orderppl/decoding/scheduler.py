@@ -164,13 +164,14 @@ class RevealScheduler:
         attended = seen[rows]
         batch = Batch(tokens, attended, given=~self._latent[rows])
         known = _KnownOutput(logits, self.mask_token_id)
-        ids = (torch.arange(len(output.prev_sample), device=tokens.device) if row_ids is None else row_ids)[rows]
+        ids = torch.arange(len(output.prev_sample), device=tokens.device) if row_ids is None else row_ids
         now = torch.full(rows.shape, step, device=tokens.device)
         hidden = masked.sum(-1).tolist()
         predictions = MaskedOnly(Reader(known, batch), tokens, masked, sum(hidden))
-        noise = None if self.mode else partial(row_noise, seed, ids, now, batch.latent, SELECTION)
+        noise = None if self.mode else partial(row_noise, seed, ids[rows], now, batch.latent, SELECTION)
         state = State(tokens, masked, now, num_steps, batch, known, predictions, noise, self._carry)
-        done = unmask(self.policy, state, hidden, token_writer(self.temperature, seed, ids), step == num_steps - 1)
+        write = token_writer(self.temperature, seed, ids, rows)
+        done = unmask(self.policy, state, hidden, write, is_last=step == num_steps - 1)
         self._carry = done.carry
         output.prev_sample[rows] = done.tokens
         output.reveal[rows] = done.reveal

@@ -88,22 +88,23 @@ def unmask(policy: Policy, state: State, hidden: Sequence[int], write: Write, is
     log_prob = -F.cross_entropy(logits, written, reduction="none").double()
     tokens = state.tokens.flatten().index_copy(0, places, written).view_as(masked)
     left = [before - count for before, count in zip(hidden, revealed, strict=True)]
-    return Step(tokens, masked & ~reveal, reveal, carry, fallback, places, log_prob, left)
+    return Step(tokens, masked ^ reveal, reveal, carry, fallback, places, log_prob, left)
 
 
-def token_writer(temperature: float, seed: int, row_ids: Tensor) -> Write:
+def token_writer(temperature: float, seed: int, row_ids: Tensor, index: Tensor) -> Write:
     """Write what the denoiser says: the most likely token at temperature 0, else a sample by the noise of the place.
 
     Args:
         temperature: of the token distribution.
         seed: of the noise.
-        row_ids: int64 [B], identities of the rows.
+        row_ids: int64 [N], identities of all rows.
+        index: int64 [B], which of them the state has.
     """
 
     def write(logits: Tensor, state: State, places: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(-1)
-        noise = row_noise(seed, row_ids, state.step, state.latent, TOKENS)  # [B, S]
+        noise = row_noise(seed, row_ids[index], state.step, state.latent, TOKENS)  # [B, S]
         return sample_categorical(logits.double() / temperature, noise.flatten()[places])
 
     return write

@@ -21,7 +21,7 @@ Score = Literal["random", "top_prob", "log_odds", "margin", "entropy", "left_to_
 
 def due_count(sizes: SetSizes, state: State) -> Tensor:
     """Positions to reveal now: int64 [*], at least 1; a row ahead of or behind its schedule returns to it."""
-    positions = state.latent.sum(-1)
+    positions = state.num_latent
     revealed = positions - state.num_hidden
     return (sizes.cumulative(positions, state.step + 1, state.num_steps) - revealed).clamp(min=1)
 

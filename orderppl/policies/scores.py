@@ -94,13 +94,13 @@ def first_of(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
 def _reveal_order(score: Tensor, masked: Tensor) -> Tensor:
     """Positions, first to last: int64 [*, S]; arguments as for `reveal_rank`."""
     # Masked positions stay before the others even where their score is -inf.
-    score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~masked, -torch.inf)
+    score = torch.where(masked, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
     return score.argsort(dim=-1, descending=True, stable=True)
 
 
 def best_of(score: Tensor, masked: Tensor) -> Tensor:
     """The masked position of highest score, the leftmost of equal ones: bool [*, S], all False where none is masked."""
-    score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~masked, -torch.inf)
+    score = torch.where(masked, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
     best = score.argmax(-1, keepdim=True)
     return torch.zeros_like(masked).scatter(-1, best, True) & masked
 

@@ -91,7 +91,7 @@ class Blocks(Wrapper):
 
     def _view(self, state: State, current: Tensor, began: Tensor, inner: Any) -> State:
         block, _ = self._blocks(state)
-        count = (state.latent.sum(-1) + self.size - 1) // self.size
+        count = (state.num_latent + self.size - 1) // self.size
         end = (current + 1) * state.num_steps // count.clamp(min=1)
         num_steps = (end - began).clamp(min=1)
         step = (state.step - began).minimum(num_steps - 1)
@@ -199,7 +199,7 @@ class Spaced(Wrapper):
         """Keep what is far enough from what is surer."""
         sets = super().forward(state)
         selected = selected_set(sets, state)
-        count = state.latent.sum(-1).clamp(min=1)
+        count = state.num_latent.clamp(min=1)
         gap = (self.spread * state.masked.sum(-1) / count).floor().clamp(min=2).unsqueeze(-1)  # [*, 1]
         ranked = reveal_rank(confidence(state), selected).argsort(-1)  # [*, S], most confident first
         place = state.attention_mask.long().cumsum(-1)  # padding takes no place

@@ -98,6 +98,11 @@ class Batch:
         return self.attention_mask if self.given is None else self.attention_mask & ~self.given
 
     @cached_property
+    def num_latent(self) -> Tensor:
+        """How many positions of each row are to be revealed: int64 [B]."""
+        return self.latent.sum(-1)
+
+    @cached_property
     def readable(self) -> Tensor:
         """The tokens with 0 at padding, which may hold ids that the denoiser has no class for: int64 [B, S]."""
         return self.tokens.masked_fill(~self.attention_mask, 0)

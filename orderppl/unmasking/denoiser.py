@@ -55,51 +55,56 @@ class SplitDenoiser(Denoiser, Protocol):
         ...
 
 
+class Layout(Protocol):
+    """What a denoiser keeps of N rows from step to step; whatever it needs."""
+
+    def rows(self, index: Tensor) -> Layout:
+        """That of the rows in `index`, int64 or bool [N], in their order."""
+        ...
+
+
 @runtime_checkable
 class TailDenoiser(SplitDenoiser, Protocol):
-    """A denoiser that does not work out the hidden states of leading positions, which nobody reads."""
+    """A denoiser that does not work out again what stays the same, nor at all what nobody reads.
 
-    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        """`hidden_states` of the positions from `start` on: float [N, S - start, W]."""
-        ...
+    `hidden_states(state, attention_mask)[:, start:]` equals `finish(mixed_states(state, attention_mask, start))`, with
+    the layout of the rows and without.
+    """
 
-
-@runtime_checkable
-class PromptDenoiser(SplitDenoiser, Protocol):
-    """A denoiser whose prompt does not attend to the response, so that decoding reads the prompt once."""
-
-    def encode_prompt(self, context: Tensor, context_mask: Tensor) -> Tensor | None:
-        """What responses attend to.
+    def lay_out(self, state: Tensor, attention_mask: Tensor, start: int) -> Layout | None:
+        """What of rows stays the same while positions from `start` on are written.
 
         Args:
-            context: int64 [N, C], prompts.
-            context_mask: bool [N, C], False at padding.
+            state: int64 [N, S]; what stands from `start` on says nothing of what will stand there.
+            attention_mask: bool [N, S], False at padding.
+            start: first column that may change.
 
         Returns:
-            float [N, ..], rows first; None when these prompts cannot be read without their responses.
+            What `mixed_states` can make use of, such as keys and values of prompts that do not attend to what follows;
+            None where everything may change.
         """
         ...
 
-    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, context_mask: Tensor) -> Tensor:
-        """The hidden states of responses behind an encoded prompt, as `hidden_states` of the whole rows gives them.
+    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int, layout: Any = None) -> Tensor:
+        """Everything in which positions read one another, of those from `start` on: float [N, S - start, W].
 
         Args:
-            tokens: int64 [N, L], MASK at hidden positions.
-            attention_mask: bool [N, L], False at padding.
-            prompt: float [N, ..], of `encode_prompt`.
-            context_mask: bool [N, C], of the prompt.
-
-        Returns:
-            float [N, L, W].
+            state: int64 [N, S], MASK at hidden positions.
+            attention_mask: bool [N, S], False at padding.
+            start: columns that are not asked for.
+            layout: of `lay_out`, where there is one for these rows.
         """
         ...
 
+    def finish(self, mixed: Tensor) -> Tensor:
+        """What is left before the output head, at each position by itself: float [.., W] -> [.., W]."""
+        ...
 
-_CALL, _HEAD, _TAIL, _PROMPT = (
+
+_CALL, _HEAD, _TAIL = (
     ("forward", "__call__"),
     ("hidden_states", "output_logits"),
-    ("tail_states",),
-    ("encode_prompt", "response_states"),
+    ("lay_out", "mixed_states", "finish"),
 )
 
 
@@ -169,23 +174,22 @@ class Reader:
         self._is_split = _offers(denoiser, _HEAD, _CALL)
         # What `Module.compile` makes faster is the call, not its parts.
         is_compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
-        has_tail = self._is_split and self.start > 0 and not is_compiled
-        self._has_tail = has_tail and _offers(denoiser, _TAIL, _HEAD + _CALL)
-        self._prompt: Tensor | None = None
+        self._has_tail = self._is_split and not is_compiled and _offers(denoiser, _TAIL, _HEAD + _CALL)
+        self._layout: Layout | None = None
 
     def rows(self, index: Tensor) -> Reader:
         """The same reader with the rows in `index` (int64 or bool [B]) only."""
         kept = Reader.__new__(Reader)
         kept.__dict__.update(self.__dict__)
         kept.batch = self.batch.rows(index)
-        kept._prompt = None if self._prompt is None else self._prompt[index]
+        kept._layout = None if self._layout is None else self._layout.rows(index)
         return kept
 
-    def encode_prompt(self) -> None:
-        """Read the common prefix once for all reads to come, where the denoiser allows it."""
-        if self.start and self._is_split and _offers(self.denoiser, _PROMPT, _HEAD + _CALL):
-            tokens, attention = self.batch.readable[:, : self.start], self.batch.attention_mask[:, : self.start]
-            self._prompt = cast(PromptDenoiser, self.denoiser).encode_prompt(tokens, attention)
+    def lay_out(self) -> None:
+        """Work out once for all reads to come what does not change from one to the next."""
+        if self._has_tail:
+            tokens, attention = self.batch.readable, self.batch.attention_mask
+            self._layout = cast(TailDenoiser, self.denoiser).lay_out(tokens, attention, self.start)
 
     def read(self, tokens: Tensor) -> Tensor:
         """Everything before the output head, in one denoiser call.
@@ -199,28 +203,31 @@ class Reader:
         Raises:
             UserError: the denoiser returns something of another shape.
         """
-        tokens = detach_provenance(tokens)
         if tokens.dim() == 2:
-            return self._read(tokens, self.batch.attention_mask)
+            return self.finish(self.mix(tokens))
+        tokens = detach_provenance(tokens)
         rows = tokens.reshape(-1, tokens.shape[-1])
         attention = self.batch.attention_mask.expand(tokens.shape).reshape(rows.shape)
         distinct = distinct_rows(rows, tokens.shape[-2])
         if distinct is None:
-            found = self._read(rows, attention)
+            found = self.finish(self._mix(rows, attention))
         else:
             places, kind = distinct
-            found = self._read(rows[places], attention[places])[kind]
+            found = self.finish(self._mix(rows[places], attention[places]))[kind]
         return found.reshape(*tokens.shape[:-1], found.shape[-2], found.shape[-1])
 
-    def _read(self, rows: Tensor, attention: Tensor) -> Tensor:
+    def mix(self, tokens: Tensor) -> Tensor:
+        """The part of `read` in which positions read one another: float [B, S - start, W] from int64 [B, S]."""
+        return self._mix(detach_provenance(tokens), self.batch.attention_mask)
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """The part of `read` that is left, at each position by itself: float [.., W] -> [.., W]."""
+        return cast(TailDenoiser, self.denoiser).finish(mixed) if self._has_tail else mixed
+
+    def _mix(self, rows: Tensor, attention: Tensor) -> Tensor:
         """float [N, S - start, W] from int64 and bool [N, S]."""
-        if self._prompt is not None:
-            prompt_denoiser, start = cast(PromptDenoiser, self.denoiser), self.start
-            return prompt_denoiser.response_states(
-                rows[:, start:], attention[:, start:], self._prompt, attention[:, :start]
-            )
         if self._has_tail:
-            return cast(TailDenoiser, self.denoiser).tail_states(rows, attention, self.start)
+            return cast(TailDenoiser, self.denoiser).mixed_states(rows, attention, self.start, self._layout)
         read = cast(SplitDenoiser, self.denoiser).hidden_states if self._is_split else self.denoiser
         found = read(rows, attention)
         is_tensor = isinstance(found, Tensor)

@@ -122,7 +122,9 @@ class Window(Predictions):
 
 
 class MaskedOnly(Predictions):
-    """At the masked positions only, for decoding; the call is made at once, the head runs where it is asked for.
+    """At the masked positions only, for decoding; the call is made at once.
+
+    What follows the last attention, the output head included, runs where it is asked for.
 
     Args:
         reader: of the rows still in the batch.
@@ -135,7 +137,7 @@ class MaskedOnly(Predictions):
 
     def __init__(self, reader: Reader, tokens: Tensor, masked: Tensor, count: int) -> None:
         self.reader, self.masked, self.count = reader, masked, count
-        self.states = reader.read(tokens)  # [B, S - start, W]
+        self.mixed = reader.mix(tokens)  # [B, S - start, W]
 
     @cached_property
     def places(self) -> Tensor:
@@ -144,13 +146,21 @@ class MaskedOnly(Predictions):
 
     def _at(self, places: Tensor) -> Tensor:
         """What the head reads at places int64 [N], which are in the window: float [N, W]."""
-        size = self.masked.shape[-1]
-        return self.states[places // size, places % size - self.reader.start]
+        start = self.reader.start
+        if start:  # numbered through the windows
+            row = places.div(self.masked.shape[-1], rounding_mode="floor") if len(self.masked) > 1 else 0
+            places = places - (row + 1) * start
+        return self.reader.finish(self.mixed.flatten(0, 1).index_select(0, places))
+
+    @cached_property
+    def states(self) -> Tensor:
+        """What the head reads at the masked positions, float [M, W]."""
+        return self._at(self.places)
 
     @cached_property
     def logits(self) -> Tensor:
         """At the masked positions, float [M, V]."""
-        return self.reader.logits(self._at(self.places))
+        return self.reader.logits(self.states)
 
     def logits_of(self, some: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """At `count` masked positions, bool [B, S]: their places int64 [N] and logits float [N, V]."""
@@ -165,18 +175,18 @@ class MaskedOnly(Predictions):
     def _unpack(self, values: Tensor) -> Tensor:
         """[M, ..] -> [B, S, ..], 0 elsewhere."""
         whole = values.new_zeros(self.masked.numel(), *values.shape[1:])
-        return whole.index_copy_(0, self.places, values).unflatten(0, self.masked.shape)
+        return whole.index_copy_(0, self.places, values).view(self.masked.shape + values.shape[1:])
 
     def per_position(self, function: Function) -> Tensor:
         """See `Predictions`."""
         logits, size = self.logits, max(1, _CHUNK // self.logits.shape[-1])
-        chunks = logits.split(size) if logits.device.type == "cpu" else (logits,)
-        found = [function(chunk.log_softmax(-1)) for chunk in chunks]
-        return self._unpack(torch.cat(found) if len(found) > 1 else found[0])
+        if len(logits) <= size or logits.device.type != "cpu":
+            return self._unpack(function(logits.log_softmax(-1)))
+        return self._unpack(torch.cat([function(chunk.log_softmax(-1)) for chunk in logits.split(size)]))
 
     def hidden(self, function: Function) -> Tensor:
         """See `Predictions`."""
-        return self._unpack(function(self._at(self.places)))
+        return self._unpack(function(self.states))
 
     def token_log_prob(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
         """See `Predictions`."""
@@ -217,5 +227,5 @@ class Views(Predictions):
 def true_places(mask: Tensor, count: int) -> Tensor:
     """Indices of the `count` true entries of a bool [N]: int64 [count]; `nonzero` without waiting for the device."""
     if mask.device.type == "cpu":
-        return mask.nonzero()[:, 0]
+        return mask.nonzero().flatten()
     return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]

@@ -76,6 +76,11 @@ class State:
         return self.batch.latent.expand(self.shape) if self._latent is None else self._latent
 
     @property
+    def num_latent(self) -> Tensor:
+        """How many these are: int64, broadcasts to [*]."""
+        return self.batch.num_latent if self._latent is None else self._latent.sum(-1)
+
+    @property
     def whole(self) -> State:
         """The state that this one was restricted from, for a policy that looks beyond a block."""
         return self if self._whole is None else self._whole

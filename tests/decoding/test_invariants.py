@@ -109,17 +109,9 @@ class Attentive(TransformerDenoiser):
         self.requires_grad_(False).double()
         self.calls: list[int] = []
 
-    def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int, layout: Any = None) -> Tensor:
         self.calls.append(len(state))
-        return super().hidden_states(state, attention_mask)
-
-    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        self.calls.append(len(state))
-        return super().tail_states(state, attention_mask, start)
-
-    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
-        self.calls.append(len(tokens))
-        return super().response_states(tokens, attention_mask, prompt, prompt_mask)
+        return super().mixed_states(state, attention_mask, start, layout)
 
 
 DENOISERS: list[Any] = [make(seed) for seed in range(2) for make in (Bag, Guided)]

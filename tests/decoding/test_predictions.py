@@ -15,7 +15,7 @@ from orderppl.decoding.decode import DecodeOutput
 from orderppl.models import LearnedPolicy, PolicyNetwork
 from orderppl.models.denoisers import TransformerDenoiser
 from orderppl.policies import Blocks, EntropyBound, EosAware, Factor, Klass, Ranked, Threshold
-from orderppl.unmasking.denoiser import PromptDenoiser, Reader, SplitDenoiser, TailDenoiser
+from orderppl.unmasking.denoiser import Reader, SplitDenoiser, TailDenoiser
 from orderppl.unmasking.predictions import MaskedOnly, Window
 
 VOCAB, MASK, SEPARATOR = 12, 11, 10
@@ -62,7 +62,9 @@ class Passing:
 
 
 class Counting(TransformerDenoiser):
-    """Counts the sequences through the backbone, the positions through the head, and the prompts encoded."""
+    """Counts the sequences through the backbone, the positions behind its last attention and through the head, and the
+    prompts encoded.
+    """
 
     def __init__(self, **options: Any) -> None:
         torch.manual_seed(3)
@@ -72,27 +74,23 @@ class Counting(TransformerDenoiser):
         self.forget()
 
     def forget(self) -> None:
-        self.sequences, self.positions, self.prompts = [], [], []
+        self.sequences, self.finished, self.positions, self.prompts = [], [], [], []
 
-    def hidden_states(self, state: Tensor, attention_mask: Tensor) -> Tensor:
+    def mixed_states(self, state: Tensor, attention_mask: Tensor, start: int, layout: Any = None) -> Tensor:
         self.sequences.append(len(state))
-        return super().hidden_states(state, attention_mask)
+        return super().mixed_states(state, attention_mask, start, layout)
 
-    def tail_states(self, state: Tensor, attention_mask: Tensor, start: int) -> Tensor:
-        self.sequences.append(len(state))
-        return super().tail_states(state, attention_mask, start)
-
-    def response_states(self, tokens: Tensor, attention_mask: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
-        self.sequences.append(len(tokens))
-        return super().response_states(tokens, attention_mask, prompt, prompt_mask)
+    def finish(self, mixed: Tensor) -> Tensor:
+        self.finished.append(mixed[..., 0].numel())
+        return super().finish(mixed)
 
     def output_logits(self, hidden: Tensor) -> Tensor:
         self.positions.append(hidden[..., 0].numel())
         return super().output_logits(hidden)
 
-    def encode_prompt(self, prompt: Tensor, attention_mask: Tensor) -> Tensor | None:
-        self.prompts.append(len(prompt))
-        return super().encode_prompt(prompt, attention_mask)
+    def lay_out(self, state: Tensor, attention_mask: Tensor, start: int) -> Any:
+        self.prompts.append(len(state))
+        return super().lay_out(state, attention_mask, start)
 
 
 LENGTHS = torch.tensor([7, 2, 9, 0])
@@ -164,6 +162,7 @@ def test_the_head_runs_where_it_is_needed(kind: str):
         else:  # the last step reveals all that is left, whoever decides
             assert denoiser.positions == masked, name
             assert sum(masked) < sum(rows) * batch.tokens.shape[1]
+        assert denoiser.finished == denoiser.positions, name  # nor does what comes between attention and head
 
 
 def test_prompts_are_read_once():
@@ -171,11 +170,12 @@ def test_prompts_are_read_once():
     out = decode(denoiser, POLICIES["top_prob"], problem(), max_steps=4)
     assert denoiser.prompts == [3]  # the row without a response never asks
     assert denoiser.sequences == [int((out.nfe > step).sum()) for step in range(4)]
-    context = problem().tokens[:, :PROMPT], problem().attention_mask[:, :PROMPT]
-    assert Counting(separator_index=SEPARATOR).encode_prompt(*context) is None  # it reads the response
+    whole = problem().tokens, problem().attention_mask, PROMPT
+    assert denoiser.lay_out(*whole).past is not None
+    assert Counting(separator_index=SEPARATOR).lay_out(*whole).past is None  # it reads the response
     several = problem()
     several.tokens[1, 2] = SEPARATOR
-    assert denoiser.encode_prompt(several.tokens[:, :PROMPT], context[1]) is None
+    assert denoiser.lay_out(several.tokens, *whole[1:]).past is None
     assert_same(
         decode(denoiser, POLICIES["entropy"], several, max_steps=3),
         decode(Whole(denoiser), POLICIES["entropy"], several, max_steps=3),
@@ -191,16 +191,17 @@ def test_a_prompt_that_does_not_read_its_response(positions: str):
     responses = [torch.randint(0, VOCAB, (4, 9), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     whole = [denoiser.hidden_states(torch.cat([prompt, tokens], -1), attention) for tokens in responses]
     torch.testing.assert_close(whole[0][:, :PROMPT][mask], whole[1][:, :PROMPT][mask])
-    encoded = denoiser.encode_prompt(prompt, mask)
+    layout = denoiser.lay_out(batch.tokens, attention, PROMPT)
     for tokens, hidden in zip(responses, whole, strict=True):
-        behind = denoiser.response_states(tokens, attention[:, PROMPT:], encoded, mask)
+        blank = torch.cat([0 * prompt, tokens], -1)  # the prompt is not read again
+        behind = denoiser.finish(denoiser.mixed_states(blank, attention, PROMPT, layout))
         torch.testing.assert_close(behind[attention[:, PROMPT:]], hidden[:, PROMPT:][attention[:, PROMPT:]])
     open_prompt = Counting(separator_index=SEPARATOR, positions=positions, prompt_room=8)
     open_prompt.load_state_dict(denoiser.state_dict())
     read = [open_prompt.hidden_states(torch.cat([prompt, tokens], -1), attention) for tokens in responses]
     assert not torch.allclose(read[0][:, :PROMPT][mask], read[1][:, :PROMPT][mask])
     with pytest.raises(UserError, match="max_length"):
-        denoiser.response_states(torch.zeros(4, 35, dtype=torch.int64), torch.ones(4, 35).bool(), encoded, mask)
+        denoiser.mixed_states(torch.zeros(4, 41, dtype=torch.int64), torch.ones(4, 41).bool(), PROMPT, layout)
     with pytest.raises(UserError, match="separator_index"):
         TransformerDenoiser(VOCAB, MASK, width=16, layers=1, heads=2, prompt_reads_response=False)
 
@@ -237,6 +238,30 @@ def test_the_last_block_leaves_the_prefix_out(positions: str, layers: int):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "given", "infilling"])
+@pytest.mark.parametrize("options", [{}, {"positions": "learned"}, {"separator_index": 10}, {"layers": 1}])
+@pytest.mark.parametrize("classes", [VOCAB, 70])
+def test_places_that_are_asked_for_are_as_in_whole_rows(kind: str, options: dict[str, Any], classes: int):
+    """Hidden states and logits of some masked positions, of all rows and of one, whatever else stands there."""
+    torch.manual_seed(4)
+    settings: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2} | options
+    denoiser = TransformerDenoiser(classes, MASK, **settings).double().requires_grad_(False)
+    masked = problem(kind).latent & (torch.rand(4, 15) < 0.7)
+    for rows in (torch.arange(4), torch.tensor([2])):
+        batch, hidden = problem(kind).rows(rows), masked[rows]
+        tokens = torch.where(hidden, MASK, batch.tokens.masked_fill(batch.latent, 3))
+        whole = denoiser.hidden_states(tokens, batch.attention_mask)
+        packed = MaskedOnly(Reader(denoiser, batch), tokens, hidden, int(hidden.sum()))
+        torch.testing.assert_close(packed.states, whole[hidden])
+        some = hidden & (torch.rand(hidden.shape) < 0.5)
+        fresh = MaskedOnly(Reader(denoiser, batch), tokens, hidden, int(hidden.sum()))
+        places, logits = fresh.logits_of(some, int(some.sum()))
+        assert torch.equal(places, some.flatten().nonzero()[:, 0])
+        expected = denoiser.output_logits(whole[some])
+        expected[:, MASK] = -torch.inf
+        torch.testing.assert_close(logits, expected)
 
 
 def test_a_wrapper_is_called_itself():
@@ -290,7 +315,7 @@ def test_a_changed_call_is_not_left_out():
 def test_packed_numbers_are_those_of_the_masked_positions(monkeypatch: pytest.MonkeyPatch, kind: str):
     """Logits, log-probabilities and numbers per position, in chunks of any size."""
     denoiser, batch = Counting(), problem(kind)
-    for protocol in (SplitDenoiser, TailDenoiser, PromptDenoiser):
+    for protocol in (SplitDenoiser, TailDenoiser):
         assert isinstance(denoiser, protocol)
     masked = batch.latent & (torch.rand(4, 15, generator=torch.Generator().manual_seed(2)) < 0.6)
     tokens = torch.where(masked, MASK, batch.tokens.masked_fill(batch.latent, 3))
@@ -345,3 +370,15 @@ def test_tokens_are_looked_up_in_parts_where_all_logits_would_be_too_many(
         torch.testing.assert_close(window.token_log_prob(batch.tokens, temperature).detach(), once.detach())
         assert ("logits" in window.__dict__) == trained
         assert whole or (max(denoiser.positions) <= 4) != trained
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_canvas_that_is_too_long_is_refused(positions: str, reads: bool):
+    """In words, also where positions are looked up before anything is read."""
+    options = {"separator_index": SEPARATOR, "prompt_room": 8, "positions": positions, "prompt_reads_response": reads}
+    denoiser = Counting(**options)
+    tokens = torch.full((1, 41), MASK)
+    tokens[0, 0] = SEPARATOR
+    with pytest.raises(UserError, match="a canvas of 41 tokens exceeds 40"):
+        decode(denoiser, POLICIES["top_prob"], Batch(tokens, given=tokens != MASK), max_steps=2)

@@ -13,7 +13,7 @@ from orderppl.files import load_weights, save_weights
 from orderppl.models.denoisers import TransformerDenoiser
 from orderppl.models.denoisers.transformer import number_features
 from orderppl.unmasking import Batch, Denoiser
-from orderppl.unmasking.denoiser import PromptDenoiser, Reader, TailDenoiser
+from orderppl.unmasking.denoiser import Reader, TailDenoiser
 
 V, MASK, SEPARATOR = 9, 9, 5
 
@@ -178,7 +178,6 @@ def test_given_tokens_anywhere(case: str, reads: bool) -> None:
     """Alone, in a batch, from the first hole on, or behind a prompt that was read before: the same logits."""
     denoiser = separated(prompt_reads_response=reads)
     assert isinstance(denoiser, TailDenoiser)
-    assert isinstance(denoiser, PromptDenoiser)
     before, behind, by_itself = CANVASES[case]
     width, size = max(map(len, before)), max(map(len, behind))
     rows = [(width - len(left), left + right) for left, right in zip(before, behind, strict=True)]
@@ -194,9 +193,15 @@ def test_given_tokens_anywhere(case: str, reads: bool) -> None:
     reader = Reader(denoiser, Batch(tokens, attended, attended & ~latent))
     assert reader.start == width
     close(reader.read(tokens)[latent[:, width:]], denoiser.hidden_states(tokens, attended)[latent])
-    reader.encode_prompt()
-    assert (reader._prompt is not None) == (by_itself and not reads)
-    close(reader.read(tokens)[latent[:, width:]], denoiser.hidden_states(tokens, attended)[latent])
+    reader.lay_out()
+    ends = all(SEPARATOR in left for left in before)
+    assert (reader._layout is not None) == ends
+    assert (ends and reader._layout.past is not None) == (by_itself and not reads)
+    written = torch.where(latent & (tokens == MASK), SEPARATOR, tokens)  # what marks the response must not move
+    for state in (tokens, written, torch.where(latent, 3, tokens)):
+        close(reader.read(state)[latent[:, width:]], denoiser.hidden_states(state, attended)[latent])
+    one = reader.rows(torch.tensor([1]))
+    close(one.read(written[1:])[latent[1:, width:]], denoiser.hidden_states(written, attended)[1:][latent[1:]])
 
 
 def test_prompts_need_a_separator() -> None:
