@@ -172,9 +172,7 @@ class Reader:
         self.denoiser, self.batch = denoiser, batch
         self.start = batch.prefix
         self._is_split = _offers(denoiser, _HEAD, _CALL)
-        # What `Module.compile` makes faster is the call, not its parts.
-        is_compiled = getattr(denoiser, "_compiled_call_impl", None) is not None
-        self._has_tail = self._is_split and not is_compiled and _offers(denoiser, _TAIL, _HEAD + _CALL)
+        self._has_tail = self._is_split and _offers(denoiser, _TAIL, _HEAD + _CALL)
         self._layout: Layout | None = None
 
     def rows(self, index: Tensor) -> Reader:
