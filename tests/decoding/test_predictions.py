@@ -274,7 +274,13 @@ def test_a_wrapper_is_called_itself():
 
 def test_what_is_compiled_inside_of_a_denoiser_is_run():
     """Decoding calls the parts of a denoiser, and so what is compiled of them."""
+
+    class Norm(nn.LayerNorm):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2.0 * super().forward(input)
+
     denoiser, batch, graphs = Counting(separator_index=SEPARATOR), problem(), []
+    denoiser.backbone.norm = Norm(16).double()
     eager = decode(denoiser, POLICIES["top_prob"], batch, max_steps=4)
     denoiser.backbone.norm.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     assert_same(decode(denoiser, POLICIES["top_prob"], batch, max_steps=4), eager)
