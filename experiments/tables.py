@@ -40,7 +40,6 @@ GAPS = [
 BY_ARM = Layout("Gap to the log evidence, nats", "gap_nats expected_gap_nats", "arm")
 NATS = Layout("Nats per token", "path_nats", "arm nfe")
 BASELINES = {"baseline": (*(f"random uniform T={t}" for t in (2, 4, 8)), "threshold at equal NFE")}
-WHERE = "steps training_seed"
 SPREAD = {"family": ("learned", "long search", "periodic", "random uniform", "top_prob uniform", "entropy uniform")}
 MODES = {"axis": ("steps",), "mode": ("stacked", "sequential", "policy")}
 UPDATES = Layout("Time of an update, library / by hand", "time_ratio", "measured denoiser mode", "steps", MODES)
@@ -49,13 +48,12 @@ DECODING = Layout("Time of decoding / ...", "time_ratio", "denoiser vocab_size b
 COST = "accuracy nfe nfe_stopped seconds_batch_1 seconds_batch_32"
 AGAINST = "advantage", "steps arm", "forwards of", {"measured": ("accuracy",), "forwards": ("equal", "T")}
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
-TOGETHER = Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "arm", "steps")
 ORDERS = {"family": ("learned", "periodic", "spaced", "random uniform", "top_prob uniform", "left_to_right uniform")}
 LAYOUTS: dict[str, list[Layout]] = {
     "english": [
         COMPARED,
         NATS._replace(rows="written family", columns="steps", where=ORDERS),
-        TOGETHER._replace(rows="written arm"),
+        Layout("Share of neighbours that are revealed in the same step", "neighbours_together", "written arm", "steps"),
         Layout("Mean step of a kind of token, from 0", "mean_step", "written kind", "steps"),
     ],
     "loops": [
@@ -73,7 +71,7 @@ LAYOUTS: dict[str, list[Layout]] = {
     "frontier-programs-wide": [COMPARED, Layout("Costs, seconds per row", COST, "arm", where={"n": (200, 32)})],
     **dict.fromkeys(("chain", "tree"), GAPS),
     "phones": [
-        Layout("Learned better than the best opponent (`of`) by, and distance to a search", "advantage regret", WHERE),
+        Layout("Better than the best opponent (`of`) by, and distance to a search", "advantage regret", "steps training_seed"),
         NATS._replace(title="Nats per phone", rows="family", columns="steps", where=SPREAD),
     ],
     "posterior": [BY_ARM],
