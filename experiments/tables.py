@@ -71,7 +71,7 @@ LAYOUTS: dict[str, list[Layout]] = {
     "frontier-programs-wide": [COMPARED, Layout("Costs, seconds per row", COST, "arm", where={"n": (200, 32)})],
     **dict.fromkeys(("chain", "tree"), GAPS),
     "phones": [
-        Layout("Better than the best opponent (`of`) by, and distance to a search", "advantage regret", "steps training_seed"),
+        Layout("Better than the best opponent by, and distance to a search", "advantage regret", "steps training_seed"),
         NATS._replace(title="Nats per phone", rows="family", columns="steps", where=SPREAD),
     ],
     "posterior": [BY_ARM],
