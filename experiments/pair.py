@@ -31,6 +31,7 @@ from orderppl.diagnostics import draw_orders
 from orderppl.evaluation import Arm, advantages, paired_difference, summary, sweep
 from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.evaluation.results import results_table, write_results
+from orderppl.evaluation.table import higher_is_better
 from orderppl.models.denoisers import load_denoiser
 
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)  # steps of the heuristics, as far as T; between them they are mixed
@@ -39,10 +40,9 @@ HEURISTICS = ("random", "top_prob", "margin")
 
 def better(table: pd.DataFrame, metric: str, arm: str, other: str) -> dict[str, Any]:
     """How much better an arm is than another, paired: a record."""
-    found = paired_difference(table, arm, other, metric)
-    sign = 1 if metric == "accuracy" else -1
-    low, high = sorted((sign * found.low, sign * found.high))
-    return {"metric": "advantage", "arm": arm, "of": other, "value": sign * found.value, "low": low, "high": high}
+    found = paired_difference(table, *((arm, other) if higher_is_better(metric) else (other, arm)), metric)
+    ends = {"value": found.value, "low": found.low, "high": found.high}
+    return {"metric": "advantage", "arm": arm, "of": other, **ends}
 
 
 def main(

@@ -51,7 +51,7 @@ def learn(
     policy = LearnedPolicy(PolicyNetwork(denoiser.vocab_size, 48, bias=-1.0))
     make, objective = ARMS[arm]
     model, guide = UnmaskingModel(denoiser, policy, steps), make(policy, denoiser, steps)
-    own = "correction" if "prior" in arm or "importance" in arm else "guide"
+    own = "correction" if isinstance(guide, PosteriorGuide) else "guide"
     rates: Any = lr if arm == "learned" else {"model.policy": lr / 3, own: lr}
     settings: dict[str, Any] = {"updates": updates, "batch_size": BATCH_SIZE, "group": 20, "grad_clip": 1.0}
     settings |= {"schedule": "cosine", "warmup": 10, "seed": seed, "out": out, "resume": True}

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import pyro
 import torch
@@ -139,11 +140,9 @@ def rows_to(curve: pd.Series, goal: float) -> float:
     reached = (curve <= goal).to_numpy().nonzero()[0]
     if len(reached) == 0:
         return math.inf
-    end = int(reached[0])
+    around = [reached[0], max(reached[0] - 1, 0)]  # the point that is below the goal, and the one before
     rows, nats = curve.index.to_numpy(float), curve.to_numpy()
-    part = 1.0 if end == 0 else (nats[end - 1] - goal) / (nats[end - 1] - nats[end])
-    before = 0.0 if end == 0 else rows[end - 1]
-    return (before + part * (rows[end] - before)) / rows[-1]
+    return float(np.interp(goal, nats[around], rows[around]) / rows[-1])
 
 
 def root(squares: Tensor, of: Tensor | None = None) -> dict[str, float]:

@@ -91,17 +91,19 @@ def first_of(score: Tensor, masked: Tensor, count: Tensor) -> Tensor:
     return masked.scatter(-1, order, is_first) & masked
 
 
+def _masked_first(score: Tensor, masked: Tensor) -> Tensor:
+    """Scores by which masked positions stay before the others even where theirs is -inf: float [*, S]."""
+    return torch.where(masked, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
+
+
 def _reveal_order(score: Tensor, masked: Tensor) -> Tensor:
     """Positions, first to last: int64 [*, S]; arguments as for `reveal_rank`."""
-    # Masked positions stay before the others even where their score is -inf.
-    score = torch.where(masked, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
-    return score.argsort(dim=-1, descending=True, stable=True)
+    return _masked_first(score, masked).argsort(dim=-1, descending=True, stable=True)
 
 
 def best_of(score: Tensor, masked: Tensor) -> Tensor:
     """The masked position of highest score, the leftmost of equal ones: bool [*, S], all False where none is masked."""
-    score = torch.where(masked, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
-    best = score.argmax(-1, keepdim=True)
+    best = _masked_first(score, masked).argmax(-1, keepdim=True)
     return torch.zeros_like(masked).scatter(-1, best, True) & masked
 
 
