@@ -4,10 +4,11 @@
     python experiments/learned_opponents.py --runs '[runs/sudoku/0]' --out runs/opponents
 
 The runs differ in their seed alone. Each opponent (see peers.py) is fitted on the data of the run once per seed, and
-may spend as many denoiser rows as the run did.
+may spend as many denoiser rows as the run did. Its learning rate is the one that does best on validation rows of the
+first run. What is finished is kept: repeat the command to go on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,28 +46,59 @@ def own_arms(run: Run, seed: int) -> list[Arm]:
 
 def learn(name: str, peer: Peer, run: Run, seed: int, budget: int, lr: float, out: Path) -> int:
     """Fit a peer within a budget of denoiser rows; return those that it spends."""
-    batch_size, spent = run.config["fit"]["batch_size"], 0
+    batch_size, spent, own = run.config["fit"]["batch_size"], 0, run.model
     guide = PolicyGuide(peer.policy, run.denoiser, run.num_steps)
-    prices = run.model.step_price
-    middle = (prices.low * prices.high) ** 0.5  # of the one that is charged for steps by the model
-    model = UnmaskingModel(run.denoiser, peer.policy, run.num_steps, step_price=middle)
+    middle = (own.step_price.low * own.step_price.high) ** 0.5  # of the one that is charged for steps by the model
+    scored = {"answer": own.answer, "temperature": own.temperature}
+    model = UnmaskingModel(run.denoiser, peer.policy, run.num_steps, step_price=middle, **scored)
     settings: dict[str, Any] = {"schedule": "cosine", "warmup": 20, "grad_clip": 1.0, "group": 8, "seed": seed}
     settings |= {"optimizer": partial(torch.optim.Adam, lr=lr), "batch_size": batch_size}
     for number, one in enumerate(peer.fits):
         most = MOST if isinstance(one.objective, Imitation) else budget
         updates = max(min(budget // (len(peer.fits) * batch_size * one.rows), most), 1)
-        folder = out / f"{name.replace(' ', '-')}-{seed}-{number}"
+        folder = out / f"{name.replace(' ', '-')}-{seed}" / f"lr-{lr:g}" / str(number)
         settings |= {"updates": updates, "out": folder, "resume": True, "checkpoint_every": 100}
         fit(model, guide, one.data, objective=one.objective, **settings)
         spent += updates * batch_size * one.rows
     return spent
 
 
+def arms_of(name: str, peer: Peer, seed: int, label: str = "") -> list[Arm]:
+    """A peer with more and fewer forwards."""
+    arms, seeds = list[Arm](), (0,) if peer.mode else (0, 1, 2)
+    for factor in FACTORS:
+        played: dict[str, Any] = {"mode": peer.mode, "training_seed": seed, "setting": {"factor": factor}}
+        played |= {"family": f"{name}{label}", "seeds": seeds}
+        arms.append(Arm(f"{name}{label} {factor=:g} #{seed}", peer.play(peer.policy, factor), peer.steps, **played))
+    return arms
+
+
+def tune(
+    run: Run, lrs: Sequence[float], rewards: Mapping[str, float], budget: int, targets: Sequence[float], out: Path
+) -> dict[str, float]:
+    """The learning rate of every peer that is furthest ahead of the others on validation rows, over the targets."""
+    arms, tried = own_arms(run, 0), list[tuple[str, float]]()
+    for lr in lrs:
+        pyro.set_rng_seed(0)
+        for name, peer in peers(run, **rewards).items():
+            learn(name, peer, run, 0, budget, lr, out)
+            arms += arms_of(name, peer, 0, f" lr={lr:g}")
+            tried.append((name, lr))
+    rows = run.data.splits()["validation"].take(500)
+    table = evaluate(arms, run.denoiser, rows, metrics=["accuracy"], batch_size=len(rows), out=out / "validation")
+    behind: dict[tuple[str, float], float] = {}  # where a curve begins behind a target, it is behind by 1 there
+    for name, lr in tried:
+        gains = advantages(table, targets, opponents=[f"{name} lr={lr:g}"], resamples=0)
+        here = gains.query("metric == 'advantage' and arm == 'learned' and target_nfe.notna()")
+        behind[name, lr] = here["value"].sum() + len(targets) - len(here)
+    return {name: min(lrs, key=lambda lr: behind[name, lr]) for name, _ in tried}
+
+
 def main(
     runs: Sequence[Path],
     rows: int = 500,
     targets: Sequence[float] = (2.0, 2.5, 3.0, 4.0),
-    lr: float = 0.003,
+    lrs: Sequence[float] = (0.001, 0.003, 0.01),
     speed: float = 1.0,
     price: float = 0.02,
     split: str = "test",
@@ -78,32 +110,30 @@ def main(
         runs: folders of fit-order, one per seed, with a range of prices.
         rows: of the comparison.
         targets: mean numbers of forwards.
-        lr: learning rate of the opponents.
+        lrs: learning rates to choose from, for every opponent its own.
         speed: exponent of the steps saved, in the reward of policy_gradient.
         price: of a step, in that of dultra.
         split: of the comparison; tune on validation.
         out: folder of runs and results.
     """
     loaded, arms, spent = [load_run(folder) for folder in runs], list[Arm](), dict[str, int]()
+    orders = 1 + (loaded[0].num_steps - 1) * loaded[0].objective.num_particles
+    budget = spent["learned"] = loaded[0].info["updates"] * loaded[0].config["fit"]["batch_size"] * orders
+    rewards = {"speed": speed, "price": price}
+    chosen = tune(loaded[0], lrs, rewards, budget, targets, out)
     for seed, run in enumerate(loaded):
         arms += own_arms(run, seed)
-        orders = 1 + (run.num_steps - 1) * run.objective.num_particles
-        budget = spent["learned"] = run.info["updates"] * run.config["fit"]["batch_size"] * orders
         pyro.set_rng_seed(seed)
-        for name, peer in peers(run, speed, price).items():
-            spent[name] = learn(name, peer, run, seed, budget, lr, out)
-            seeds = (0,) if peer.mode else (0, 1, 2)
-            for factor in FACTORS:
-                played = {"family": name, "mode": peer.mode, "training_seed": seed, "setting": {"factor": factor}}
-                arm = f"{name} factor={factor:g} #{seed}"
-                arms.append(Arm(arm, peer.play(peer.policy, factor), peer.steps, seeds=seeds, **played))
+        for name, peer in peers(run, **rewards).items():
+            spent[name] = learn(name, peer, run, seed, budget, chosen[name], out)
+            arms += arms_of(name, peer, seed)
     test = loaded[0].data.splits()[split].take(rows)
     table = evaluate(arms, loaded[0].denoiser, test, metrics=["accuracy", "path_nats"], batch_size=rows, out=out)
     gains = [advantages(table, targets, opponents=[name]) for name in spent if name != "learned"]
     gained = pd.concat(gains).query("metric == 'advantage' and arm == 'learned' and target_nfe.notna()")
     found = pd.concat([summary(table), gained])
     records = plain_records(found.assign(task=type(loaded[0].data).__name__.lower(), rows=found["arm"].map(spent)))
-    config = {"test_rows": len(test), "split": split, "spent": spent, "lr": lr, "speed": speed, "price": price}
+    config = {"test_rows": len(test), "split": split, "spent": spent, "lr": chosen, **rewards}
     write_results(out, "learned-opponents", config, records)
     save_figure(frontier_figure(table), out / "frontier.svg")
     print(markdown(COMPARED, list(compared(records))))

@@ -169,6 +169,9 @@ def report(config: Config, tables: dict[str, pd.DataFrame], out: Path, seconds: 
     metrics = config.metrics or metrics_of(table)
     means = summary(table, [*metrics, "nfe"])
     gains = advantages(table, config.targets, metrics, validation=tables.get("chosen on"))
+    if config.mixtures:
+        mixed = advantages(table, config.targets, metrics, validation=tables.get("chosen on"), mixed=True)
+        gains = pd.concat([gains, mixed], ignore_index=True)
     areas = [aup(table)] if "accuracy" in metrics else []
     costs = [] if seconds is None else [seconds]
     if "stopped" in tables:

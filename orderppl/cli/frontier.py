@@ -30,6 +30,7 @@ class Config:
         split: rows to use.
         rows: how many of them, from the first; all when left out.
         choose_on_validation: choose the best heuristic at every number of forwards on the validation split.
+        mixtures: compare with mixtures of any two heuristics as well: a coin per row decides between them.
         heuristics: grids of policies, see `orderppl.evaluation.sweep`; every heuristic there is when left out.
         learned: grids of wrappers around the learned policies, such as {policy: Eager, factor: [1.5, 2]}.
         budgets: step budgets of the learned policies; that of the run when left out.
@@ -56,6 +57,7 @@ class Config:
     split: Literal["train", "validation", "test"] = "test"
     rows: int | None = None
     choose_on_validation: bool = False
+    mixtures: bool = False
     heuristics: list[dict[str, Any]] | None = None
     learned: list[dict[str, Any]] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)

@@ -70,9 +70,8 @@ class _Curve:
         sample = np.arange(len(nfe))
         right = (self.nfe[: len(nfe)] <= nfe[:, None]).sum(1)
         before, after = (right - 1).clip(min=0), right.clip(max=self.nfe.shape[1] - 1)
-        low, high = self.nfe[sample, before], self.nfe[sample, after]
-        share = np.where(high > low, (nfe - low) / np.where(high > low, high - low, 1.0), 0.0).clip(0.0, 1.0)
-        return np.asarray((1 - share) * self.value[sample, before] + share * self.value[sample, after])
+        low, high, below, above = (p[sample, at] for p in (self.nfe, self.value) for at in (before, after))
+        return _between(low, high, below, above, nfe)
 
     def reaches(self, nfe: float) -> bool:
         """Whether its first arm needs no more than an NFE."""
@@ -92,6 +91,7 @@ class Frontier:
         higher_is_better: whether values are better when higher (accuracy) or lower (nats).
         chosen_on: the frontier of the same families on validation rows, which then says which of them is best at an
             NFE; in every bootstrap sample of its own rows again.
+        mixed: the opponents are mixtures of any two arms, of whichever family: a coin per row decides between them.
         level: coverage of intervals.
         resamples: number of bootstrap samples of the rows.
         seed: of the resampling.
@@ -108,6 +108,7 @@ class Frontier:
         *,
         higher_is_better: bool,
         chosen_on: Frontier | None = None,
+        mixed: bool = False,
         level: float = 0.95,
         resamples: int = 2000,
         seed: int = 0,
@@ -121,8 +122,11 @@ class Frontier:
         for name in dict.fromkeys(point.family for point in points):
             curve = self._curve([point for point in points if point.family == name])
             self.families[name] = _Curve(curve.nfe, np.maximum.accumulate(curve.value, 1))  # it may stop early
+        self.mixed, self._arms, self._means = mixed, [point.arm for point in points], self._means_of(points)
         self._judge = self if chosen_on is None else chosen_on
         absent = [name for name in self.families if name not in self._judge.families]
+        if mixed and self._arms != self._judge._arms:
+            raise UserError("chosen_on", "other arms", "measure the same arms on both sets of rows")
         if absent or len(self._judge.samples.counts) != len(self.samples.counts):
             problem = f"no family {absent[0]!r} there" if absent else "another number of resamples"
             raise UserError("chosen_on", problem, "measure the same arms on both sets of rows")
@@ -178,6 +182,8 @@ class Frontier:
 
     def _read(self, nfe: Array) -> tuple[str, Array] | None:
         """Best family in the first sample, and in every sample the value of the one that is best there: float64 [R]."""
+        if self.mixed:
+            return self._read_mixed(nfe)
         curves = [(self.families[name], self._judge.families[name], name) for name in self.families]
         here = [(own, judged, name) for own, judged, name in curves if own.reaches(nfe[0]) and judged.reaches(nfe[0])]
         if not here:
@@ -187,7 +193,32 @@ class Frontier:
         values = judged if self._judge is self else np.stack([own.read(nfe) for own, _, _ in here])
         return here[best[0]][2], values[best, np.arange(len(nfe))]
 
+    def _read_mixed(self, nfe: Array) -> tuple[str, Array] | None:
+        """The same of the best two arms, the coin weighed so that the mean is that NFE."""
+        sample = np.arange(len(nfe))
+        judged, own = (_Curve(of.nfe[sample], of.value[sample]) for of in (self._judge._means, self._means))
+        arms, best = np.zeros((2, len(nfe)), dtype=np.int64), np.full(len(nfe), -np.inf)
+        for first, forwards in enumerate(judged.nfe.T):
+            value = _between(forwards[:, None], judged.nfe, judged.value[:, [first]], judged.value, nfe[:, None])
+            around = (forwards[:, None] <= nfe[:, None]) & (judged.nfe >= nfe[:, None])  # [R, P]
+            around[:, first] = forwards <= nfe  # alone, which may stop early
+            value = np.where(around, value, -np.inf)
+            second = value.argmax(1)
+            better = value[sample, second] > best
+            best = np.where(better, value[sample, second], best)
+            arms[0, better], arms[1, better] = first, second[better]
+        if not np.isfinite(best[0]):
+            return None
+        (low, high), (below, above) = ([part[sample, arm] for arm in arms] for part in (own.nfe, own.value))
+        return " or ".join(dict.fromkeys(self._arms[arm[0]] for arm in arms)), _between(low, high, below, above, nfe)
+
     def _curve(self, points: Sequence[Point]) -> _Curve:
+        means = self._means_of(points)
+        order = np.argsort(means.nfe, 1, kind="stable")
+        return _Curve(np.take_along_axis(means.nfe, order, 1), np.take_along_axis(means.value, order, 1))
+
+    def _means_of(self, points: Sequence[Point]) -> _Curve:
+        """Means of the arms as they come, not sorted."""
         rows = len(self.weights)
         for point in points:
             if point.values.shape != (rows,) or point.nfe.shape != (rows,):
@@ -197,9 +228,13 @@ class Frontier:
         nfe = np.stack([point.nfe for point in points], 1)
         if not (np.isfinite(values).all() and np.isfinite(nfe).all()):
             raise UserError("points", f"{points[0].family}: values that are not finite", "look for a failed arm")
-        value, forwards = self.samples.means(values, self.weights), self.samples.means(nfe)
-        order = np.argsort(forwards, 1, kind="stable")
-        return _Curve(np.take_along_axis(forwards, order, 1), np.take_along_axis(self.sign * value, order, 1))
+        return _Curve(self.samples.means(nfe), self.sign * self.samples.means(values, self.weights))
+
+
+def _between(low: Array, high: Array, below: Array, above: Array, nfe: Array) -> Array:
+    """The straight line from one arm to another at an NFE; the nearer end outside."""
+    share = np.where(high > low, (nfe - low) / np.where(high > low, high - low, 1.0), 0.0).clip(0.0, 1.0)
+    return np.asarray((1 - share) * below + share * above)
 
 
 # ------------------------------------------------------------------------------------------------- from a table
@@ -211,6 +246,7 @@ def frontier(
     *,
     opponents: Iterable[str] | None = None,
     validation: pd.DataFrame | None = None,
+    mixed: bool = False,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Frontier:
@@ -222,6 +258,7 @@ def frontier(
         opponents: their families; all heuristics when left out (the training seeds of a learned one are families of
             their own).
         validation: the table of the same arms on other rows, on which the best family is chosen.
+        mixed: see `Frontier`.
         resamples: number of bootstrap samples of the rows.
         seed: of the resampling.
 
@@ -230,7 +267,7 @@ def frontier(
     """
     chosen_on, opponents = None, None if opponents is None else list(opponents)
     if validation is not None:  # other bootstrap samples: they are other rows
-        options = {"resamples": resamples, "seed": seed + 1}
+        options: dict[str, Any] = {"mixed": mixed, "resamples": resamples, "seed": seed + 1}
         chosen_on = frontier(validation, metric, opponents=opponents, **options)
     rows = by_row(table, metric)
     wanted = _opponents(rows.arms, opponents)
@@ -240,6 +277,7 @@ def frontier(
         rows.weights,
         higher_is_better=higher_is_better(metric),
         chosen_on=chosen_on,
+        mixed=mixed,
         resamples=resamples,
         seed=seed,
     )
@@ -252,6 +290,7 @@ def advantages(
     *,
     opponents: Iterable[str] | None = None,
     validation: pd.DataFrame | None = None,
+    mixed: bool = False,
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -263,6 +302,7 @@ def advantages(
         metrics: accuracy, path_nats or any column; those of the first two that were measured when left out.
         opponents: see `frontier`.
         validation: see `frontier`.
+        mixed: see `Frontier`; at the targets only, with the label `grid`.
         resamples: number of bootstrap samples of the rows.
         seed: of the resampling.
 
@@ -278,9 +318,9 @@ def advantages(
         rows = by_row(table, metric)
         if not _opponents(rows.arms, opponents):
             continue
-        options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+        options: dict[str, Any] = {"mixed": mixed, "resamples": resamples, "seed": seed}
         edge = frontier(table, metric, opponents=opponents, validation=validation, **options)
-        common = {"measured": metric, "n": len(rows.weights)}
+        common = {"measured": metric, "n": len(rows.weights)} | ({"grid": "mixtures of two"} if mixed else {})
         for target in targets:
             best = edge.best(target)
             if best is not None:
@@ -289,6 +329,8 @@ def advantages(
         own = rows.arms[~rows.arms["family"].isin(_opponents(rows.arms, opponents)) & (rows.arms["kind"] != "oracle")]
         for family, arms in own.groupby("family", sort=False):
             for place, curves in _curves(arms, points, targets):
+                if mixed and "target_nfe" not in place:
+                    continue
                 gain = edge.advantage(*curves, nfe=place.get("target_nfe"))
                 if gain is not None:
                     record = {"metric": "advantage", **vars(gain), "arm": family, "training_seeds": len(curves)}

@@ -182,6 +182,44 @@ def test_the_opponent_can_be_chosen_on_validation_rows() -> None:
     assert own is not None and own.value == pytest.approx(-0.05)
 
 
+def test_a_coin_may_decide_between_arms_of_two_families() -> None:
+    """At 3 forwards: half of 0.2 at 2 and half of 0.8 at 4. An arm alone may stop early."""
+    arms = flat("a", "x", 0.2, 2.0), flat("b", "y", 0.8, 4.0), flat("c", "z", 0.3, 3.0)
+    assert frontier(*arms).best(3.0) == ("z", pytest.approx(0.3))
+    mixed = frontier(*arms, mixed=True)
+    assert mixed.best(3.0) == ("a or b", pytest.approx(0.5))
+    assert mixed.best(2.5) == ("a or b", pytest.approx(0.35))
+    assert mixed.best(6.0) == ("b", pytest.approx(0.8))
+    assert mixed.best(1.9) is None
+    gain = mixed.advantage([flat("l", "l", 0.6, 3.0)])
+    assert gain is not None and gain.value == pytest.approx(0.1)
+
+
+def test_a_mixture_is_chosen_on_validation_rows_and_weighed_on_its_own() -> None:
+    """There c is best alone; here a and b are, and b needs 6 forwards: a quarter of it at 3."""
+    judge = frontier(flat("a", "x", 0.2, 2.0), flat("b", "y", 0.8, 4.0), flat("c", "z", 0.4, 3.0), mixed=True)
+    arms = flat("a", "x", 0.2, 2.0), flat("b", "y", 0.8, 6.0), flat("c", "z", 0.9, 3.0)
+    curve = frontier(*arms, mixed=True, chosen_on=judge)
+    assert curve.best(3.0) == ("a or b", pytest.approx(0.35))
+    with pytest.raises(UserError, match="other arms"):
+        frontier(flat("a", "x", 0.2, 2.0), flat("d", "y", 0.8, 6.0), mixed=True, chosen_on=judge)
+
+
+def test_mixtures_are_searched_among_all_pairs() -> None:
+    """On rows with noise: in every bootstrap sample the upper concave hull of the arms."""
+    generator = np.random.default_rng(0)
+    points = [Point(f"{n}", f"{n}", generator.random(30), generator.random(30) + 0.3 * n) for n in range(6)]
+    curve = frontier(*points, mixed=True, resamples=50)
+    found = curve._read(np.full(51, 1.4))
+    assert found is not None
+    for sample, value in enumerate(found[1]):
+        nfe, values = curve._means.nfe[sample], curve._means.value[sample]
+        pairs = [(i, j) for i in range(6) for j in range(6) if nfe[i] <= 1.4 <= nfe[j]]
+        lines = [values[i] + (values[j] - values[i]) * (1.4 - nfe[i]) / (nfe[j] - nfe[i]) for i, j in pairs]
+        alone = [values[i] for i in range(6) if nfe[i] <= 1.4]
+        assert value == pytest.approx(max(lines + alone))
+
+
 def test_a_family_has_to_reach_the_target_on_both_sets_of_rows() -> None:
     judge = frontier(flat("a", "x", 0.9, 2.5), flat("b", "y", 0.6, 2.0))
     curve = frontier(flat("a", "x", 0.5, 2.0), flat("b", "y", 0.4, 2.0), chosen_on=judge)
@@ -287,6 +325,15 @@ def test_opponents_can_be_named() -> None:
     assert advantages(alone, [3.5]).empty
     with pytest.raises(UserError, match="no arms"):
         frontier_of(alone, "path_nats")
+
+
+def test_mixtures_of_a_table_are_compared_at_the_targets() -> None:
+    table = together(
+        arm("a", nfe=2, correct=0.2), arm("b", nfe=4, correct=0.8), arm("l", nfe=3, correct=0.6, training_seed=0)
+    )
+    found = advantages(table, [3.0], ["accuracy"], mixed=True).query("metric == 'advantage'")
+    assert found[["of", "grid"]].to_numpy().tolist() == [["a or b", "mixtures of two"]]
+    assert found["value"].iloc[0] == pytest.approx(0.1)
 
 
 def test_a_validation_table_chooses_the_opponent() -> None:

@@ -72,7 +72,7 @@ def test_the_filter_reads_confidences_and_lets_the_surest_pass() -> None:
 
 
 def test_every_opponent_is_fitted_and_compared(tmp_path: Path) -> None:
-    data, denoiser = Sudoku(train=40, validation=0, test=20, min_clues=2, max_clues=4), load_denoiser(DENOISER)
+    data, denoiser = Sudoku(train=40, validation=20, test=20, min_clues=2, max_clues=4), load_denoiser(DENOISER)
     prices = PriceRange(0.2, 2.0)
     policy = LearnedPolicy(PolicyNetwork(data.vocab_size, width=16, layers=1, features=("price",), prices=prices))
     model = UnmaskingModel(denoiser, policy, 4, step_price=prices)
