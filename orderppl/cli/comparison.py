@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -80,8 +81,12 @@ def learned_arms(runs: Sequence[Run], config: Config, denoiser: Any) -> list[Arm
     for loaded in runs:
         fit = {**loaded.config.get("fit", {}), "seed": None}
         groups.setdefault(json.dumps({**loaded.config, "fit": fit}, sort_keys=True, default=str), []).append(loaded)
-    arms = []
+    arms, taken = list[Arm](), set[str]()
     for members in groups.values():
+        name, common = members[0].name, re.sub(r"[-_]?\d+$", "", members[0].name)
+        if len(members) > 1 and common and common not in taken:  # `learned` of `learned-0` and its other seeds
+            name = common
+        taken.add(name)
         for number, loaded in enumerate(members):
             own = loaded.denoiser if identity_of(loaded.denoiser) != identity_of(denoiser) else None
             if own is not None and not loaded.config.get("fit", {}).get("train_denoiser"):
@@ -91,15 +96,15 @@ def learned_arms(runs: Sequence[Run], config: Config, denoiser: Any) -> list[Arm
             if not specs and isinstance(prices, PriceRange):
                 specs = [{"policy": "AtPrice", "price": prices.grid(PRICES)}]
             seeds = range(config.seeds) if not config.mode else (0,)
-            options: dict[str, Any] = {"family": members[0].name, "training_seed": number}
+            options: dict[str, Any] = {"family": name, "training_seed": number}
             budgets = config.budgets or [loaded.num_steps]
             if specs:
                 grid = [{"mode": config.mode, "budgets": budgets, **spec} for spec in specs]
                 found = sweep(grid, known={"policy": loaded.policy}, seeds=seeds, **options)
             else:
-                name = f"{members[0].name} #{number}" if len(members) > 1 else members[0].name
+                mark = f" #{number}" if len(members) > 1 else ""
                 found = [
-                    Arm(f"{name} T={steps}", loaded.policy, steps, mode=config.mode, seeds=seeds, **options)
+                    Arm(f"{name}{mark} T={steps}", loaded.policy, steps, mode=config.mode, seeds=seeds, **options)
                     for steps in budgets
                 ]
             arms += [_with(arm, denoiser=own) for arm in found]

@@ -197,17 +197,17 @@ class Frontier:
         """The same of the best two arms, the coin weighed so that the mean is that NFE."""
         sample = np.arange(len(nfe))
         judged, own = (_Curve(of.nfe[sample], of.value[sample]) for of in (self._judge._means, self._means))
-        arms, best = np.zeros((2, len(nfe)), dtype=np.int64), np.full(len(nfe), -np.inf)
+        alone = np.where(judged.nfe <= nfe[:, None], judged.value, -np.inf)  # [R, P], which may stop early
+        arms, best = np.stack([alone.argmax(1)] * 2), alone.max(1)
         for first, forwards in enumerate(judged.nfe.T):
             value = _between(forwards[:, None], judged.nfe, judged.value[:, [first]], judged.value, nfe[:, None])
             around = (forwards[:, None] <= nfe[:, None]) & (judged.nfe >= nfe[:, None])  # [R, P]
-            around[:, first] = forwards <= nfe  # alone, which may stop early
             value = np.where(around, value, -np.inf)
             second = value.argmax(1)
             better = value[sample, second] > best
             best = np.where(better, value[sample, second], best)
             arms[0, better], arms[1, better] = first, second[better]
-        if not np.isfinite(best[0]):
+        if best[0] == -np.inf:
             return None
         (low, high), (below, above) = ([part[sample, arm] for arm in arms] for part in (own.nfe, own.value))
         return " or ".join(dict.fromkeys(self._arms[arm[0]] for arm in arms)), _between(low, high, below, above, nfe)
