@@ -76,7 +76,7 @@ def arms_of(name: str, peer: Peer, seed: int, label: str = "") -> list[Arm]:
 def tune(
     run: Run, lrs: Sequence[float], rewards: Mapping[str, float], budget: int, targets: Sequence[float], out: Path
 ) -> dict[str, float]:
-    """The learning rate of every peer that is furthest ahead of the others on validation rows, over the targets."""
+    """The learning rate of every peer by which it comes nearest to the learned order, on validation rows."""
     arms, tried = own_arms(run, 0), list[tuple[str, float]]()
     for lr in lrs:
         pyro.set_rng_seed(0)
@@ -86,7 +86,7 @@ def tune(
             tried.append((name, lr))
     rows = run.data.splits()["validation"].take(500)
     table = evaluate(arms, run.denoiser, rows, metrics=["accuracy"], batch_size=len(rows), out=out / "validation")
-    behind: dict[tuple[str, float], float] = {}  # where a curve begins behind a target, it is behind by 1 there
+    behind: dict[tuple[str, float], float] = {}  # by 1 at a target that its curve does not reach
     for name, lr in tried:
         gains = advantages(table, targets, opponents=[f"{name} lr={lr:g}"], resamples=0)
         here = gains.query("metric == 'advantage' and arm == 'learned' and target_nfe.notna()")

@@ -60,10 +60,15 @@ class Advantage(Interval):
 
 @dataclass(frozen=True)
 class _Curve:
-    """A family in every sample, [R, P] each, sorted by NFE; values in the direction where higher is better."""
+    """Arms in every sample, [R, P] each; values in the direction where higher is better. A family is sorted by NFE."""
 
     nfe: Array
     value: Array
+
+    def sorted(self) -> _Curve:
+        """The same by NFE, in every sample."""
+        order = np.argsort(self.nfe, 1, kind="stable")
+        return _Curve(np.take_along_axis(self.nfe, order, 1), np.take_along_axis(self.value, order, 1))
 
     def read(self, nfe: Array) -> Array:
         """Value at an NFE [R]: interpolated, the first point's to the left and the last point's to the right: [R]."""
@@ -118,11 +123,12 @@ class Frontier:
         self.weights = np.asarray(weights, dtype=np.float64)
         self.samples = Resamples(len(self.weights), level=level, resamples=resamples, seed=seed)
         self.sign = 1.0 if higher_is_better else -1.0
+        self.mixed, self._arms, self._means = mixed, [point.arm for point in points], self._means_of(points)
         self.families: dict[str, _Curve] = {}
         for name in dict.fromkeys(point.family for point in points):
-            curve = self._curve([point for point in points if point.family == name])
+            own = [number for number, point in enumerate(points) if point.family == name]
+            curve = _Curve(self._means.nfe[:, own], self._means.value[:, own]).sorted()
             self.families[name] = _Curve(curve.nfe, np.maximum.accumulate(curve.value, 1))  # it may stop early
-        self.mixed, self._arms, self._means = mixed, [point.arm for point in points], self._means_of(points)
         self._judge = self if chosen_on is None else chosen_on
         absent = [name for name in self.families if name not in self._judge.families]
         if mixed and self._arms != self._judge._arms:
@@ -157,7 +163,7 @@ class Frontier:
             raise UserError("nfe", "curves of several arms without an NFE", "say at which mean NFE to compare")
         gains, owns, bests, at, of = [], [], [], [], []
         for points in curves:
-            curve = self._curve(points)
+            curve = self._means_of(points).sorted()
             where = curve.nfe[:, 0] if nfe is None else np.maximum(curve.nfe[:, 0], nfe)
             found = self._read(where)
             if found is None or (nfe is not None and not curve.reaches(nfe)):
@@ -212,11 +218,6 @@ class Frontier:
         (low, high), (below, above) = ([part[sample, arm] for arm in arms] for part in (own.nfe, own.value))
         return " or ".join(dict.fromkeys(self._arms[arm[0]] for arm in arms)), _between(low, high, below, above, nfe)
 
-    def _curve(self, points: Sequence[Point]) -> _Curve:
-        means = self._means_of(points)
-        order = np.argsort(means.nfe, 1, kind="stable")
-        return _Curve(np.take_along_axis(means.nfe, order, 1), np.take_along_axis(means.value, order, 1))
-
     def _means_of(self, points: Sequence[Point]) -> _Curve:
         """Means of the arms as they come, not sorted."""
         rows = len(self.weights)
@@ -224,10 +225,10 @@ class Frontier:
             if point.values.shape != (rows,) or point.nfe.shape != (rows,):
                 problem = f"{point.arm}: {len(point.values)} values and {len(point.nfe)} NFEs for {rows} rows"
                 raise UserError("points", problem, "compare arms on the same rows")
+            if not (np.isfinite(point.values).all() and np.isfinite(point.nfe).all()):
+                raise UserError("points", f"{point.family}: values that are not finite", "look for a failed arm")
         values = np.stack([point.values for point in points], 1)  # [N, P]
         nfe = np.stack([point.nfe for point in points], 1)
-        if not (np.isfinite(values).all() and np.isfinite(nfe).all()):
-            raise UserError("points", f"{points[0].family}: values that are not finite", "look for a failed arm")
         return _Curve(self.samples.means(nfe), self.sign * self.samples.means(values, self.weights))
 
 
