@@ -10,12 +10,12 @@ tokens drawn. What it spends and solves on the rows of one difficulty stands bes
 the most that any rule can solve which draws the tokens of a step independently of each other.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from difficulty import by_difficulty
 from jsonargparse import auto_cli
 from learned_opponents import own_arms
 
@@ -23,9 +23,7 @@ from orderppl import evaluate, load_run
 from orderppl.data import Lists
 from orderppl.data.lists import limit
 from orderppl.evaluation import sweep
-from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.evaluation.results import read_results, write_results
-from orderppl.evaluation.table import ByRow, by_row
 
 STEPS = (1, 2, 3)  # of limits
 SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")  # of the curves of `frontier`
@@ -37,19 +35,6 @@ HEURISTICS: list[dict[str, Any]] = [
     {"policy": "Threshold", "tau": [0.3, 0.5, 0.7, 0.9]},
     {"policy": "EntropyBound", "gamma": [0.1, 0.3, 0.6, 1.0, 2.0, 3.0]},
 ]
-
-
-def mixtures(found: ByRow, target: float) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Family, forwards [N] and values [N] of every family at a mean number of forwards, the mean over its seeds."""
-    for family, arms in found.arms.groupby("family", sort=False):
-        seeds = []
-        for _, members in arms.groupby("training_seed", dropna=False):
-            places = np.flatnonzero(found.arms.index.isin(members.index))
-            nfe, values = found.nfe[:, places], found.values[:, places]
-            order = np.argsort(nfe.mean(0), kind="stable")
-            weight = [np.interp(target, nfe.mean(0)[order], row) for row in np.eye(len(order))]  # of each setting
-            seeds.append((nfe[:, order] @ weight, values[:, order] @ weight))
-        yield str(family), *np.mean(seeds, 0)
 
 
 def main(
@@ -76,22 +61,15 @@ def main(
     names, prompts = np.array(test.names), test.answers or []
     kinds = sorted(set(names.tolist()), key=lambda name: (name.split()[0], int(name.split()[1])))
     records: list[dict[str, Any]] = []
-
-    def note(metric: str, value: Any, **labels: Any) -> None:
-        records.append({"metric": metric, **{k: round(float(v), 4) for k, v in value.items()}, **labels})
-
     for steps in STEPS:
         chances = np.array([limit(prompt, steps) for prompt in prompts])
         for name in kinds:
-            mean = chances[names == name].mean()
-            note("limit", {"value": mean}, arm=f"limit at {steps}", difficulty=name, n=int((names == name).sum()))
+            at = chances[names == name]
+            labels = {"arm": f"limit at {steps}", "difficulty": name, "n": len(at)}
+            records.append({"metric": "limit", "value": round(float(at.mean()), 4), **labels})
     arms = [replace(arm, temperature=1.0, seeds=range(3)) for arm in [*learned, *sweep(HEURISTICS)]]
     table = evaluate(arms, denoiser, test, metrics=["accuracy"], batch_size=300, out=out / "drawn")
-    for family, nfe, right in mixtures(by_row(table, "accuracy"), target):
-        for name in ["all", *kinds]:
-            chosen = (names == name) | (name == "all")
-            for metric, values in (("forwards", nfe), ("solved", right)):
-                note(metric, asdict(bootstrap_mean(values[chosen])), arm=family, difficulty=name)
+    records += by_difficulty(table, names, kinds, target)
     played = [] if frontier is None else read_results(frontier)["records"]
     best = {record["of"] for record in played if "own" in record and "target_nfe" in record}
     for record in played:

@@ -8,8 +8,10 @@ from math import gcd
 from orderppl import Denoiser, evaluate
 from orderppl.data import Examples
 from orderppl.evaluation import Arm, summary, sweep
+from orderppl.evaluation.table import higher_is_better
 from orderppl.policies import Dilated, FixedOrder, Oracle
 
+SCREENED, FINALISTS = 100, 4  # rows on which many arms are looked at, and how many go on
 SPACED = [(0, 3, 1, 3, 2, 3), (3, 0, 3, 1, 3, 2)]  # of four steps, with longer periods than all that are tried
 
 
@@ -54,14 +56,22 @@ def spaced_rules(steps: int) -> list[Arm]:
     return [replace(arm, family="spaced") for arm in arms]
 
 
-def best_of(arms: list[Arm], denoiser: Denoiser, rows: Examples, screened: int = 100, finalists: int = 4) -> Arm:
-    """The arm with the best likelihood on all rows; of many rows, among the best few on the first ones."""
+def best_of(
+    arms: list[Arm],
+    denoiser: Denoiser,
+    rows: Examples,
+    metric: str = "path_nats",
+    screened: int = 100,
+    finalists: int = 4,
+) -> Arm:
+    """The best arm by a metric on all rows; of many rows, among the best few on the first ones."""
     if len(rows) > screened:
-        arms = _best(arms, denoiser, rows.take(screened), finalists)
-    return _best(arms, denoiser, rows, 1)[0]
+        arms = _best(arms, denoiser, rows.take(screened), metric, finalists)
+    return _best(arms, denoiser, rows, metric, 1)[0]
 
 
-def _best(arms: list[Arm], denoiser: Denoiser, rows: Examples, kept: int) -> list[Arm]:
-    means = summary(evaluate(arms, denoiser, rows), ["path_nats"]).set_index("arm")["value"]
+def _best(arms: list[Arm], denoiser: Denoiser, rows: Examples, metric: str, kept: int) -> list[Arm]:
+    table = evaluate(arms, denoiser, rows, metrics=[metric])
+    means = summary(table, [metric]).set_index("arm")["value"] * (-1 if higher_is_better(metric) else 1)
     best = means.nsmallest(kept).index
     return [arm for arm in arms if arm.name in best]

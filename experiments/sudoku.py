@@ -11,7 +11,8 @@ with. `unique` puzzles have one completion, which a perfect denoiser would see i
 
 On every seed three orders are learned: a plan of two steps, whose cells depend on each other, and two policies, each
 its own guide, for a range of high and of low step prices, which start as an entropy bound. Together they are one curve
-over the mean number of forwards. What is finished is kept: repeat the command to go on.
+over the mean number of forwards. The best heuristic is chosen on validation puzzles. What is finished is kept: repeat
+the command to go on.
 """
 
 from dataclasses import dataclass
@@ -22,12 +23,15 @@ from typing import Any, Literal
 import pandas as pd
 import pyro
 import torch
+from difficulty import by_difficulty
 from jsonargparse import auto_cli
+from opponents import best_of, spaced_orders
 from plan_fits import fit_plan
 from tables import COMPARED, compared, markdown
 
 from orderppl import Denoiser, evaluate, fit
 from orderppl.data import Sudoku
+from orderppl.data.sudoku import BLANK, CELLS
 from orderppl.evaluation import Arm, advantages, frontier_figure, summary, sweep
 from orderppl.evaluation.results import plain_records, write_results
 from orderppl.figures import save_figure
@@ -36,7 +40,7 @@ from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, ScanNet
 from orderppl.models.denoisers import load_denoiser
 from orderppl.policies import AtPrice, EntropyBound, PriceRange, ScanPlan
 
-CELLS, STEPS = 16, 8  # steps of policies: the prices ask for fewer
+STEPS = 8  # steps of policies: the prices ask for fewer
 FEATURES = ("confidence", "margin", "entropy", "before", "chance", "prediction", "price")
 # forwards at which orders are compared; nobody needs two for a single completion
 TARGETS = {"open": (2.0, 2.5, 3.0, 4.0), "unique": (1.2, 1.3, 1.4, 1.5)}
@@ -59,6 +63,10 @@ ORDERS = {
     # Low prices apart: the others may lead to one set of cells for all prices, which is too quick for them.
     "careful": Order(0.03, 0.4, share=1 / 3),
 }
+METRICS, PATTERNED = ("accuracy", "path_nats"), (2, 3, 4)  # steps of the patterns that repeat
+DIFFICULTY = {"open": 2.5, "unique": 1.3}  # mean forwards at which the clues are compared
+SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")
+APART, AHEAD = {"policy": "Spaced", "spread": [2.0, 5.0]}, {"policy": "LookAhead", "candidates": 4}
 HEURISTICS: list[dict[str, Any]] = [
     {
         "policy": "Ranked",
@@ -72,6 +80,12 @@ HEURISTICS: list[dict[str, Any]] = [
     {"policy": "Klass", "tau": [0.5, 0.6], "eps": [0.01, 0.1]},
     {"policy": "Threshold", "tau": [0.5, 0.6, 0.7], "block_size": 8},
     {"policy": "EntropyBound", "gamma": [0.5, 1.0, 2.0], "block_size": 8},
+    {"policy": "Dilated", "budgets": [1, 2, 3, 4, 5]},
+    {"policy": "PositionWeighted", "decay": [0.02, 0.25], "budgets": [2, 3, 4]},
+    {"policy": "Threshold", "tau": [0.3, 0.4, 0.5, 0.6, 0.8], "around": APART},
+    {"policy": "Ranked", "score": ["random", "top_prob"], "budgets": [2, 3, 4], "around": APART},
+    {"policy": "EntropyBound", "gamma": [0.5, 1.0, 2.0, 4.0], "around": APART},
+    {"policy": "Ranked", "score": "top_prob", "temperature": 0.1, "budgets": [2, 3], "around": AHEAD},
 ]
 
 
@@ -129,17 +143,26 @@ def main(
         data = Sudoku(train=4000, min_clues=2, max_clues=4)
     else:
         data = Sudoku(train=3000, validation=300, min_clues=4, max_clues=6, solutions="unique")
-    test = data.splits(network.tokenizer)["test"].take(rows)
+    splits = data.splits(network.tokenizer)
+    test, validation = splits["test"].take(rows), splits["validation"].take(rows)
     arms = sweep(HEURISTICS, seeds=(0, 1, 2))
+    patterns = [best_of(spaced_orders(steps), network, validation, m) for steps in PATTERNED for m in METRICS]
+    arms += {arm.name: arm for arm in patterns}.values()
     for seed in range(seeds):
         folder = out / f"seed-{seed}"
         plan = learn_opening(network, data, seed, updates, folder / "opening")
         arms.append(Arm(f"opening #{seed}", plan, 2, family="learned", mode=True, training_seed=seed))
         for name, order in ORDERS.items():
             arms += arms_of(name, order, learn(order, network, data, seed, updates, folder / name), seed)
-    table = evaluate(arms, network, test, metrics=["accuracy", "path_nats"], batch_size=rows, out=out)
+    settings = {"metrics": METRICS, "batch_size": rows}
+    table = evaluate(arms, network, test, out=out, **settings)
+    judged = evaluate(arms, network, validation, out=out / "validation", **settings)
+    better = [advantages(table, TARGETS[puzzles], validation=judged, mixed=mixed) for mixed in (False, True)]
+    clues = [f"{CELLS - puzzle.count(BLANK)} clues" for puzzle in test.answers or []]
+    shown = table[table["family"].isin(SHOWN)]
+    cut = by_difficulty(shown, clues, sorted(set(clues)), DIFFICULTY[puzzles])
     labels = {"task": "sudoku", "puzzles": puzzles}
-    records = plain_records(pd.concat([summary(table), advantages(table, TARGETS[puzzles])]).assign(**labels))
+    records = [record | labels for record in plain_records(pd.concat([summary(table), *better])) + cut]
     write_results(out, "sudoku", {**labels, "seeds": seeds, "rows": rows, "updates": updates}, records)
     save_figure(frontier_figure(table), out / "frontier.svg")
     print(markdown(COMPARED, list(compared(records))))

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from difficulty import mixtures
 
 from orderppl import evaluate, fit
 from orderppl.data import Lists
@@ -57,7 +58,7 @@ def test_a_family_is_read_between_its_two_nearest_settings() -> None:
     right = np.array([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     arms = pd.DataFrame({"family": ["t", "t", "t"], "training_seed": [None] * 3}, index=["a", "b", "c"])
     found = ByRow(arms, right, nfe, np.ones(2), pd.DataFrame())
-    ((family, spent, solved),) = lists.mixtures(found, 2.0)
+    ((family, spent, solved),) = mixtures(found, 2.0)
     assert family == "t" and spent.tolist() == [2.5, 1.5] and solved.tolist() == [0.5, 0.0]
-    ((_, spent, solved),) = lists.mixtures(found, 9.0)
+    ((_, spent, solved),) = mixtures(found, 9.0)
     assert spent.tolist() == [6.0, 4.0] and solved.tolist() == [1.0, 1.0]
