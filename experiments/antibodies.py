@@ -12,6 +12,7 @@ With `--judged` arms also write freely, and an independent model judges the resi
 with those of training sequences, and with each other: edits per residue. The figure shows what was learned.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import torch
 from antibody_judge import AntibodyJudge
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders
-from plan_fits import learn_plans
+from plan_fits import PlanFit, learn_plans
 from rich.console import Console
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from molecules import compare, figure_of, mean_by_group, revealed_steps, step_sh
 SHORTEST, LONGEST = 112, 128  # residues of a drawn heavy domain, the bulk of human ones
 # of adalimumab, a public sequence
 LIGHT = "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQRYNRAPYTFGQGTKVEIK"
+FIT = PlanFit(lr=0.2, bonus=0.03)
 LEFT = {"H": 98, "L": 88}  # aligned positions counted from the left end; the others are counted from the right end
 
 
@@ -75,10 +77,7 @@ def main(
     chain: Literal["H", "L"] = "H",
     seeds: int = 1,
     split: int = 0,
-    rows: int = 60_000,
-    lr: float = 0.2,
-    bonus: float = 0.03,
-    halved: bool = False,
+    fit: PlanFit = FIT,
     judged: int = 0,
     out: Path = Path("runs/antibodies"),
 ) -> None:
@@ -92,10 +91,7 @@ def main(
         chain: heavy (`H`) or light (`L`) chains.
         seeds: fits, whose seeds count from that of the split.
         split: seed of what is held out.
-        rows: denoiser rows that a fit may spend.
-        lr: learning rate.
-        bonus: weight of the entropy bonus at the start; it fades.
-        halved: learn for half as many steps, each of which is then played in two.
+        fit: what a fit may spend, and how.
         judged: held-out domains that are also written freely and judged by an independent model (antiberty, 97 MB).
         out: folder of run and results.
     """
@@ -103,10 +99,9 @@ def main(
     source = draw_sequences(denoiser, out / "drawn.fasta", chain == "L") if train is None else train
     data = Antibodies(str(source), regions=regions, names=names, seed=split)
     splits = data.splits(denoiser.tokenizer)
-    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "halved": halved}
-    training = denoiser, splits["train"], steps, range(split, split + seeds), out
     plans = learn_plans(
-        lambda count: Plan(PositionTable(data.length, count, split=LEFT[chain], counts="attended")), *training, **budget
+        lambda count: Plan(PositionTable(data.length, count, split=LEFT[chain], counts="attended")),
+        *(denoiser, splits["train"], steps, range(split, split + seeds), out, fit),
     )
     test, plan = splits["test"], plans[split]
     spaced = best_of(spaced_orders(steps), denoiser, splits["train"].take(64))
@@ -133,8 +128,8 @@ def main(
             opinions += judge.records(arm, domains(few, output.sequences), wanted[:judged], found, natural)
         Console().print(results_table(opinions, rows=("arm", "region"), columns=("metric",), title="Written freely"))
         means = pd.concat([means, pd.DataFrame(opinions)])
-    labels = {"task": "antibodies", "sequences": "file" if train else "drawn", "chain": chain, "rows": rows}
-    config = {**labels, **budget, "steps": steps, "regions": regions, "names": names, "seeds": seeds}
+    labels = {"task": "antibodies", "sequences": "file" if train else "drawn", "chain": chain, "rows": fit.rows}
+    config = {**labels, **asdict(fit), "steps": steps, "regions": regions, "names": names, "seeds": seeds}
     write_results(out, "antibodies", config, pd.concat([records, means.assign(steps=steps)]).assign(**labels))
 
 

@@ -10,6 +10,7 @@ The figure shows one text in two orders. What is finished is kept: repeat the co
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from math import log
@@ -20,7 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders, spaced_rules
-from plan_fits import learn_plans
+from plan_fits import PlanFit, learn_plans
 
 from orderppl import Policy, load_run
 from orderppl.config import build
@@ -32,6 +33,7 @@ from orderppl.policies import Plan, Ranked, ScanPlan, ScanPolicy
 from molecules import compare, mean_by_group, revealed_steps, side_by_side
 
 SMALL = re.compile("an?|the|of|to|in|on|at|for|from|by|with|and|or|but|if|that|than|as|is|are|was|were|be|ha[sd]|have")
+FIT = PlanFit(rows=40_000, bonus=0.3, schedule="cosine", batch_size=8, group=8, grad_clip=1.0)
 ASKED = re.compile("how|many|much|what|who|when|which|where")
 
 
@@ -56,13 +58,9 @@ def main(
     hides: str | None = None,
     written: str = "all",
     steps: int = 4,
-    family: Literal["scan", "halved", "independent", "policy"] = "scan",
+    family: Literal["scan", "independent", "policy"] = "scan",
     seeds: int = 3,
-    rows: int = 40_000,
-    lr: float = 0.01,
-    bonus: float = 0.3,
-    schedule: Literal["constant", "cosine"] = "cosine",
-    particles: int = 8,
+    fit: PlanFit = FIT,
     tested: int = 300,
     out: Path = Path("runs/english"),
 ) -> None:
@@ -73,24 +71,17 @@ def main(
         hides: regular expression of what is to be written; the rest is given. None: all is to be written.
         written: name of what is to be written, a label of the records.
         steps: step budget T.
-        family: a plan of steps that depend on each other in a scan, the same for half as many steps, each of which is
-            then played in two, or one of independent steps; or a policy that scans.
+        family: a plan of steps that depend on each other in a scan, one of independent steps, or a policy that scans.
         seeds: training seeds, from 0.
-        rows: denoiser rows that a fit may spend.
-        lr: learning rate.
-        bonus: weight of the entropy bonus at the start; it fades.
-        schedule: of the learning rate.
-        particles: orders per sentence in an update.
+        fit: what a fit may spend, and how.
         tested: held-out sentences that are scored.
         out: folder of runs and results.
     """
     run = load_run(denoiser)
     data, network = run.config["data"], run.denoiser
     splits = build({**data, "init_args": {**data["init_args"], "hides": hides}}).splits(run.tokenizer)
-    budget: dict[str, Any] = {"rows": rows, "batch_size": 8, "particles": particles, "group": 8, "lr": lr}
-    budget |= {"bonus": bonus, "schedule": schedule, "grad_clip": 1.0, "halved": family == "halved"}
     make = partial(make_policy, family=family, vocab_size=network.vocab_size, given=hides is not None)
-    plans = learn_plans(make, network, splits["train"], steps, range(seeds), out, **budget)
+    plans = learn_plans(make, network, splits["train"], steps, range(seeds), out, fit)
     spaced = best_of([*spaced_orders(steps, hides is not None), *spaced_rules(steps)], network, splits["validation"])
     test = splits["test"].take(tested)
     batch = test.batch
@@ -106,8 +97,8 @@ def main(
     shown = [i for i, there in enumerate(batch.attention_mask[chosen]) if there and not texts[i].startswith("[")]
     columns = {arm: when[arm][chosen, shown].tolist() for arm in ("top_prob", "learned")}
     save_figure(figure_of([texts[i] for i in shown], columns), out / "order.svg")
-    label = {"task": "english", "written": written, "rows": rows, "steps": steps}
-    config = {**label, **budget, "hides": hides, "family": family, "seeds": seeds, "tested": tested}
+    label = {"task": "english", "written": written, "rows": fit.rows, "steps": steps}
+    config = {**label, **asdict(fit), "hides": hides, "family": family, "seeds": seeds, "tested": tested}
     write_results(out, "english", config, pd.concat([records, pd.DataFrame(together), means]).assign(**label))
 
 

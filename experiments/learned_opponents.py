@@ -73,6 +73,14 @@ def arms_of(name: str, peer: Peer, seed: int, label: str = "") -> list[Arm]:
     return arms
 
 
+def gains_on(opponent: str, table: pd.DataFrame, targets: Sequence[float], **options: Any) -> pd.DataFrame:
+    """What the learned order is better by than an opponent, at the targets that both curves reach."""
+    gains = advantages(table, targets, opponents=[opponent], **options)
+    if "target_nfe" not in gains:  # it is nowhere as fast as that
+        return pd.DataFrame({"value": []})
+    return gains[(gains["metric"] == "advantage") & (gains["arm"] == "learned") & gains["target_nfe"].notna()]
+
+
 def tune(
     run: Run, lrs: Sequence[float], rewards: Mapping[str, float], budget: int, targets: Sequence[float], out: Path
 ) -> dict[str, float]:
@@ -88,8 +96,7 @@ def tune(
     table = evaluate(arms, run.denoiser, rows, metrics=["accuracy"], batch_size=len(rows), out=out / "validation")
     behind: dict[tuple[str, float], float] = {}  # by 1 at a target that its curve does not reach
     for name, lr in tried:
-        gains = advantages(table, targets, opponents=[f"{name} lr={lr:g}"], resamples=0)
-        here = gains.query("metric == 'advantage' and arm == 'learned' and target_nfe.notna()")
+        here = gains_on(f"{name} lr={lr:g}", table, targets, resamples=0)
         behind[name, lr] = here["value"].sum() + len(targets) - len(here)
     return {name: min(lrs, key=lambda lr: behind[name, lr]) for name, _ in tried}
 
@@ -129,9 +136,8 @@ def main(
             arms += arms_of(name, peer, seed)
     test = loaded[0].data.splits()[split].take(rows)
     table = evaluate(arms, loaded[0].denoiser, test, metrics=["accuracy", "path_nats"], batch_size=rows, out=out)
-    gains = [advantages(table, targets, opponents=[name]) for name in spent if name != "learned"]
-    gained = pd.concat(gains).query("metric == 'advantage' and arm == 'learned' and target_nfe.notna()")
-    found = pd.concat([summary(table), gained])
+    gains = [gains_on(name, table, targets) for name in spent if name != "learned"]
+    found = pd.concat([summary(table), *gains])
     records = plain_records(found.assign(task=type(loaded[0].data).__name__.lower(), rows=found["arm"].map(spent)))
     config = {"test_rows": len(test), "split": split, "spent": spent, "lr": chosen, **rewards}
     write_results(out, "learned-opponents", config, records)

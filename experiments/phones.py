@@ -9,13 +9,13 @@ is a local search with restarts from the learned order, on training words: how f
 share of the way from random sets.
 """
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from jsonargparse import auto_cli
 from opponents import best_of, opponents, spaced_orders
-from plan_fits import learn_plans
+from plan_fits import PlanFit, learn_plans
 from rich.console import Console
 
 from orderppl import evaluate
@@ -27,14 +27,14 @@ from orderppl.models import PositionTable, ScanNetwork
 from orderppl.models.denoisers import PhoneDenoiser
 from orderppl.policies import FixedOrder, ScanPlan
 
+FIT = PlanFit(rows=400_000, batch_size=16)
+
 
 def main(
     steps: int = 3,
     seeds: int = 3,
     length: int = 8,
-    rows: int = 400_000,
-    lr: float = 0.01,
-    bonus: float = 0.1,
+    fit: PlanFit = FIT,
     restarts: int = 10,
     out: Path = Path("runs/phones"),
 ) -> None:
@@ -44,19 +44,16 @@ def main(
         steps: step budget T.
         seeds: training seeds, from 0.
         length: phones of a word.
-        rows: denoiser rows that a fit may spend.
-        lr: learning rate.
-        bonus: weight of the entropy bonus at the start; it fades.
+        fit: what a fit may spend, and how.
         restarts: of the long search.
         out: folder of runs and results.
     """
     denoiser = PhoneDenoiser()
     splits = Pronunciations(length=length, test_share=0.3).splits(denoiser.tokenizer)
     arms = [*opponents(steps), best_of(spaced_orders(steps), denoiser, splits["validation"])]
-    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 16, "particles": 8}
-    training = denoiser, splits["train"], steps, range(seeds), out
     plans = learn_plans(
-        lambda count: ScanPlan(ScanNetwork(count, PositionTable(length, 8, noise=0.3))), *training, **budget
+        lambda count: ScanPlan(ScanNetwork(count, PositionTable(length, 8, noise=0.3))),
+        *(denoiser, splits["train"], steps, range(seeds), out, fit),
     )
     for seed, plan in plans.items():
         arms.append(Arm(f"learned #{seed}", plan, steps, family="learned", mode=True, training_seed=seed))
@@ -77,10 +74,9 @@ def main(
         records.append(gain | {"value": -loss.value, "low": -loss.high, "high": -loss.low})
         regret = (nats["value"][own] - searched) / (nats["value"][f"random uniform T={steps}"] - searched)
         records.append({"metric": "regret", "arm": "learned", "training_seed": seed, "value": regret})
-    labels = {"task": "phones", "steps": steps, "length": length, "rows": rows}
-    write_results(
-        out, "phones", {**labels, "lr": lr, "bonus": bonus, "seeds": seeds}, pd.DataFrame(records).assign(**labels)
-    )
+    labels = {"task": "phones", "steps": steps, "length": length, "rows": fit.rows}
+    config = {**labels, **asdict(fit), "seeds": seeds}
+    write_results(out, "phones", config, pd.DataFrame(records).assign(**labels))
     best = nats.sort_values("value").head(12)
     title = f"Words of {length} phones in {steps} steps, {len(splits['test'])} held-out"
     Console().print(results_table(best, rows=("arm",), title=title))

@@ -1,9 +1,10 @@
 """How the experiments fit a plan, or another policy."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -64,48 +65,41 @@ def fit_plan(
     )
 
 
-def updates_within(rows: int, batch_size: int, particles: int, steps: int) -> int:
-    """Updates that a number of denoiser rows pays for.
+@dataclass(frozen=True, kw_only=True)
+class PlanFit:
+    """What a fit of a plan may spend, and how.
 
-    An update reads the fully hidden state of each sequence once and the T - 1 later ones once per order.
+    Attributes:
+        rows: denoiser rows that it may read.
+        lr: learning rate of Adam.
+        schedule: of the learning rate.
+        bonus: weight of the entropy bonus at the start; it fades.
+        batch_size: sequences of an update.
+        particles: orders per sequence.
+        group: batches that are sorted by length together.
+        grad_clip: largest norm of the gradient.
+        halved: learn for half as many steps, each of which is then played in two.
+        bfloat16: fit under autocast, up to twice as fast where the processor knows the format; what is compared is
+            float32.
     """
-    return max(rows // (batch_size * (1 + (steps - 1) * particles)), 1)
 
+    rows: int = 60_000
+    lr: float = 0.01
+    schedule: Literal["constant", "cosine"] = "constant"
+    bonus: float = 0.1
+    batch_size: int = 4
+    particles: int = 8
+    group: int = 1
+    grad_clip: float | None = None
+    halved: bool = False
+    bfloat16: bool = False
 
-def learn_plan(
-    plan: Policy,
-    denoiser: Denoiser,
-    train: Examples,
-    steps: int,
-    *,
-    rows: int,
-    lr: float,
-    bonus: float,
-    batch_size: int = 4,
-    particles: int = 8,
-    seed: int = 0,
-    out: Path | None = None,
-    **settings: Any,
-) -> int:
-    """Fit a plan with as many updates as `rows` pay for, see `fit_plan`; return their number."""
-    pyro.set_rng_seed(seed)
-    updates = updates_within(rows, batch_size, particles, steps)
-    fit_plan(
-        plan,
-        denoiser,
-        train,
-        steps,
-        bonus=bonus,
-        fade=int(0.75 * updates),
-        lr=lr,
-        particles=particles,
-        updates=updates,
-        batch_size=batch_size,
-        seed=seed,
-        out=out,
-        **settings,
-    )
-    return updates
+    def updates(self, steps: int) -> int:
+        """Updates that the rows pay for.
+
+        An update reads the fully hidden state of each sequence once and the T - 1 later ones once per order.
+        """
+        return max(self.rows // (self.batch_size * (1 + (steps - 1) * self.particles)), 1)
 
 
 def learn_plans(
@@ -115,11 +109,9 @@ def learn_plans(
     steps: int,
     seeds: Iterable[int],
     out: Path,
-    *,
-    halved: bool = False,
-    **budget: Any,
+    fit: PlanFit,
 ) -> dict[int, Any]:
-    """Make and fit a plan on every seed; what is finished in `out` is read. See `learn_plan`.
+    """Make and fit a plan on every seed, see `fit_plan`; what is finished in `out` is read.
 
     Args:
         make: number of steps -> a plan, or another policy.
@@ -128,14 +120,17 @@ def learn_plans(
         steps: step budget T.
         seeds: training seeds.
         out: folder of the runs.
-        halved: learn for half as many steps, each of which is then played in two.
-        budget: further arguments of `learn_plan`.
+        fit: what a fit may spend.
     """
-    learned = (steps + 1) // 2 if halved else steps
-    plans: dict[int, Any] = {}
+    learned = (steps + 1) // 2 if fit.halved else steps
+    updates, plans = fit.updates(learned), dict[int, Any]()
+    same = ("lr", "schedule", "bonus", "batch_size", "particles", "group", "grad_clip", "bfloat16")
+    settings: dict[str, Any] = {name: getattr(fit, name) for name in same}
+    settings |= {"updates": updates, "fade": int(0.75 * updates), "resume": True}
     for seed in seeds:
         pyro.set_rng_seed(seed)
         plan = make(learned)
-        learn_plan(plan, denoiser, train, learned, seed=seed, out=out / f"seed-{seed}", resume=True, **budget)
-        plans[seed] = Halved(plan) if halved else plan
+        pyro.set_rng_seed(seed)
+        fit_plan(plan, denoiser, train, learned, seed=seed, out=out / f"seed-{seed}", **settings)
+        plans[seed] = Halved(plan) if fit.halved else plan
     return plans

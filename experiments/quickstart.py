@@ -10,6 +10,7 @@ are in `results.json` of their folders; the page with the replay is in `report`.
 import io
 import textwrap
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -64,7 +65,7 @@ def chain_part(out: Path) -> None:
 def antibody_part(train: Path | None, rows: int, out: Path) -> None:
     """Learn on the antibody model, and compare with every heuristic."""
     with redirect_stdout(io.StringIO()):
-        antibodies.main(train, steps=STEPS, rows=rows, out=out)
+        antibodies.main(train, steps=STEPS, fit=replace(antibodies.FIT, rows=rows), out=out)
     document = read_results(out)
     nats = {r["arm"]: r for r in document["records"] if r["metric"] == "path_nats"}
     gains = [r for r in document["records"] if r["metric"] == "advantage"]

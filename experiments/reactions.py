@@ -4,19 +4,20 @@
 
 The reactants are given, the product is to be written. The order is a plan that reads what the denoiser expects while
 the whole product is hidden, so the reactants through it. For many steps it can be learned for half as many, each of
-which is then played in two (`--family halved`). The table gives `path_nats` on held-out reactions: nats per
+which is then played in two (`--fit.halved true`). The table gives `path_nats` on held-out reactions: nats per
 token along each arm's own order with the same number of steps. What the arms write freely is checked: `valid` SMILES,
 `exact` products. The figure shows what was learned, token by token.
 """
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders, spaced_rules
-from plan_fits import learn_plans, make_plan
+from plan_fits import PlanFit, learn_plans, make_plan
 from rich.console import Console
 
 from orderppl import Denoiser, Policy, decode
@@ -28,6 +29,8 @@ from orderppl.models.denoisers import ReactionDenoiser
 from orderppl.policies import Ranked
 
 from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
+
+FIT = PlanFit(bonus=0.3, schedule="cosine", group=8, grad_clip=1.0)
 
 
 def token_kind(token: str) -> str | None:
@@ -57,14 +60,10 @@ def written(policy: Policy, denoiser: Denoiser, examples: Examples, steps: int, 
 def main(
     train: Path,
     steps: int = 4,
-    family: Literal["scan", "halved", "independent"] = "scan",
+    family: Literal["scan", "independent"] = "scan",
     seeds: int = 1,
     split: int = 0,
-    rows: int = 60_000,
-    lr: float = 0.01,
-    bonus: float = 0.3,
-    schedule: Literal["constant", "cosine"] = "cosine",
-    bfloat16: bool = False,
+    fit: PlanFit = FIT,
     rows_written: int = 32,
     out: Path = Path("runs/reactions"),
 ) -> None:
@@ -73,25 +72,18 @@ def main(
     Args:
         train: CSV file with a column rxn.
         steps: step budget T.
-        family: steps that depend on each other in a scan, the same for half as many steps, each of which is then played
-            in two, or independent ones.
+        family: steps that depend on each other in a scan, or independent ones.
         seeds: training seeds, from 0.
         split: seed of what is held out.
-        rows: denoiser rows that the fit may spend.
-        lr: learning rate.
-        bonus: weight of the entropy bonus at the start; it fades.
-        schedule: of the learning rate.
-        bfloat16: fit under autocast, twice as fast where the processor knows the format; what is compared is float32.
+        fit: what a fit may spend, and how.
         rows_written: held-out products that are also written freely.
         out: folder of run and results.
     """
     denoiser = ReactionDenoiser()
     data = Reactions(str(train), seed=split)
     splits = data.splits(denoiser.tokenizer)
-    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "schedule": schedule, "bfloat16": bfloat16}
-    budget |= {"halved": family == "halved", "group": 8, "grad_clip": 1.0}
     make = partial(make_plan, family=family, vocab_size=denoiser.vocab_size)
-    plans = learn_plans(make, denoiser, splits["train"], steps, range(seeds), out, **budget)
+    plans = learn_plans(make, denoiser, splits["train"], steps, range(seeds), out, fit)
     test = splits["test"]
     spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], denoiser, splits["validation"].take(48))
     records = compare(plans, denoiser, test, steps, spaced=spaced, out=out, title="Reactions")
@@ -111,8 +103,8 @@ def main(
     rows_shown = zip(chosen.tokens, chosen.latent, strict=True)
     labels = [[test.spell(token) for token in tokens[latent].tolist()] for tokens, latent in rows_shown]
     save_figure(figure_of(seen, labels, means, "kind"), out / "order.svg")
-    label = {"task": "reactions", "rows": rows, "steps": steps}
-    config = {**budget, **label, "family": family, "seeds": seeds}
+    label = {"task": "reactions", "rows": fit.rows, "steps": steps}
+    config = {**asdict(fit), **label, "family": family, "seeds": seeds}
     write_results(out, "reactions", config, pd.concat([records, pd.DataFrame(free), means]).assign(**label))
 
 

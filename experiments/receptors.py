@@ -7,6 +7,7 @@ there is no file of them here. So `path_nats` says how near parallel writing com
 order is a plan that reads what the model expects at the opening; opponents are as in `antibodies.py`.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 import torch
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders
-from plan_fits import learn_plans
+from plan_fits import PlanFit, learn_plans
 
 from orderppl import Batch, decode
 from orderppl.data import Examples
@@ -27,6 +28,8 @@ from orderppl.policies import Ranked, ScanPlan
 from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
 
 SHORTEST, LONGEST = 12, 17  # residues of a drawn chain
+
+FIT = PlanFit(batch_size=8)
 
 
 def draw_receptors(denoiser: ReceptorDenoiser, count: int) -> Examples:
@@ -46,9 +49,7 @@ def main(
     steps: int = 4,
     seeds: int = 3,
     count: int = 700,
-    rows: int = 60_000,
-    lr: float = 0.01,
-    bonus: float = 0.1,
+    fit: PlanFit = FIT,
     out: Path = Path("runs/receptors"),
 ) -> None:
     """Learn a plan on every seed and compare on held-out receptors.
@@ -57,18 +58,15 @@ def main(
         steps: step budget T.
         seeds: training seeds, from 0.
         count: receptors that are drawn; 200 are held out, 100 choose the spaced order.
-        rows: denoiser rows that a fit may spend.
-        lr: learning rate.
-        bonus: weight of the entropy bonus at the start; it fades.
+        fit: what a fit may spend, and how.
         out: folder of runs and results.
     """
     denoiser = ReceptorDenoiser()
     drawn = draw_receptors(denoiser, count)
     test, validation, train = drawn.take(200), drawn.rows(slice(200, 300)), drawn.rows(slice(300, None))
-    budget: dict[str, Any] = {"rows": rows, "lr": lr, "bonus": bonus, "batch_size": 8}
-    training = denoiser, train, steps, range(seeds), out
     plans = learn_plans(
-        lambda count: ScanPlan(ScanNetwork(count, OpeningPlan(16, denoiser.vocab_size))), *training, **budget
+        lambda count: ScanPlan(ScanNetwork(count, OpeningPlan(16, denoiser.vocab_size))),
+        *(denoiser, train, steps, range(seeds), out, fit),
     )
     spaced = best_of(spaced_orders(steps), denoiser, validation)
     records = compare(plans, denoiser, test, steps, spaced=spaced, out=out, title="Receptors")
@@ -80,8 +78,8 @@ def main(
     seen = batch.attention_mask[0]
     shares = step_shares(plans[0], denoiser, batch, steps)[0][seen]
     save_figure(figure_of([shares], [list(test.texts(batch.tokens, batch)[0])], means, "chain"), out / "order.svg")
-    labels = {"task": "receptors", "rows": rows, "steps": steps}
-    config = {**labels, "seeds": seeds, "count": count, "lr": lr, "bonus": bonus}
+    labels = {"task": "receptors", "rows": fit.rows, "steps": steps}
+    config = {**labels, "seeds": seeds, "count": count, **asdict(fit)}
     write_results(out, "receptors", config, pd.concat([records, means]).assign(**labels))
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_tree_and_posterior(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_phones(tmp_path: Path) -> None:
-    phones.main(steps=2, seeds=1, length=5, rows=600, restarts=0, out=tmp_path)
+    phones.main(steps=2, seeds=1, length=5, fit=replace(phones.FIT, rows=600), restarts=0, out=tmp_path)
     records = read_results(tmp_path)["records"]
     found = {(record["metric"], record["arm"]) for record in records}
     assert {("path_nats", "learned #0"), ("advantage", "learned"), ("regret", "learned")} <= found
@@ -72,7 +73,7 @@ def few(source: Path, count: int, out: Path) -> Path:
 @pytest.mark.parametrize("regions", [None, "CDR1,CDR3"])
 def test_antibodies(tmp_path: Path, regions: str | None) -> None:
     train = few(HEAVY, 14, tmp_path / "heavy.csv")
-    antibodies.main(train, steps=2, regions=regions, rows=40, out=tmp_path / "out")
+    antibodies.main(train, steps=2, regions=regions, fit=replace(antibodies.FIT, rows=40), out=tmp_path / "out")
     records = read_results(tmp_path / "out")["records"]
     assert {"path_nats", "advantage", "mean_step"} <= {record["metric"] for record in records}
     shown = {record["region"] for record in records if record["metric"] == "mean_step"}
@@ -97,23 +98,24 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.skipif(not RXN.exists(), reason="the reactions of ../shared/data are absent")
 def test_reactions(tmp_path: Path) -> None:
     train = few(RXN, 14, tmp_path / "reactions.csv")
-    reactions.main(train, steps=2, rows=30, rows_written=2, out=tmp_path / "out")
+    reactions.main(train, steps=2, fit=replace(reactions.FIT, rows=30), rows_written=2, out=tmp_path / "out")
     metrics = {record["metric"] for record in read_results(tmp_path / "out")["records"]}
     assert {"path_nats", "valid", "exact", "mean_step"} <= metrics
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="the problems of ../shared/data are absent")
-@pytest.mark.parametrize(("family", "bfloat16"), [("scan", True), ("halved", False)])
-def test_equations(tmp_path: Path, family: Any, bfloat16: bool) -> None:
+@pytest.mark.parametrize("halved", [False, True])
+def test_equations(tmp_path: Path, halved: bool) -> None:
     """A plan that reads the question, in either precision; what is finished is read, not learned again."""
     for part, count in (("train.jsonl", 60), ("test.jsonl", 6)):
         few(GSM8K.with_name(part), count, tmp_path / part)
     denoiser = ROOT / "docs" / "results" / "frontier-equations" / "denoiser"
+    fit = replace(equations.FIT, rows=500, halved=halved, bfloat16=not halved)
     for _ in range(2):
-        equations.main(denoiser, tmp_path, 4, family, rows=500, bfloat16=bfloat16, out=tmp_path / "out")
+        equations.main(denoiser, tmp_path, 4, fit=fit, out=tmp_path / "out")
     steps = load_run(tmp_path / "out" / "seed-0").config["model"]["init_args"]["num_steps"]
-    assert steps == (2 if family == "halved" else 4)
+    assert steps == (2 if halved else 4)
     records = read_results(tmp_path / "out")["records"]
     assert {"path_nats", "advantage"} <= {record["metric"] for record in records}
     opponents = {record["of"] for record in records if record["metric"] == "advantage"}
@@ -133,9 +135,10 @@ def test_english(tmp_path: Path) -> None:
     quick = ["--fit.updates=2", "--fit.batch_size=4", "--fit.progress=false"]
     assert main(["train-denoiser", *data, *start, *quick, f"--out={tmp_path / 'denoiser'}"]) == 0
     last = {"hides": r"(?<=[.!?] )(?:(?![.!?] ).)+$", "family": "policy"}
-    words = {"hides": "[A-Za-z]{4,}", "family": "halved", "steps": 4}
+    words = {"hides": "[A-Za-z]{4,}", "fit": replace(english.FIT, rows=200, halved=True), "steps": 4}
     for name, options in (("all", {}), ("last", last), ("words", words)):
-        settings: Any = {"steps": 2, "seeds": 1, "rows": 200, "tested": 4, "written": name, "out": tmp_path / name}
+        settings: Any = {"steps": 2, "seeds": 1, "tested": 4, "written": name, "out": tmp_path / name}
+        settings["fit"] = replace(english.FIT, rows=200)
         english.main(tmp_path / "denoiser", **settings | options)
         records = read_results(tmp_path / name)["records"]
         wanted = {"path_nats", "advantage", "neighbours_together", "mean_step"}
@@ -147,7 +150,7 @@ def test_english(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif("sceptr" not in PACKAGES, reason="the package with the receptor model is not installed")
 def test_receptors(tmp_path: Path) -> None:
-    receptors.main(steps=2, seeds=1, count=306, rows=60, out=tmp_path)
+    receptors.main(steps=2, seeds=1, count=306, fit=replace(receptors.FIT, rows=60), out=tmp_path)
     records = read_results(tmp_path)["records"]
     assert {record["chain"] for record in records if record["metric"] == "mean_step"} == {"alpha", "beta"}
 

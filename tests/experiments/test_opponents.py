@@ -89,3 +89,5 @@ def test_every_opponent_is_fitted_and_compared(tmp_path: Path) -> None:
     assert families == names | {"learned"}
     against = {r["of"].rpartition(" #")[0] for r in found["records"] if r["metric"] == "advantage"}
     assert against and against <= names
+    learned_opponents.main([run], rows=8, targets=[0.5], out=tmp_path / "out")  # where nobody is that fast
+    assert {record["metric"] for record in read_results(tmp_path / "out")["records"]} >= {"accuracy", "path_nats"}
