@@ -33,6 +33,7 @@ from orderppl import Denoiser, evaluate, fit
 from orderppl.data import Sudoku
 from orderppl.data.sudoku import BLANK, CELLS
 from orderppl.evaluation import Arm, advantages, frontier_figure, summary, sweep
+from orderppl.evaluation.arms import standard_heuristics
 from orderppl.evaluation.results import plain_records, write_results
 from orderppl.figures import save_figure
 from orderppl.guides import PolicyGuide
@@ -66,26 +67,11 @@ ORDERS = {
 METRICS, PATTERNED = ("accuracy", "path_nats"), (2, 3, 4)  # steps of the patterns that repeat
 DIFFICULTY = {"open": 2.5, "unique": 1.3}  # mean forwards at which the clues are compared
 SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")
-APART, AHEAD = {"policy": "Spaced", "spread": [2.0, 5.0]}, {"policy": "LookAhead", "candidates": 4}
+APART = {"policy": "Spaced", "spread": [2.0, 5.0]}
 HEURISTICS: list[dict[str, Any]] = [
-    {
-        "policy": "Ranked",
-        "score": ["random", "left_to_right", "top_prob", "margin", "entropy"],
-        "sizes": ["uniform", "cosine"],
-        "budgets": [1, 2, 3, 4, 5],
-    },
-    {"policy": "Threshold", "tau": [0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 0.99]},
-    {"policy": "Factor", "factor": [0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]},
-    {"policy": "EntropyBound", "gamma": [0.1, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0]},
-    {"policy": "Klass", "tau": [0.5, 0.6], "eps": [0.01, 0.1]},
-    {"policy": "Threshold", "tau": [0.5, 0.6, 0.7], "block_size": 8},
-    {"policy": "EntropyBound", "gamma": [0.5, 1.0, 2.0], "block_size": 8},
-    {"policy": "Dilated", "budgets": [1, 2, 3, 4, 5]},
-    {"policy": "PositionWeighted", "decay": [0.02, 0.25], "budgets": [2, 3, 4]},
-    {"policy": "Threshold", "tau": [0.3, 0.4, 0.5, 0.6, 0.8], "around": APART},
-    {"policy": "Ranked", "score": ["random", "top_prob"], "budgets": [2, 3, 4], "around": APART},
+    *standard_heuristics(),
     {"policy": "EntropyBound", "gamma": [0.5, 1.0, 2.0, 4.0], "around": APART},
-    {"policy": "Ranked", "score": "top_prob", "temperature": 0.1, "budgets": [2, 3], "around": AHEAD},
+    {"policy": "Ranked", "score": ["random", "top_prob"], "budgets": [2, 3, 4], "around": APART},
 ]
 
 
