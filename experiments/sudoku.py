@@ -67,7 +67,7 @@ ORDERS = {
 METRICS, PATTERNED = ("accuracy", "path_nats"), (2, 3, 4)  # steps of the patterns that repeat
 DIFFICULTY = {"open": 2.5, "unique": 1.3}  # mean forwards at which the clues are compared
 SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")
-APART = {"policy": "Spaced", "spread": [2.0, 5.0]}
+APART = [{"policy": "Spaced", "spread": spread} for spread in (2.0, 5.0)]
 HEURISTICS: list[dict[str, Any]] = [
     *standard_heuristics(),
     {"policy": "EntropyBound", "gamma": [0.5, 1.0, 2.0, 4.0], "around": APART},

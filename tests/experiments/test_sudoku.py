@@ -7,6 +7,8 @@ import pytest
 import sudoku
 
 from orderppl import load_run
+from orderppl.evaluation import sweep
+from orderppl.evaluation.arms import standard_heuristics
 from orderppl.evaluation.results import read_results
 from orderppl.policies import PriceRange, ScanPlan
 
@@ -20,6 +22,7 @@ def test_sudoku(
     """Three orders of a seed are one curve, which is compared; a second call goes on with what is there."""
     ranked = {"policy": "Ranked", "score": "random", "sizes": ["uniform", "cosine"], "budgets": [1, 3]}
     grid = [{"policy": "EntropyBound", "gamma": [0.1, 1.0]}, ranked]
+    assert len(sweep(sudoku.HEURISTICS)) > len(sweep(standard_heuristics()))
     monkeypatch.setattr(sudoku, "HEURISTICS", grid)
     monkeypatch.setattr(sudoku, "PATTERNED", (2,))
     for _ in range(2):
