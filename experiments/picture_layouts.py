@@ -92,7 +92,9 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
             0.0,
         )
     ],
-    "learned-opponents": [Curves("accuracy path_nats")],
+    "learned-opponents": [
+        Curves("accuracy path_nats", {"task": (task,)}, f"{FORWARDS}, {task}") for task in ("sudoku",)
+    ],
     "lists": [Curves("accuracy"), Dots("forwards per row", "forwards", "difficulty", "arm")],
     "loops": [FIRST, Dots("mean step of a loop, from 0", "mean_step", "region", "run")],
     "paper": [

@@ -16,7 +16,7 @@ from orderppl.evaluation.results import read_results, results_table
 
 BEGIN, END = "<!-- tables -->\n", "<!-- end -->\n"
 # what is compared where
-PLACES = ("written", "domains", "chain", "grid", "measured", "steps", "n", "training_seed", "target_nfe")
+PLACES = ("task", "written", "domains", "chain", "grid", "measured", "steps", "n", "training_seed", "target_nfe")
 Record = dict[str, Any]
 
 
