@@ -108,6 +108,7 @@ def main(
     lrs: Sequence[float] = (0.001, 0.003, 0.01),
     speed: float = 1.0,
     price: float = 0.02,
+    start: float = -2.0,
     split: str = "test",
     out: Path = Path("runs/opponents"),
 ) -> None:
@@ -120,13 +121,14 @@ def main(
         lrs: learning rates to choose from, for every opponent its own.
         speed: exponent of the steps saved, in the reward of policy_gradient.
         price: of a step, in that of dultra.
+        start: log-odds of the Bernoulli policies at first; higher where T steps do not end a row at these.
         split: of the comparison; tune on validation.
         out: folder of runs and results.
     """
     loaded, arms, spent = [load_run(folder) for folder in runs], list[Arm](), dict[str, int]()
     orders = 1 + (loaded[0].num_steps - 1) * loaded[0].objective.num_particles
     budget = spent["learned"] = loaded[0].info["updates"] * loaded[0].config["fit"]["batch_size"] * orders
-    rewards = {"speed": speed, "price": price}
+    rewards = {"speed": speed, "price": price, "start": start}
     chosen = tune(loaded[0], lrs, rewards, budget, targets, out)
     for seed, run in enumerate(loaded):
         arms += own_arms(run, seed)

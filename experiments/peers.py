@@ -87,8 +87,16 @@ class Peer:
     steps: int | None
 
 
-def peers(run: Run, speed: float, price: float) -> dict[str, Peer]:
-    """Every peer for the data and the denoiser of a run; speed and price are those of the rewards."""
+def peers(run: Run, speed: float, price: float, start: float = -2.0) -> dict[str, Peer]:
+    """Every peer for the data and the denoiser of a run.
+
+    Args:
+        run: a learned order.
+        speed: exponent of the steps saved, in the reward of `policy_gradient`.
+        price: of a step, in that of `dultra`.
+        start: log-odds of the Bernoulli policies at first. Where they leave something to the last step of every row no
+            step is saved, and nothing is rewarded.
+    """
     denoiser, data, steps, answer = run.denoiser, run.data, run.num_steps, run.model.answer
     places = max(part.batch.tokens.shape[1] - part.batch.prefix for part in data.splits().values())
     opening = Path(data.splits()["train"].batch.rows(slice(1)), denoiser, 1).opening()
@@ -97,7 +105,7 @@ def peers(run: Run, speed: float, price: float) -> dict[str, Peer]:
     small = {"width": 64, "layers": 1, "heads": 2, "reads_tokens": False}
 
     def bernoulli(*features: str, **options: Any) -> LearnedPolicy:
-        return LearnedPolicy(PolicyNetwork(denoiser.vocab_size, features=features, **small, **options))
+        return LearnedPolicy(PolicyNetwork(denoiser.vocab_size, features=features, bias=start, **small, **options))
 
     def imitate(teacher: Policy, shown: Any) -> Fit:
         return Fit(shown, Imitation(PolicyGuide(teacher, denoiser, steps)), steps)
