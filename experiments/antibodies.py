@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from antibody_judge import AntibodyJudge
 from jsonargparse import auto_cli
-from opponents import best_of, spaced_orders
+from opponents import best_of, spaced_orders, spaced_rules
 from plan_fits import PlanFit, learn_plans
 from rich.console import Console
 from torch import Tensor
@@ -104,7 +104,7 @@ def main(
         *(denoiser, splits["train"], steps, range(split, split + seeds), out, fit),
     )
     test, plan = splits["test"], plans[split]
-    spaced = best_of(spaced_orders(steps), denoiser, splits["train"].take(64))
+    spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], denoiser, splits["train"].take(64))
     records = compare(plans, denoiser, test, steps, spaced=spaced, out=out, title=regions or "Antibodies")
     parts = [antibody_regions(domain) for domain in domains(test)]
     known = test.rows(torch.tensor([row for row, found in enumerate(parts) if found is not None]))
