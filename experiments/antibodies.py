@@ -12,6 +12,7 @@ With `--judged` arms also write freely, and an independent model judges the resi
 with those of training sequences, and with each other: edits per residue. The figure shows what was learned.
 """
 
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +29,11 @@ from torch import Tensor
 from orderppl import Batch, Policy, decode
 from orderppl.data import Antibodies, Examples
 from orderppl.data.sequences import REGIONS, antibody_regions
+from orderppl.errors import UserError
+from orderppl.evaluation import Arm
 from orderppl.evaluation.results import results_table, write_results
 from orderppl.figures import save_figure
+from orderppl.inference.refine import refine_plan
 from orderppl.models import PositionTable
 from orderppl.models.denoisers import AntibodyDenoiser
 from orderppl.policies import Plan, Ranked
@@ -69,6 +73,14 @@ def draw_sequences(denoiser: AntibodyDenoiser, path: Path, is_light: bool) -> Pa
     return path
 
 
+def searched(plan: Plan, denoiser: AntibodyDenoiser, rows: Examples, steps: int, most: int) -> Plan:
+    """What a local search on training rows, which looks at so many plans, makes of a plan."""
+    table: Any = deepcopy(plan.network)
+    looks: dict[str, Any] = {"index": table.index(rows.batch), "screen": 64, "max_evaluations": most}
+    table.set_steps(refine_plan(denoiser, rows.batch, table.logits.argmax(-1), steps, **looks).steps)
+    return Plan(table)
+
+
 def main(
     train: Path | None = None,
     steps: int = 4,
@@ -78,6 +90,7 @@ def main(
     seeds: int = 1,
     split: int = 0,
     fit: PlanFit = FIT,
+    search: int = 0,
     judged: int = 0,
     out: Path = Path("runs/antibodies"),
 ) -> None:
@@ -92,6 +105,7 @@ def main(
         seeds: fits, whose seeds count from that of the split.
         split: seed of what is held out.
         fit: what a fit may spend, and how.
+        search: plans that a local search from the learned one looks at, a yardstick; 0: none.
         judged: held-out domains that are also written freely and judged by an independent model (antiberty, 97 MB).
         out: folder of run and results.
     """
@@ -105,7 +119,13 @@ def main(
     )
     test, plan = splits["test"], plans[split]
     spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], denoiser, splits["train"].take(64))
-    records = compare(plans, denoiser, test, steps, spaced=spaced, out=out, title=regions or "Antibodies")
+    settings: dict[str, Any] = {"spaced": spaced, "out": out, "title": regions or "Antibodies"}
+    if search:
+        if fit.halved:
+            raise UserError("search", "a plan for half as many steps is not searched on", "leave out fit.halved")
+        long = searched(plan, denoiser, splits["train"], steps, search)
+        settings["others"] = [Arm("long search", long, steps, family="long search", mode=True)]
+    records = compare(plans, denoiser, test, steps, **settings)
     parts = [antibody_regions(domain) for domain in domains(test)]
     known = test.rows(torch.tensor([row for row, found in enumerate(parts) if found is not None]))
     found = [part for part in parts if part is not None]

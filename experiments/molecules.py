@@ -30,6 +30,7 @@ def compare(
     out: Path,
     title: str,
     drawn: bool = False,
+    others: Sequence[Arm] = (),
 ) -> pd.DataFrame:
     """Follow every arm along the held-out rows: records, and a table of the best on the screen.
 
@@ -43,8 +44,9 @@ def compare(
         title: of the table.
         drawn: deploy draws of the policies, three of each, instead of their modes, which a policy that scans can only
             guess.
+        others: further arms.
     """
-    arms = [*opponents(steps), spaced]
+    arms = [*opponents(steps), spaced, *others]
     ways: dict[str, dict[str, Any]] = {"mode": {"mode": True}, "drawn": {"seeds": (0, 1, 2)}}
     for (seed, policy), way in product(learned.items(), ways):
         name = "learned" if drawn == (way == "drawn") else f"learned, {way}"

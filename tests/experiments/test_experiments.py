@@ -73,8 +73,10 @@ def few(source: Path, count: int, out: Path) -> Path:
 @pytest.mark.parametrize("regions", [None, "CDR1,CDR3"])
 def test_antibodies(tmp_path: Path, regions: str | None) -> None:
     train = few(HEAVY, 14, tmp_path / "heavy.csv")
-    antibodies.main(train, steps=2, regions=regions, fit=replace(antibodies.FIT, rows=40), out=tmp_path / "out")
+    fit = replace(antibodies.FIT, rows=40)
+    antibodies.main(train, steps=2, regions=regions, fit=fit, search=20, out=tmp_path / "out")
     records = read_results(tmp_path / "out")["records"]
+    assert "long search" in {record["arm"] for record in records if record["metric"] == "path_nats"}
     assert {"path_nats", "advantage", "mean_step"} <= {record["metric"] for record in records}
     shown = {record["region"] for record in records if record["metric"] == "mean_step"}
     assert shown == ({"CDR1", "CDR3"} if regions else set(antibodies.REGIONS))
