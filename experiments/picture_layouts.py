@@ -58,6 +58,10 @@ APART = ("periodic (1, 0)", "periodic (1, 2, 3, 0)", "periodic (0, 7, 6, 5, 4, 3
 APART += ("periodic on rows (1, 0)", "periodic (1, 0, 3, 2)", "random uniform spaced spread=4 T=8")
 APART += ("threshold T=8 spaced spread=8 tau=0.02", "margin uniform spaced spread=8 T=8", "periodic (0, 3, 1, 3, 2, 3)")
 APART += ("fixed_order periodic=True steps=[2, 1, 2, 0] T=3",)
+CLUES = [
+    Dots("forwards per puzzle", "forwards", "difficulty", "arm"),
+    Dots("share solved", "solved", "difficulty", "arm"),
+]
 LAYOUTS: dict[str, list[Curves | Dots]] = {
     "antibodies": [FIRST, Dots("mean step of a region, from 0 (of 4)", "mean_step", "region", "run", REGION)],
     "antibodies-human": [FIRST, Dots("mean step of a region, from 0", "mean_step", "region", "steps")],
@@ -112,7 +116,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         Dots("mean step of a kind of token, from 0", "mean_step", "kind", "steps"),
     ],
     "receptors": [FIRST._replace(where={**SEED_0, **ORDERS}), PAIRED],
-    "sudoku": [Curves("accuracy path_nats")],
+    "sudoku": [Curves("accuracy path_nats"), *CLUES],
     "sudoku-unique": [Curves("accuracy path_nats")],
     "tree": [GAP],
 }

@@ -49,6 +49,11 @@ COST = "accuracy nfe nfe_stopped seconds_batch_1 seconds_batch_32"
 AGAINST = "advantage", "steps arm", "forwards of", {"measured": ("accuracy",), "forwards": ("equal", "T")}
 SHARES = "cpu_used_share used_share part_share saved_megabytes gradient_megabytes"
 ORDERS = {"family": ("learned", "periodic", "spaced", "random uniform", "top_prob uniform", "left_to_right uniform")}
+CLUES = [
+    COMPARED,
+    Layout("Forwards by the number of clues", "forwards", "difficulty", "arm"),
+    Layout("Share solved by the number of clues", "solved", "difficulty", "arm"),
+]
 LAYOUTS: dict[str, list[Layout]] = {
     "english": [
         COMPARED,
@@ -70,6 +75,7 @@ LAYOUTS: dict[str, list[Layout]] = {
     ],
     "frontier-programs-wide": [COMPARED, Layout("Costs, seconds per row", COST, "arm", where={"n": (200, 32)})],
     **dict.fromkeys(("chain", "tree"), GAPS),
+    **dict.fromkeys(("sudoku",), CLUES),
     "phones": [
         Layout("Better than the best opponent by, and distance to a search", "advantage regret", "steps training_seed"),
         NATS._replace(title="Nats per phone", rows="family", columns="steps", where=SPREAD),
