@@ -116,7 +116,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         Dots("mean step of a kind of token, from 0", "mean_step", "kind", "steps"),
     ],
     "receptors": [FIRST._replace(where={**SEED_0, **ORDERS}), PAIRED],
-    "sudoku": [Curves("accuracy path_nats"), *CLUES],
+    "sudoku": [Curves("accuracy"), *CLUES],
     "sudoku-unique": [Curves("accuracy path_nats")],
     "tree": [GAP],
 }
