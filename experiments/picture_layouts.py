@@ -117,6 +117,6 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
     ],
     "receptors": [FIRST._replace(where={**SEED_0, **ORDERS}), PAIRED],
     "sudoku": [Curves("accuracy"), *CLUES],
-    "sudoku-unique": [Curves("accuracy path_nats")],
+    "sudoku-unique": [Curves("accuracy"), *CLUES],
     "tree": [GAP],
 }

@@ -75,7 +75,7 @@ LAYOUTS: dict[str, list[Layout]] = {
     ],
     "frontier-programs-wide": [COMPARED, Layout("Costs, seconds per row", COST, "arm", where={"n": (200, 32)})],
     **dict.fromkeys(("chain", "tree"), GAPS),
-    **dict.fromkeys(("sudoku",), CLUES),
+    **dict.fromkeys(("sudoku", "sudoku-unique"), CLUES),
     "phones": [
         Layout("Better than the best opponent by, and distance to a search", "advantage regret", "steps training_seed"),
         NATS._replace(title="Nats per phone", rows="family", columns="steps", where=SPREAD),
