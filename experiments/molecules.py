@@ -44,7 +44,7 @@ def compare(
         title: of the table.
         drawn: deploy draws of the policies, three of each, instead of their modes, which a policy that scans can only
             guess.
-        others: further arms.
+        others: further arms, to compare with as well.
     """
     arms = [*opponents(steps), spaced, *others]
     ways: dict[str, dict[str, Any]] = {"mode": {"mode": True}, "drawn": {"seeds": (0, 1, 2)}}
@@ -54,9 +54,10 @@ def compare(
     table = evaluate(arms, denoiser, test, out=out)
     records = summary(table, ["path_nats"])
     nats = records.sort_values("value")
-    rivals = nats[(nats["kind"] == "heuristic") & (nats["arm"] != spaced.name)]["arm"]
+    apart = [arm.name for arm in (spaced, *others)]
+    rivals = nats[(nats["kind"] == "heuristic") & ~nats["arm"].isin(apart)]["arm"]
     gains = []
-    for seed, other in product(learned, (rivals.iloc[0], spaced.name)):
+    for seed, other in product(learned, (rivals.iloc[0], *apart)):
         loss = paired_difference(table, f"learned #{seed}", other, "path_nats")
         gain = {"metric": "advantage", "arm": "learned", "of": other, "training_seed": seed}
         gains.append(gain | {"value": -loss.value, "low": -loss.high, "high": -loss.low})
