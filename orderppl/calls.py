@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 from orderppl.errors import UserError
-from orderppl.import_paths import dotted, import_path
+from orderppl.import_paths import dotted, import_path, signature_of
 
 PLACES = ("device", "dtype")  # of torch's constructors, which keep neither
 PLAIN = (bool, int, float, str)
@@ -17,7 +17,7 @@ PLAIN = (bool, int, float, str)
 def call_of(thing: Any, field: str) -> tuple[str, dict[str, Any], Any]:
     """The path of what makes `thing`, its arguments by name, and the maker itself."""
     if isinstance(thing, functools.partial):
-        given = inspect.signature(thing.func).bind_partial(*thing.args).arguments
+        given = signature_of(thing.func).bind_partial(*thing.args).arguments
         return "functools.partial", {"func": thing.func, **given, **thing.keywords}, functools.partial
     state = getattr(thing, "__dict__", {})
     compiled = state.get("_modules", {}).get("_orig_mod")
@@ -26,7 +26,7 @@ def call_of(thing: Any, field: str) -> tuple[str, dict[str, Any], Any]:
     if "_made_by" not in state:
         return import_path(type(thing), field), dict(_kept_arguments(thing, field)), type(thing)
     maker, args, kwargs = state["_made_by"]
-    signature = inspect.signature(maker)
+    signature = signature_of(maker)
     given = signature.bind(*args, **kwargs).arguments
     arguments: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
@@ -46,7 +46,7 @@ def _kept_arguments(thing: Any, field: str) -> Iterator[tuple[str, Any]]:
     kind = type(thing)
     if kind.__init__.__qualname__ in ("Module.__init__", "object.__init__"):
         return
-    for name, parameter in inspect.signature(kind).parameters.items():
+    for name, parameter in signature_of(kind).parameters.items():
         is_open = parameter.kind is inspect.Parameter.VAR_POSITIONAL
         if parameter.kind is inspect.Parameter.VAR_KEYWORD or (is_open and not isinstance(thing, Sized)):
             continue

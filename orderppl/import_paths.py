@@ -113,10 +113,20 @@ def _import_longest(parts: list[str], field: str) -> tuple[Any, int]:
     raise UserError(field, f"there is no module {parts[0]!r}", remedy)
 
 
+def signature_of(maker: Any) -> inspect.Signature:
+    """That of a call. A class that inherits its constructor has the signature of the one that it inherits from.
+
+    Python 3.11.2 takes an inherited `__new__`, such as that of `Configurable`, before a nearer `__init__`.
+    """
+    if isinstance(maker, type) and not hasattr(maker, "__signature__"):
+        maker = next(kind for kind in maker.__mro__ if {"__init__", "__new__"} & vars(kind).keys())
+    return inspect.signature(maker)
+
+
 def parameters_of(maker: Any) -> dict[str, inspect.Parameter]:
     """The arguments of a class or function, without `self`."""
     try:
-        return dict(inspect.signature(maker).parameters)
+        return dict(signature_of(maker).parameters)
     except ValueError:  # of a class written in C
         return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 
