@@ -70,6 +70,7 @@ FONT = re.compile(r"'DejaVu Sans'[^;\"]*")
 SVG = "{http://www.w3.org/2000/svg}"
 ElementTree.register_namespace("", SVG[1:-1])
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+CLIP = re.compile(r'<clipPath id="(\w+)"')
 LONG, SPACE = re.compile(r"-?\d+\.\d{2,}"), re.compile(r"\s*([MLQCZz])\s*")
 
 
@@ -107,7 +108,10 @@ def to_svg(figure: Figure) -> str:
     )
     style.text = f"@media (prefers-color-scheme: dark){{{style.text}}}"
     root.insert(0, style)
-    return ElementTree.tostring(root, encoding="unicode").replace("><g", ">\n<g") + "\n"
+    text = ElementTree.tostring(root, encoding="unicode").replace("><g", ">\n<g") + "\n"
+    for number, name in enumerate(CLIP.findall(text)):  # else named by the last digit of its size
+        text = text.replace(name, f"clip{number}")
+    return text
 
 
 def _slim(root: ElementTree.Element) -> None:
@@ -127,7 +131,8 @@ def _slim(root: ElementTree.Element) -> None:
                     del child.attrib["style"]
         if parent.get("transform", "").startswith("rotate(-0 "):
             del parent.attrib["transform"]
-        for name in {"d", "x", "y"} & set(parent.attrib):
+        sizes = {"width", "height"} if parent.tag == f"{SVG}rect" else set()
+        for name in ({"d", "x", "y"} | sizes) & set(parent.attrib):
             digits = 2 if "C" in parent.attrib[name] else 1  # a marker is small
             parent.set(name, SPACE.sub(r"\1", LONG.sub(partial(_rounded, digits), parent.attrib[name])))
 
