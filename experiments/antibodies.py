@@ -109,6 +109,8 @@ def main(
         judged: held-out domains that are also written freely and judged by an independent model (antiberty, 97 MB).
         out: folder of run and results.
     """
+    if search and fit.halved:
+        raise UserError("search", "a plan for half as many steps is not searched on", "leave out fit.halved")
     denoiser = AntibodyDenoiser(chain)
     source = draw_sequences(denoiser, out / "drawn.fasta", chain == "L") if train is None else train
     data = Antibodies(str(source), regions=regions, names=names, seed=split)
@@ -121,8 +123,6 @@ def main(
     spaced = best_of([*spaced_orders(steps), *spaced_rules(steps)], denoiser, splits["train"].take(64))
     settings: dict[str, Any] = {"spaced": spaced, "out": out, "title": regions or "Antibodies"}
     if search:
-        if fit.halved:
-            raise UserError("search", "a plan for half as many steps is not searched on", "leave out fit.halved")
         long = searched(plan, denoiser, splits["train"], steps, search)
         settings["others"] = [Arm("long search", long, steps, family="long search", mode=True)]
     records = compare(plans, denoiser, test, steps, **settings)

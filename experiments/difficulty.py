@@ -10,6 +10,8 @@ import pandas as pd
 from orderppl.evaluation.intervals import bootstrap_mean
 from orderppl.evaluation.table import ByRow, by_row
 
+SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")  # families that are looked at so
+
 
 def mixtures(found: ByRow, target: float) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Family, forwards [N] and values [N] of every family at a mean number of forwards, the mean over its seeds."""

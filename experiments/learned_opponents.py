@@ -8,7 +8,7 @@ may spend as many denoiser rows as the run did. Its learning rate is the one tha
 first run. What is finished is kept: repeat the command to go on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from orderppl.figures import save_figure
 from orderppl.guides import PolicyGuide
 from orderppl.inference import Imitation
 from orderppl.models import UnmaskingModel
+from orderppl.models.denoisers import OwnOutput
 from orderppl.policies import AtPrice
 from orderppl.runs import Run
 
@@ -82,15 +83,20 @@ def gains_on(opponent: str, table: pd.DataFrame, targets: Sequence[float], **opt
 
 
 def tune(
-    run: Run, lrs: Sequence[float], rewards: Mapping[str, float], budget: int, targets: Sequence[float], out: Path
+    run: Run,
+    lrs: Sequence[float],
+    make: Callable[[Run], dict[str, Peer]],
+    budget: int,
+    targets: Sequence[float],
+    out: Path,
 ) -> dict[str, float]:
     """The learning rate of every peer by which it comes nearest to the learned order, on validation rows."""
     if len(lrs) == 1:
-        return dict.fromkeys(peers(run, **rewards), lrs[0])
+        return dict.fromkeys(make(run), lrs[0])
     arms, tried = own_arms(run, 0), list[tuple[str, float]]()
     for lr in lrs:
         pyro.set_rng_seed(0)
-        for name, peer in peers(run, **rewards).items():
+        for name, peer in make(run).items():
             learn(name, peer, run, 0, budget, lr, out)
             arms += arms_of(name, peer, 0, f" lr={lr:g}")
             tried.append((name, lr))
@@ -131,11 +137,13 @@ def main(
     orders = 1 + (loaded[0].num_steps - 1) * loaded[0].objective.num_particles
     budget = spent["learned"] = loaded[0].info["updates"] * loaded[0].config["fit"]["batch_size"] * orders
     rewards = {"speed": speed, "price": price, "start": start}
-    chosen = tune(loaded[0], lrs, rewards, budget, targets, out)
+    own = OwnOutput(loaded[0].data, loaded[0].denoiser, rows=2000)  # written once for all seeds and learning rates
+    make = partial(peers, own=own, **rewards)
+    chosen = tune(loaded[0], lrs, make, budget, targets, out)
     for seed, run in enumerate(loaded):
         arms += own_arms(run, seed)
         pyro.set_rng_seed(seed)
-        for name, peer in peers(run, **rewards).items():
+        for name, peer in make(run).items():
             spent[name] = learn(name, peer, run, seed, budget, chosen[name], out)
             arms += arms_of(name, peer, seed)
     test = loaded[0].data.splits()[split].take(rows)

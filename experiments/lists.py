@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from difficulty import by_difficulty
+from difficulty import SHOWN, by_difficulty
 from jsonargparse import auto_cli
 from learned_opponents import own_arms
 
@@ -26,7 +26,6 @@ from orderppl.evaluation import sweep
 from orderppl.evaluation.results import read_results, write_results
 
 STEPS = (1, 2, 3)  # of limits
-SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")  # of the curves of `frontier`
 NAMED = (
     "metric value low high arm family kind training_seed nfe n measured target_nfe of own frontier seed_low seed_high"
 )

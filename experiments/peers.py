@@ -87,11 +87,12 @@ class Peer:
     steps: int | None
 
 
-def peers(run: Run, speed: float, price: float, start: float = -2.0) -> dict[str, Peer]:
+def peers(run: Run, own: OwnOutput, speed: float, price: float, start: float = -2.0) -> dict[str, Peer]:
     """Every peer for the data and the denoiser of a run.
 
     Args:
         run: a learned order.
+        own: what its denoiser writes itself.
         speed: exponent of the steps saved, in the reward of `policy_gradient`.
         price: of a step, in that of `dultra`.
         start: log-odds of the Bernoulli policies at first. Where they leave something to the last step of every row no
@@ -114,7 +115,6 @@ def peers(run: Run, speed: float, price: float, start: float = -2.0) -> dict[str
     answers = Fit(data, Rollout(AnswerReward(speed=speed, **right), group), played)
     likelihood = Fit(data, RevealTraceGraph_ELBO(group, control_variate="none"), played)
     stepwise = Fit(data, Rollout(AnswerReward(price=price, **right), 12), 1 + (steps - 1) * 12)
-    own = OwnOutput(data, denoiser, rows=2000)
     return {
         "learn2pd": Peer(LearnedPolicy(ConfidenceFilter(places)), [imitate(CorrectOracle(), own)], Eager, True, None),
         "policy_gradient": Peer(bernoulli("confidence"), [answers], Eager, False, steps),

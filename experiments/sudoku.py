@@ -23,7 +23,7 @@ from typing import Any, Literal
 import pandas as pd
 import pyro
 import torch
-from difficulty import by_difficulty
+from difficulty import SHOWN, by_difficulty
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders
 from plan_fits import fit_plan
@@ -66,7 +66,6 @@ ORDERS = {
 }
 METRICS, PATTERNED = ("accuracy", "path_nats"), (2, 3, 4)  # steps of the patterns that repeat
 DIFFICULTY = {"open": 2.5, "unique": 1.3}  # mean forwards at which the clues are compared
-SHOWN = ("learned", "random uniform", "threshold", "entropy_bound")
 APART = [{"policy": "Spaced", "spread": spread} for spread in (2.0, 5.0)]
 HEURISTICS: list[dict[str, Any]] = [
     *standard_heuristics(),
