@@ -20,13 +20,13 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from antibody_judge import AntibodyJudge
+from antibody_sequences import domains, draw_sequences
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders, spaced_rules
 from plan_fits import PlanFit, learn_plans
 from rich.console import Console
-from torch import Tensor
 
-from orderppl import Batch, Policy, decode
+from orderppl import Policy, decode
 from orderppl.data import Antibodies, Examples
 from orderppl.data.sequences import REGIONS, antibody_regions
 from orderppl.errors import UserError
@@ -40,37 +40,8 @@ from orderppl.policies import Plan, Ranked
 
 from molecules import compare, figure_of, mean_by_group, revealed_steps, step_shares
 
-SHORTEST, LONGEST = 112, 128  # residues of a drawn heavy domain, the bulk of human ones
-# of adalimumab, a public sequence
-LIGHT = "DIQMTQSPSSLSASVGDRVTITCRASQGIRNYLAWYQQKPGKAPKLLIYAASTLQSGVPSRFSGSGSGTDFTLTISSLQPEDVATYYCQRYNRAPYTFGQGTKVEIK"
 FIT = PlanFit(lr=0.2, bonus=0.03)
 LEFT = {"H": 98, "L": 88}  # aligned positions counted from the left end; the others are counted from the right end
-
-
-def draw_sequences(denoiser: AntibodyDenoiser, path: Path, is_light: bool) -> Path:
-    """Draw domains from the denoiser and keep them in a FASTA file.
-
-    Heavy ones are written one residue a step in random order. Light ones would not fall into place so: of a natural one
-    a quarter of the residues is drawn anew, twelve times.
-    """
-    if path.is_file():
-        return path
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(SHORTEST, LONGEST + 1, (90, 1), generator=generator)
-    attended = hidden = torch.arange(LONGEST) < lengths
-    tokens, rounds, steps, temperature = torch.full(attended.shape, denoiser.mask_index), 1, LONGEST, 0.25
-    if is_light:
-        tokens, rounds, steps, temperature = torch.tensor([denoiser.tokenizer.encode(LIGHT)] * 200), 12, 2, 0.7
-        attended = torch.ones_like(tokens, dtype=torch.bool)
-    for _ in range(rounds):
-        hidden = torch.rand(tokens.shape, generator=generator) < 0.25 if is_light else hidden
-        canvas = Batch(tokens.masked_fill(hidden, denoiser.mask_index), attended, attended & ~hidden)
-        drawing: dict[str, Any] = {"max_steps": steps, "temperature": temperature, "generator": generator}
-        tokens = decode(denoiser, Ranked("random"), canvas, **drawing).sequences
-    domains = [denoiser.tokenizer.decode(row[seen].tolist()) for row, seen in zip(tokens, attended, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f">drawn-{i}\n{domain}\n" for i, domain in enumerate(domains)), "utf-8")
-    return path
 
 
 def searched(plan: Plan, denoiser: AntibodyDenoiser, rows: Examples, steps: int, most: int) -> Plan:
@@ -151,14 +122,6 @@ def main(
     labels = {"task": "antibodies", "sequences": "file" if train else "drawn", "chain": chain, "rows": fit.rows}
     config = {**labels, **asdict(fit), "steps": steps, "regions": regions, "names": names, "seeds": seeds}
     write_results(out, "antibodies", config, pd.concat([records, means.assign(steps=steps)]).assign(**labels))
-
-
-def domains(examples: Examples, written: Tensor | None = None) -> list[str]:
-    """The sequences of the rows, or what was written in their place; given residues included."""
-    batch, tokenizer = examples.batch, examples.tokenizer
-    assert tokenizer is not None
-    rows = zip(batch.tokens if written is None else written, batch.attention_mask, strict=True)
-    return [tokenizer.decode(tokens[seen].tolist()) for tokens, seen in rows]
 
 
 if __name__ == "__main__":

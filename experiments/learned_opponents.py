@@ -17,7 +17,7 @@ import pandas as pd
 import pyro
 import torch
 from jsonargparse import auto_cli
-from peers import Peer, peers
+from peers import Peer, arms_of, peers
 from tables import COMPARED, compared, markdown
 
 from orderppl import evaluate, fit, load_run
@@ -31,7 +31,6 @@ from orderppl.models.denoisers import OwnOutput
 from orderppl.policies import AtPrice
 from orderppl.runs import Run
 
-FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)  # of probabilities: more or fewer forwards
 MOST = 2000  # updates of what is supervised, which costs few denoiser rows
 
 
@@ -62,16 +61,6 @@ def learn(name: str, peer: Peer, run: Run, seed: int, budget: int, lr: float, ou
         fit(model, guide, one.data, objective=one.objective, **settings)
         spent += updates * batch_size * one.rows
     return spent
-
-
-def arms_of(name: str, peer: Peer, seed: int, label: str = "") -> list[Arm]:
-    """A peer with more and fewer forwards."""
-    arms, seeds = list[Arm](), (0,) if peer.mode else (0, 1, 2)
-    for factor in FACTORS:
-        played: dict[str, Any] = {"mode": peer.mode, "training_seed": seed, "setting": {"factor": factor}}
-        played |= {"family": f"{name}{label}", "seeds": seeds}
-        arms.append(Arm(f"{name}{label} {factor=:g} #{seed}", peer.play(peer.policy, factor), peer.steps, **played))
-    return arms
 
 
 def gains_on(opponent: str, table: pd.DataFrame, targets: Sequence[float], **options: Any) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from orderppl import Policy, State
 from orderppl.config import Configurable
 from orderppl.distributions import DecidedSet
+from orderppl.evaluation import Arm
 from orderppl.guides import PolicyGuide
 from orderppl.inference import AnswerReward, Imitation, RevealTraceGraph_ELBO, Rollout
 from orderppl.models import LearnedPolicy, PolicyNetwork
@@ -28,6 +29,8 @@ from orderppl.policies.scores import best_of, confidence, first_of
 from orderppl.policies.wrappers import Wrapper
 from orderppl.runs import Run
 from orderppl.unmasking.trajectory import Path
+
+FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)  # of probabilities: more or fewer forwards
 
 
 class ConfidenceFilter(Configurable, nn.Module):
@@ -127,3 +130,13 @@ def peers(run: Run, own: OwnOutput, speed: float, price: float, start: float = -
             steps,
         ),
     }
+
+
+def arms_of(name: str, peer: Peer, seed: int, label: str = "") -> list[Arm]:
+    """A peer with more and fewer forwards."""
+    arms, seeds = list[Arm](), (0,) if peer.mode else (0, 1, 2)
+    for factor in FACTORS:
+        played: dict[str, Any] = {"mode": peer.mode, "training_seed": seed, "setting": {"factor": factor}}
+        played |= {"family": f"{name}{label}", "seeds": seeds}
+        arms.append(Arm(f"{name}{label} {factor=:g} #{seed}", peer.play(peer.policy, factor), peer.steps, **played))
+    return arms
