@@ -97,7 +97,7 @@ LAYOUTS: dict[str, list[Curves | Dots]] = {
         )
     ],
     "learned-opponents": [
-        Curves("accuracy path_nats", {"task": (task,)}, f"{FORWARDS}, {task}") for task in ("sudoku",)
+        Curves("accuracy", {"task": (task,)}, f"{FORWARDS}, {task}") for task in ("sudoku", "arithmetic", "gsm8k")
     ],
     "lists": [Curves("accuracy"), Dots("forwards per row", "forwards", "difficulty", "arm")],
     "loops": [FIRST, Dots("mean step of a loop, from 0", "mean_step", "region", "run")],
