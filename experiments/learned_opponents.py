@@ -18,7 +18,9 @@ import pyro
 import torch
 from jsonargparse import auto_cli
 from peers import Peer, arms_of, peers
-from tables import COMPARED, compared, markdown
+from priced import priced_arms
+from table_layouts import COMPARED
+from tables import compared, markdown
 
 from orderppl import evaluate, fit, load_run
 from orderppl.evaluation import Arm, advantages, frontier_figure, summary
@@ -28,20 +30,14 @@ from orderppl.guides import PolicyGuide
 from orderppl.inference import Imitation
 from orderppl.models import UnmaskingModel
 from orderppl.models.denoisers import OwnOutput
-from orderppl.policies import AtPrice
 from orderppl.runs import Run
 
 MOST = 2000  # updates of what is supervised, which costs few denoiser rows
 
 
 def own_arms(run: Run, seed: int) -> list[Arm]:
-    """The learned order of a run, at seven prices of its range."""
-    prices, played = run.model.step_price, {"family": "learned", "mode": True, "training_seed": seed}
-    arms = []
-    for price in prices.grid(7):
-        name, setting = f"learned price={price:.3g} #{seed}", {"price": price}
-        arms.append(Arm(name, AtPrice(run.policy, price), run.num_steps, setting=setting, **played))
-    return arms
+    """The learned order of a run, at the prices of its range."""
+    return priced_arms("learned", run.policy, run.model.step_price, run.num_steps, seed)
 
 
 def learn(name: str, peer: Peer, run: Run, seed: int, budget: int, lr: float, out: Path) -> int:

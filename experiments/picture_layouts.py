@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from tables import BASELINES, ORDERS
+from table_layouts import BASELINES, ORDERS
 
 from orderppl.evaluation.figures import FORWARDS
 

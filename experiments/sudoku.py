@@ -27,7 +27,9 @@ from difficulty import SHOWN, by_difficulty
 from jsonargparse import auto_cli
 from opponents import best_of, spaced_orders
 from plan_fits import fit_plan
-from tables import COMPARED, compared, markdown
+from priced import priced_arms
+from table_layouts import COMPARED
+from tables import compared, markdown
 
 from orderppl import Denoiser, evaluate, fit
 from orderppl.data import Sudoku
@@ -39,13 +41,12 @@ from orderppl.figures import save_figure
 from orderppl.guides import PolicyGuide
 from orderppl.models import LearnedPolicy, PolicyNetwork, PositionTable, ScanNetwork, UnmaskingModel
 from orderppl.models.denoisers import load_denoiser
-from orderppl.policies import AtPrice, EntropyBound, PriceRange, ScanPlan
+from orderppl.policies import EntropyBound, PriceRange, ScanPlan
 
 STEPS = 8  # steps of policies: the prices ask for fewer
 FEATURES = ("confidence", "margin", "entropy", "before", "chance", "prediction", "price")
 # forwards at which orders are compared; nobody needs two for a single completion
 TARGETS = {"open": (2.0, 2.5, 3.0, 4.0), "unique": (1.2, 1.3, 1.4, 1.5)}
-PRICES = 7  # of a range, at which a policy is played
 COMMON: dict[str, Any] = {"batch_size": 32, "grad_clip": 1.0, "checkpoint_every": 100, "resume": True}
 
 
@@ -95,16 +96,6 @@ def learn_opening(denoiser: Denoiser, data: Sudoku, seed: int, updates: int, out
     return plan
 
 
-def arms_of(name: str, order: Order, policy: LearnedPolicy, seed: int) -> list[Arm]:
-    """The policy at prices across its range, as points of the curve of a seed."""
-    arms = []
-    for price in PriceRange(order.low, order.high).grid(PRICES):
-        setting = {"learned": name, "price": round(price, 4)}
-        label, played = f"{name} price={price:.3g} #{seed}", AtPrice(policy, price)
-        arms.append(Arm(label, played, STEPS, family="learned", mode=True, training_seed=seed, setting=setting))
-    return arms
-
-
 def main(
     denoiser: Path,
     puzzles: Literal["open", "unique"] = "open",
@@ -138,7 +129,8 @@ def main(
         plan = learn_opening(network, data, seed, updates, folder / "opening")
         arms.append(Arm(f"opening #{seed}", plan, 2, family="learned", mode=True, training_seed=seed))
         for name, order in ORDERS.items():
-            arms += arms_of(name, order, learn(order, network, data, seed, updates, folder / name), seed)
+            policy = learn(order, network, data, seed, updates, folder / name)
+            arms += priced_arms(name, policy, PriceRange(order.low, order.high), STEPS, seed)
     settings = {"metrics": METRICS, "batch_size": rows}
     table = evaluate(arms, network, test, out=out, **settings)
     judged = evaluate(arms, network, validation, out=out / "validation", **settings)

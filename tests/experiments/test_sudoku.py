@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import priced
 import pytest
 import sudoku
 
@@ -29,7 +30,7 @@ def test_sudoku(
         sudoku.main(DENOISER, puzzles, seeds=1, rows=6, updates=3, out=tmp_path)
     records = read_results(tmp_path)["records"]
     learned = {r["arm"] for r in records if r["metric"] == "accuracy" and r["family"] == "learned"}
-    assert len(learned) == len(sudoku.ORDERS) * sudoku.PRICES + 1
+    assert len(learned) == len(sudoku.ORDERS) * priced.COUNT + 1
     gains = [r for r in records if r["metric"] == "advantage" and "target_nfe" in r]
     assert {r.get("grid") for r in gains} == {None, "mixtures of two"}
     forwards = {(r["arm"], r["difficulty"]): r["value"] for r in records if r["metric"] == "forwards"}
