@@ -8,6 +8,7 @@ from torch import Tensor
 
 from orderppl import Batch, decode
 from orderppl.data import Examples
+from orderppl.data.tokenizers import Tokenizer
 from orderppl.models.denoisers import AntibodyDenoiser
 from orderppl.policies import Ranked
 
@@ -36,9 +37,9 @@ def draw_sequences(denoiser: AntibodyDenoiser, path: Path, is_light: bool) -> Pa
         canvas = Batch(tokens.masked_fill(hidden, denoiser.mask_index), attended, attended & ~hidden)
         drawing: dict[str, Any] = {"max_steps": steps, "temperature": temperature, "generator": generator}
         tokens = decode(denoiser, Ranked("random"), canvas, **drawing).sequences
-    domains = [denoiser.tokenizer.decode(row[seen].tolist()) for row, seen in zip(tokens, attended, strict=True)]
+    drawn = _residues(tokens, attended, denoiser.tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f">drawn-{i}\n{domain}\n" for i, domain in enumerate(domains)), "utf-8")
+    path.write_text("".join(f">drawn-{i}\n{domain}\n" for i, domain in enumerate(drawn)), "utf-8")
     return path
 
 
@@ -46,5 +47,8 @@ def domains(examples: Examples, written: Tensor | None = None) -> list[str]:
     """The sequences of the rows, or what was written in their place; given residues included."""
     batch, tokenizer = examples.batch, examples.tokenizer
     assert tokenizer is not None
-    rows = zip(batch.tokens if written is None else written, batch.attention_mask, strict=True)
-    return [tokenizer.decode(tokens[seen].tolist()) for tokens, seen in rows]
+    return _residues(batch.tokens if written is None else written, batch.attention_mask, tokenizer)
+
+
+def _residues(tokens: Tensor, attended: Tensor, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(row[seen].tolist()) for row, seen in zip(tokens, attended, strict=True)]

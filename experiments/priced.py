@@ -19,7 +19,7 @@ def priced_arms(name: str, policy: Policy, prices: PriceRange, steps: int, seed:
     """
     arms = []
     for price in prices.grid(COUNT):
-        label, setting = f"{name} price={price:.3g} #{seed}", {"price": round(price, 4)}
+        label, setting = f"{name} price={price:.3g} #{seed}", {"price": price}
         played = AtPrice(policy, price)
         arms.append(Arm(label, played, steps, family="learned", mode=True, training_seed=seed, setting=setting))
     return arms
